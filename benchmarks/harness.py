@@ -1,0 +1,181 @@
+"""One way to measure: check first, then time, beside a copy of the same bytes in the same run.
+
+A speed is printed only if the op's correctness check passed in this run. Results go to
+`benchmarks/results/<machine>/<op>.json` with versions and the command, so a figure can be traced and repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import dbkernels
+
+ROOT = Path(__file__).parent
+
+
+@dataclass
+class Row:
+    case: str
+    dtype: str
+    contender: str
+    bytes_moved: int  # what the op must read and write once
+    ms_20: float
+    ms_50: float
+    ms_80: float
+    gb_per_s: float
+    of_copy: float  # share of the bandwidth of a copy of as many bytes
+    peak_mib: float | None  # above what was allocated before; None on the CPU
+
+
+def _sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
+    """Milliseconds of single calls, after warm-up, for about `seconds`; at least 10 of them."""
+    for _ in range(3):
+        call()
+    _sync(device)
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 10 or (time.perf_counter() < end and len(times) < 1000):
+        _sync(device)
+        start = time.perf_counter()
+        call()
+        _sync(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def timed_cuda(call: Callable[[], object], seconds: float) -> list[float]:
+    """The same by CUDA events with the L2 cache flushed between calls, so that each call reads memory."""
+    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+    for _ in range(5):
+        call()
+    torch.cuda.synchronize()
+    pairs = []
+    end = time.perf_counter() + seconds
+    while len(pairs) < 20 or (time.perf_counter() < end and len(pairs) < 500):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        call()
+        stop.record()
+        pairs.append((start, stop))
+        torch.cuda.synchronize()
+    return [start.elapsed_time(stop) for start, stop in pairs]
+
+
+def percentiles(times: list[float]) -> tuple[float, float, float]:
+    cut = statistics.quantiles(times, n=10)
+    return cut[1], statistics.median(times), cut[7]
+
+
+def copy_bandwidth(bytes_moved: int, device: torch.device, seconds: float) -> float:
+    """GB/s of a plain copy that reads and writes `bytes_moved` in all."""
+    source = torch.empty(max(1, bytes_moved // 2), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    times = (
+        timed_cuda(lambda: target.copy_(source), seconds)
+        if device.type == "cuda"
+        else timed(lambda: target.copy_(source), device, seconds)
+    )
+    return bytes_moved / percentiles(times)[1] / 1e6
+
+
+def _peak(call: Callable[[], object], device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def measure(
+    case: str,
+    dtype: torch.dtype,
+    contenders: dict[str, Callable[[], object]],
+    bytes_moved: int,
+    device: torch.device,
+    seconds: float,
+) -> list[Row]:
+    """Time each contender on one case. Call it only after the case's correctness check has passed."""
+    copy = copy_bandwidth(bytes_moved, device, seconds)
+    rows = []
+    for name, call in contenders.items():
+        times = timed_cuda(call, seconds) if device.type == "cuda" else timed(call, device, seconds)
+        low, middle, high = percentiles(times)
+        rate = bytes_moved / middle / 1e6
+        rows.append(
+            Row(case, str(dtype).removeprefix("torch."), name, bytes_moved, low, middle, high, rate, rate / copy,
+                _peak(call, device))
+        )  # fmt: skip
+        print(f"{case:<28} {rows[-1].dtype:<9} {name:<9} {middle:9.3f} ms [{low:.3f}, {high:.3f}] "
+              f"{rate:8.1f} GB/s  {rate / copy:5.2f} of copy", flush=True)  # fmt: skip
+    return rows
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    return statistics.geometric_mean(list(values))
+
+
+def speedups(rows: list[Row], ours: str = "ours") -> dict[str, dict[str, float]]:
+    """How many times faster ours is than each other contender: geometric mean and worst case over all cases."""
+    by_case: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        by_case.setdefault((row.case, row.dtype), {})[row.contender] = row.ms_50
+    others = sorted({row.contender for row in rows} - {ours})
+    result = {}
+    for other in others:
+        ratios = [case[other] / case[ours] for case in by_case.values() if other in case]
+        result[other] = {"geometric_mean": geometric_mean(ratios), "worst": min(ratios)}
+    return result
+
+
+def machine_facts(device: torch.device) -> dict[str, object]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dbkernels": dbkernels.__version__,
+        "kernels": dbkernels.kernels(),
+        "built": dbkernels.compiled(),
+        "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "host_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def default_machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    return f"cpu-{torch.get_num_threads()}core"
+
+
+def save(op: str, rows: list[Row], device: torch.device, folder: Path | None, note: str = "") -> Path:
+    """Write the rows, the machine and the speed-ups as JSON; print the speed-ups."""
+    folder = folder or ROOT / "results" / default_machine(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    gains = speedups(rows)
+    for other, gain in gains.items():
+        print(f"{op}: {gain['geometric_mean']:.2f}x {other} (geometric mean), {gain['worst']:.2f}x at worst")
+    path = folder / f"{op}.json"
+    document = {"op": op, "note": note, "machine": machine_facts(device), "speedup": gains}
+    document["rows"] = [asdict(row) for row in rows]
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    print(f"wrote {path}")
+    return path

@@ -1,0 +1,120 @@
+"""Trains variants of one run over several seeds and gathers what they reach: python benchmarks/study.py --help.
+
+Each (variant, seed) is a line of JSON in --to; lines that are there already are not run again, so several processes can
+share the work (--part 0/2, --part 1/2) and a study that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from diffusionblocks import baselines, jobs
+from diffusionblocks.config import TrainConfig, augmentation
+from diffusionblocks.data import ImageData, Loader, load
+from diffusionblocks.recipes import Recipe
+from diffusionblocks.runs import RUNS
+from diffusionblocks.training import Session, train
+
+Row = dict[str, Any]
+SWITCHES = [field.name for field in dataclasses.fields(Recipe)]
+
+
+def variants(base: TrainConfig) -> dict[str, TrainConfig]:
+    """Every block-wise training of the results tables, by name."""
+    sizes = {f"B={b}": replace(base, blocks=b, walk_steps=max(b, base.walk_steps)) for b in (1, 2, 3, 6)}
+    independent = {f"B={b} per_block": replace(base, blocks=b, shared="per_block") for b in (2, 3, 6)}
+    switched = {f"corrected, {field} as published": replace(base, switch=(field,)) for field in SWITCHES}
+    published = {"published": replace(base, recipe="published")}
+    restored = {
+        f"published, {field} as corrected": replace(base, recipe="published", switch=(field,)) for field in SWITCHES
+    }
+    return sizes | independent | published | switched | restored
+
+
+def block_wise(config: TrainConfig, data: ImageData) -> Row:
+    """Train and evaluate one config, without a run folder."""
+    began = time.perf_counter()
+    torch.manual_seed(0)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        session = jobs.open_session(replace(config, out=Path(folder)), torch.device("cpu"))
+        loader = Loader(
+            data.train, data, config.batch_size, seed=config.seed, device="cpu", **augmentation(config)
+        )
+        train(session, loader, on_log=rows.append, on_step=lambda: None)
+        seconds = time.perf_counter() - began
+        scores = {split: jobs.evaluate(session, data, getattr(data, split)) for split in ("val", "test")}
+    return {
+        "seconds": seconds,
+        "memory": max((row["bytes"] for row in rows), key=lambda bytes_: sum(bytes_.values())),
+        "edges": session.model.partition.edges,
+        **{split: {k: v for k, v in score.items() if k != "levels"} for split, score in scores.items()},
+    }
+
+
+def end_to_end(config: TrainConfig, data: ImageData) -> Row:
+    """The tuned end-to-end baseline."""
+    result = baselines.end_to_end(config, data, torch.device("cpu"), on_log=lambda row: None)
+    values = dataclasses.asdict(result)
+    return values | {split: {"accuracy": values[f"{split}_accuracy"]} for split in ("val", "test")}
+
+
+def forward_forward(config: TrainConfig, data: ImageData) -> Row:
+    """The Forward-Forward baseline."""
+    from diffusionblocks.forward_forward import forward_forward as run
+
+    values = dataclasses.asdict(run(config, data, torch.device("cpu"), on_log=lambda row: None))
+    return values | {split: {"accuracy": values[f"{split}_accuracy"]} for split in ("val", "test")}
+
+
+@dataclass
+class Study:
+    """What to run."""
+
+    run: str = "vit-digits"
+    to: Path = Path("benchmarks/results/cpu-2core/vit_digits.jsonl")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    only: tuple[str, ...] = ()
+    """Variants to run; all by default."""
+    part: str = "0/1"
+    """This process's share of the work: i/n."""
+    threads: int = 1
+
+
+def main(study: Study) -> None:
+    torch.set_num_threads(study.threads)
+    base = RUNS[study.run][1]
+    jobs_: dict[str, Callable[[TrainConfig, ImageData], Row]] = {"end-to-end": end_to_end, "forward-forward": forward_forward}
+    configs = {name: base for name in jobs_} | variants(base)
+    work = [(name, seed) for name in configs for seed in study.seeds if not study.only or name in study.only]
+    index, count = map(int, study.part.split("/"))
+    study.to.parent.mkdir(parents=True, exist_ok=True)
+    for name, seed in work[index::count]:
+        if (name, seed) in _done(study.to):
+            continue
+        config = replace(configs[name], seed=seed)
+        data = load(config.data, folder=config.folder, seed=seed)
+        result = jobs_.get(name, block_wise)(config, data)
+        row = {"variant": name, "seed": seed, "machine": jobs.machine(torch.device("cpu")), **result}
+        with study.to.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{name} seed {seed}: val {row['val']['accuracy']:.2f} test {row['test']['accuracy']:.2f}", flush=True)
+
+
+def _done(path: Path) -> set[tuple[str, int]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {(row["variant"], row["seed"]) for row in map(json.loads, lines)}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Study))

@@ -1,0 +1,21 @@
+"""Kernels of DiffusionBlocks, as drop-in autograd functions. Works without CUDA, Triton or a compiler at hand."""
+
+from dbkernels._library import backend, compiled, kernels, load_compiled
+from dbkernels.adamw_ema import adamw_ema_step, adamw_ema_step_reference
+from dbkernels.inject_noise import inject_noise, inject_noise_reference, philox_normal
+from dbkernels.philox import philox_uniform
+
+load_compiled()
+
+__version__ = "0.1.0"
+__all__ = [
+    "adamw_ema_step",
+    "adamw_ema_step_reference",
+    "backend",
+    "compiled",
+    "inject_noise",
+    "inject_noise_reference",
+    "kernels",
+    "philox_normal",
+    "philox_uniform",
+]

@@ -1,0 +1,53 @@
+"""`python -m dbkernels`: versions, what was built and with which flags, and the kernel each op uses on each device."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+import dbkernels
+from dbkernels._library import compiled, kernels, load_error
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "not installed"
+    return str(triton.__version__)
+
+
+def _library_line(module: str) -> str:
+    facts = compiled(module)
+    if facts is None:
+        return "not loaded: DBKERNELS_BACKEND=reference" if dbkernels.backend() == "reference" else (
+            f"not built ({load_error(module)})"
+        )
+    return f"{facts['language']}, {facts['kernel']}, compiler {facts['compiler']}, {facts['flags']}"
+
+
+def _devices() -> dict[str, str]:
+    devices = {"CPU": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        devices[f"CUDA:{i}"] = f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})"
+    return devices
+
+
+def main() -> None:
+    print(f"dbkernels {dbkernels.__version__}, Python {platform.python_version()}, {platform.system()}")
+    print(f"torch {torch.__version__} (CUDA {torch.version.cuda}), Triton {_triton_version()}")
+    print(f"backend {dbkernels.backend()} (DBKERNELS_BACKEND)")
+    print(f"CPU library:  {_library_line('_C')}")
+    print(f"CUDA library: {_library_line('_C_cuda')}")
+    for device, words in _devices().items():
+        print(f"\n{device}: {words}")
+        for op, by_device in sorted(kernels().items()):
+            print(f"  {op:<20} {by_device[device.split(':')[0]]}")
+    if not torch.cuda.is_available():
+        print("\nCUDA: no device here")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The op library: one torch.library namespace, the compiled kernels if they were built, and what is known of them.
+
+An op is registered once. Its schema, its definition in PyTorch (which serves every device that has no kernel), its
+fake for torch.compile and its autograd formula are Python; the compiled libraries only add kernels under the CPU and
+CUDA keys. So every op exists, with one schema, whether or not a compiler was at hand.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+NAMESPACE = "dbkernels"
+BACKENDS = ("auto", "reference")
+
+lib = torch.library.Library(NAMESPACE, "DEF")
+
+
+def backend() -> str:
+    """`"reference"` if every op is to be its definition, else `"auto"`. Read from `DBKERNELS_BACKEND` at import."""
+    return _BACKEND
+
+
+def _read_backend() -> str:
+    value = os.environ.get("DBKERNELS_BACKEND", "auto").strip().lower() or "auto"
+    if value not in BACKENDS:
+        raise ValueError(f"DBKERNELS_BACKEND={value!r} is unknown: set it to one of {', '.join(BACKENDS)}")
+    return value
+
+
+_BACKEND = _read_backend()
+_kernels: dict[str, dict[str, str]] = {}
+_load_errors: dict[str, str] = {}
+_noticed = False
+
+
+def _load(name: str) -> ModuleType | None:
+    """Import a compiled library; its kernels register themselves as it loads."""
+    if _BACKEND == "reference":
+        return None
+    try:
+        return importlib.import_module(f"{NAMESPACE}.{name}")
+    except ImportError as error:
+        _load_errors[name] = str(error)
+        return None
+
+
+def define(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, has_kernels: bool = True
+) -> None:
+    """Register an op: its schema, its definition for any device without a kernel, and its shapes for the compiler."""
+    lib.define(schema)
+    name = schema.split("(", 1)[0]
+
+    def definition(*args: Any, **kwargs: Any) -> Any:
+        if has_kernels:
+            _notice()
+        return reference(*args, **kwargs)
+
+    lib.impl(name, definition, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
+    label = "reference (PyTorch)" if has_kernels else "PyTorch"
+    _kernels[name] = {"CPU": label, "CUDA": label}
+
+
+def register(name: str, key: str, kernel: Callable[..., Any], label: str) -> None:
+    """Give op `name` a Python-side kernel (a Triton launcher) under dispatch key `key`."""
+    if _BACKEND == "reference":
+        return
+    lib.impl(name, kernel, key)
+    _kernels[name][key] = label
+
+
+def load_compiled() -> None:
+    """Load the compiled libraries, after every op is defined; note which ops they serve."""
+    for module, key in (("_C", "CPU"), ("_C_cuda", "CUDA")):
+        loaded = _load(module)
+        if loaded is not None:
+            facts = loaded.build_info()
+            for op in facts["ops"].split(","):
+                _kernels[op][key] = f"{facts['language']} ({facts['kernel']})"
+
+
+def compiled(module: str = "_C") -> dict[str, str] | None:
+    """What the compiled library was built with (`_C` for CPU, `_C_cuda`), or None if it isn't loaded."""
+    loaded = _load(module)
+    return None if loaded is None else dict(loaded.build_info())
+
+
+def load_error(module: str = "_C") -> str | None:
+    """Why a compiled library isn't loaded, in the importer's words."""
+    return _load_errors.get(module)
+
+
+def kernels() -> dict[str, dict[str, str]]:
+    """Which kernel each op uses, by device type: `{"inject_noise": {"CPU": "C++ (AVX2)", "CUDA": "Triton"}, ...}`."""
+    return {name: dict(by_device) for name, by_device in _kernels.items()}
+
+
+def _notice() -> None:
+    """Say once a process that the compiled CPU kernels are missing: silence would hide a slow install."""
+    global _noticed
+    if _noticed or _BACKEND == "reference" or "_C" not in _load_errors:
+        return
+    _noticed = True
+    warnings.warn(
+        "dbkernels was installed without its compiled kernels, so ops run on their PyTorch definitions: the same "
+        "results, slower. Install a C++17 compiler and reinstall to have them; `python -m dbkernels` shows the "
+        "state. DBKERNELS_BACKEND=reference silences this.",
+        stacklevel=4,
+    )

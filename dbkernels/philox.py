@@ -1,0 +1,143 @@
+"""Random numbers by address: Philox4x32-10 as plain PyTorch, the definition every kernel is tested against.
+
+A number is a function of (seed, offset, flat index) alone: no generator state, nothing to save, the same on every
+device, for any split of the work. Element i is word i % 4 of the block cipher at
+
+    counter = (i // 4 mod 2^32, i // 4 div 2^32, offset, stream)    key = (seed mod 2^32, seed div 2^32)
+
+where stream is 0 for normals and 1 for uniforms, so that equal (seed, offset) never ties a noise level to its noise.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (the generator); Box and Muller 1958.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dbkernels._library import define
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+NORMAL_STREAM, UNIFORM_STREAM = 0, 1
+_LOW = 0xFFFFFFFF
+
+
+def check_address(seed: int, offset: int) -> None:
+    """Raise unless `seed` is an int in [0, 2^64) and `offset` an int in [0, 2^32)."""
+    for name, value, bits in (("seed", seed, 64), ("offset", offset, 32)):
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be a Python int, got {type(value).__name__}: pass int({name})")
+        if value < 0 or value >= 2**bits:
+            raise ValueError(f"{name}={value} is outside [0, 2^{bits}): take it modulo 2**{bits}")
+
+
+def philox_4x32(counter: Sequence[Tensor | int], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10 of four counter words under a key of two; words are int64 in [0, 2^32), element by element.
+
+    A 32 x 32-bit product overflows int64's sign but wraps to the same 64 bits, so shift and mask recover both halves.
+    """
+    c0, c1, c2, c3 = (torch.as_tensor(word) for word in counter)
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + WEYL[0]) & _LOW, (k1 + WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def random_words(groups: Tensor, seed: int, offset: int, stream: int) -> tuple[Tensor, ...]:
+    """The four 32-bit words of each group of four elements; `groups`: int64 group numbers (flat index // 4)."""
+    # The zero is added to a tensor so that counter words made of constants live on the groups' device.
+    zero = torch.zeros((), dtype=torch.int64, device=groups.device)
+    counter = (groups & _LOW, groups >> 32 & _LOW, zero + offset, zero + stream)
+    return philox_4x32(counter, (seed & _LOW, seed >> 32 & _LOW))
+
+
+def box_muller(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent normals from two random words: exact to float64, returned rounded to float32.
+
+    The radius takes all 32 bits, rounded to the float32 grid (so |eps| reaches 6.76); the angle takes 24, reduced to
+    a quadrant in integers (so sin and cos are exact where they are zero).
+    """
+    u = x0.to(torch.float32) * 2.0**-32 + 2.0**-33
+    radius = torch.sqrt(-2.0 * torch.log(u.to(torch.float64)))
+    angle = x1 >> 8
+    quadrant = (angle + (1 << 21)) >> 22
+    theta = (angle - (quadrant << 22)).to(torch.float64) * (math.pi / 2**23)
+    cos, sin = torch.cos(theta), torch.sin(theta)
+    swap, flip_cos, flip_sin = (quadrant & 1) == 1, ((quadrant + 1) & 2) == 2, (quadrant & 2) == 2
+    cos, sin = torch.where(swap, sin, cos), torch.where(swap, cos, sin)
+    cos, sin = torch.where(flip_cos, -cos, cos), torch.where(flip_sin, -sin, sin)
+    return (radius * cos).to(torch.float32), (radius * sin).to(torch.float32)
+
+
+def _groups(numel: int, device: torch.device | str | None) -> Tensor:
+    return torch.arange((numel + 3) // 4, dtype=torch.int64, device=device)
+
+
+def normal_reference(
+    shape: Sequence[int], *, seed: int, offset: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """Standard normals by address, float32: the definition of the eps that `inject_noise` adds."""
+    numel = math.prod(shape)
+    x0, x1, x2, x3 = random_words(_groups(numel, device), seed, offset, NORMAL_STREAM)
+    lanes = box_muller(x0, x1) + box_muller(x2, x3)
+    return torch.stack(lanes, dim=-1).flatten()[:numel].view(tuple(shape))
+
+
+def _uniform(size: Sequence[int], seed: int, offset: int, device: torch.device | None) -> Tensor:
+    numel = math.prod(size)
+    words = random_words(_groups(numel, device), seed, offset, UNIFORM_STREAM)
+    # 23 bits and a half fit float32 exactly, so no rounding can reach 0 or 1.
+    lanes = [((word >> 9).to(torch.float32) + 0.5) * 2.0**-23 for word in words]
+    return torch.stack(lanes, dim=-1).flatten()[:numel].view(tuple(size))
+
+
+def _fake_uniform(size: Sequence[int], seed: int, offset: int, device: torch.device | None) -> Tensor:
+    return torch.empty(tuple(size), dtype=torch.float32, device=device)
+
+
+# An op and not a bare chain of them: torch.compile must neither bake the seed in nor rearrange integer arithmetic
+# (Inductor 2.13 miscompiles its 64-bit shifts on the CPU).
+define(
+    "philox_uniform(SymInt[] size, SymInt seed, SymInt offset, Device? device) -> Tensor",
+    _uniform,
+    _fake_uniform,
+    has_kernels=False,
+)
+
+
+def signed(seed: int) -> int:
+    """The seed's 64 bits as the signed int that an op's schema takes."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def philox_uniform(
+    shape: int | Sequence[int], *, seed: int, offset: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """Uniforms in the open interval (0, 1) by address: stateless, resumable, no host sync.
+
+    Args:
+        shape: of the result, an int or a sequence of ints.
+        seed: in [0, 2^64); offset: in [0, 2^32), for example the step.
+        device: of the result; the numbers are the same on each.
+
+    Returns:
+        float32 of `shape`, odd multiples of 2^-24: never 0, never 1, and the same bits everywhere.
+
+    Raises:
+        TypeError, ValueError: seed or offset isn't an int in its range, or a size is negative.
+
+    Source: Salmon et al. 2011.
+    """
+    check_address(seed, offset)
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"shape={sizes} has a negative size: pass sizes of 0 or more")
+    place = None if device is None else torch.device(device)
+    return torch.ops.dbkernels.philox_uniform(sizes, signed(seed), offset, place)

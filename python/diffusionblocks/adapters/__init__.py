@@ -1,0 +1,1 @@
+"""One file an architecture: from a network to its ends, layers and target."""

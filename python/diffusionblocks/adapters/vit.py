@@ -1,0 +1,147 @@
+"""Vision Transformers as diffusion blocks: the label's embedding is denoised in the place of the [CLS] token."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import DiffusionBlocks, Ends
+from ..density import LogNormal, NoiseDensity
+from ..information import closed_form_density
+from ..models.vit import Head, NoiseEmbedding, Stem, ViT, ViTConfig
+from ..partition import make_partition
+from ..recipes import CORRECTED, Recipe
+from ..rng import stream
+from ..targets import ClassTarget, spread_codebook
+
+
+def vit_blocks(
+    config: ViTConfig,
+    blocks: int,
+    *,
+    recipe: Recipe = CORRECTED,
+    shared: str = "shared",
+    overlap: float = 0.05,
+    seed: int = 0,
+) -> DiffusionBlocks:
+    """The reference ViT as `blocks` denoisers, initialised from `seed`.
+
+    Raises: ValueError if blocks exceeds the layers, or independent blocks get a learned codebook.
+    """
+    config = replace(config, gate_start=recipe.gate_start, silu_after=recipe.silu_after)
+    kept = config.layers - config.layers % blocks if recipe.remainder == "dropped" else config.layers
+    torch.manual_seed(stream(seed, "init") % 2**63)
+    norm_eps = 1e-12 if recipe.readout == "edm" else None
+    network = ViT(config, conditioned=True, head_norm_eps=norm_eps)
+    ends: Ends | list[Ends] = Ends(network.stem, network.head)
+    if shared == "per_block":
+        ends = [Ends(Stem(config, True), Head(config, True, norm_eps)) for _ in range(blocks)]
+    target = class_target(config.classes, config.dim, recipe)
+    partition = make_partition(noise_density(target, recipe), kept, blocks, overlap=overlap)
+    return DiffusionBlocks(
+        ends,
+        list(network.layers)[:kept],
+        target,
+        partition,
+        shared=shared,
+        context=recipe.context,
+        weighting=recipe.weighting,
+    )
+
+
+def class_target(classes: int, dim: int, recipe: Recipe = CORRECTED) -> ClassTarget:
+    """The label space of a recipe: a fixed spread-out codebook, or the published learned, normalised one."""
+    learned = recipe.codebook == "learned"
+    table = torch.randn(classes, dim) * 0.02 if learned else spread_codebook(classes, dim)
+    return ClassTarget(
+        table,
+        sigma_data=recipe.sigma_data or None,
+        readout=recipe.readout,
+        trainable=learned,
+        normalize=learned,
+        raw_estimate=recipe.estimate == "raw",
+    )
+
+
+def noise_density(target: ClassTarget, recipe: Recipe = CORRECTED) -> NoiseDensity:
+    """Where a recipe draws its noise at the start."""
+    if recipe.noise == "log_normal":
+        return LogNormal()
+    return closed_form_density(target.embeddings())
+
+
+class Conditioned(nn.Module):
+    """Any residual layer h -> layer(h), made aware of the noise by AdaLN around it; the layer itself at the start."""
+
+    def __init__(self, layer: nn.Module, dim: int, cond: int):
+        super().__init__()
+        self.layer = layer
+        self.linear = nn.Linear(cond, 3 * dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
+        shift, scale, gate = self.linear(nn.functional.silu(cond)).unsqueeze(1).chunk(3, dim=-1)
+        out = self.layer(h * (1 + scale) + shift)
+        return h + (1 + gate) * ((out[0] if isinstance(out, tuple) else out) - h)
+
+
+class HuggingFaceStem(nn.Module):
+    """The patch and position embeddings of transformers' ViT; z takes the [CLS] token's place."""
+
+    def __init__(self, embeddings: nn.Module, cond: int):
+        super().__init__()
+        self.embeddings, self.noise = embeddings, NoiseEmbedding(cond)
+
+    def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
+        patches = self.embeddings.patch_embeddings(x)
+        tokens = torch.cat([z.unsqueeze(1).to(patches.dtype), patches], dim=1)
+        return tokens + self.embeddings.position_embeddings, self.noise(c_noise)
+
+
+class HuggingFaceHead(nn.Module):
+    """transformers' final norm and classifier."""
+
+    def __init__(self, norm: nn.Module, classifier: nn.Module):
+        super().__init__()
+        self.norm, self.classifier = norm, classifier
+
+    def features(self, h: Tensor) -> Tensor:
+        return self.norm(h)[:, 0]
+
+    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
+        return self.classifier(h)
+
+
+def huggingface_vit(
+    network: nn.Module, blocks: int, *, shared: str = "shared", overlap: float = 0.05, cond: int | None = None
+) -> DiffusionBlocks:
+    """transformers' ViTForImageClassification, pretrained or not, as `blocks` denoisers; its modules are used in place.
+
+    cond: width of the noise conditioning, a quarter of the hidden size by default.
+    Raises: TypeError if `network` is another model; ValueError if blocks exceeds its layers.
+    """
+    from transformers import ViTForImageClassification
+
+    if not isinstance(network, ViTForImageClassification):
+        raise TypeError(f"network must be a transformers ViTForImageClassification, got {type(network).__name__}")
+    width = network.config.hidden_size
+    cond = cond or width // 4
+    encoder = network.vit
+    layers = encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer
+    ends = Ends(
+        HuggingFaceStem(encoder.embeddings, cond), HuggingFaceHead(encoder.layernorm, network.classifier)
+    )
+    target = class_target(network.config.num_labels, width)
+    partition = make_partition(noise_density(target), len(layers), blocks, overlap=overlap)
+    return DiffusionBlocks(
+        [copy.deepcopy(ends) for _ in range(blocks)] if shared == "per_block" else ends,
+        [Conditioned(layer, width, cond) for layer in layers],
+        target,
+        partition,
+        shared=shared,
+        context=CORRECTED.context,
+    )

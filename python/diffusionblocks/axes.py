@@ -1,0 +1,94 @@
+"""The look of the pictures: figures, axes and colours that read well at a README's width. No pyplot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+DPI = 100
+GREY, LIGHT = "#444444", "#dddddd"
+INK = {"fontsize": 9, "color": GREY}
+# Okabe and Ito's colours, told apart by colour-blind readers too; for more blocks than six, steps of cividis.
+BLOCK_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+CATEGORY_COLOURS = ("#332288", "#88CCEE", "#999933", "#DDCC77", "#AA4499")
+
+
+def block_colours(blocks: int) -> list[Any]:
+    """One colour a block."""
+    if blocks <= len(BLOCK_COLOURS):
+        return list(BLOCK_COLOURS[:blocks])
+    return [matplotlib.colormaps["cividis"](0.94 * b / (blocks - 1)) for b in range(blocks)]
+
+
+def new_figure(
+    rows: int,
+    columns: int,
+    *,
+    widths: Sequence[float] = (),
+    heights: Sequence[float] = (),
+    share: bool = False,
+) -> tuple[Figure, list[Axes]]:
+    """A figure of rows x columns axes, row by row. share: the first axes take the second's x axis."""
+    figure = Figure(figsize=(8.6, 3.6), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(rows, columns, width_ratios=widths or None, height_ratios=heights or None)
+    every = [figure.add_subplot(grid[i]) for i in range(rows * columns)]
+    for axes in every:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=LIGHT, lw=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=9, color=GREY)
+    if share:
+        every[0].sharex(every[1])
+        every[0].tick_params(labelbottom=False)
+    return figure, every
+
+
+def caption(axes: Axes, title: str = "", x: str | None = None, y: str | None = None) -> None:
+    """Title and axis labels; None leaves a label as it is."""
+    axes.set_title(title, fontsize=10)
+    if x is not None:
+        axes.set_xlabel(x, fontsize=9)
+    if y is not None:
+        axes.set_ylabel(y, fontsize=9)
+
+
+def sigma_axis(axes: Axes, label: str = "noise level $\\sigma$, falling as the walk goes") -> None:
+    """Noise from high to low, in its logarithm, labelled in sigma."""
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    high, low = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 1000 else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda sigma, _: short(sigma)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(label, fontsize=9)
+
+
+def legend_below(axes: Axes, columns: int, handles: Sequence[Artist] | None = None) -> None:
+    """A legend under the x label, out of the data's way."""
+    place = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.2)}
+    axes.legend(handles=handles, frameon=False, fontsize=8, ncols=columns, columnspacing=1, **place)
+
+
+def note(axes: Axes, text: str, at: tuple[float, float], **align: Any) -> None:
+    """Small text in the axes, at a place counted in their width and height."""
+    axes.text(*at, text, transform=axes.transAxes, **INK, **align)
+
+
+def short(sigma: float) -> str:
+    """Two figures of a noise level."""
+    return f"{sigma:.2g}" if sigma < 100 else f"{sigma:.0f}"
+
+
+def smooth(values: Sequence[float], window: int | None = None) -> list[float]:
+    """Centred moving average of `values`, shorter at the ends; the window is a tenth of them by default."""
+    reach = (len(values) // 10 if window is None else window) // 2
+    return [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]

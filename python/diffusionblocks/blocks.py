@@ -1,0 +1,212 @@
+"""A network cut into blocks, each a denoiser for its own range of noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import dbkernels
+
+from . import edm
+from .density import NoiseDensity
+from .partition import Partition, make_partition
+from .rng import stream
+from .targets import Output
+
+SHARING = ("shared", "per_block", "frozen")
+
+
+class BlockLoss(NamedTuple):
+    """One block's loss on one batch, and what it was made of.
+
+    loss: 0-dim, to backpropagate. sigma: (B,) noise drawn. per_sample: (B,) unweighted loss.
+    error: (B,) |y - D|^2. output: the block's raw output and D. The last three carry no gradient.
+    """
+
+    loss: Tensor
+    sigma: Tensor
+    per_sample: Tensor
+    error: Tensor
+    output: Output
+
+
+class Ends(nn.Module):
+    """What stands before and after a block's layers.
+
+    stem(x, c_in z, c_noise) -> (h, cond); head.features(h) -> what is read; head(features, cond) -> logits or F.
+    """
+
+    def __init__(self, stem: nn.Module, head: nn.Module):
+        super().__init__()
+        self.stem, self.head = stem, head
+
+
+class Block(nn.Module):
+    """Some layers of the network, with ends of their own or shared ones: a complete denoiser."""
+
+    def __init__(self, layers: Iterable[nn.Module], ends: Ends | None = None):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.ends = ends
+
+    def forward(self, x: Tensor, z: Tensor, sigma: Tensor, target: nn.Module, shared: Ends | None) -> Output:
+        """x: the conditioning; z: noised target, (B, ...); sigma: (B,) -> raw output and D."""
+        ends = self.ends if self.ends is not None else shared
+        c = edm.precondition(sigma, target.sigma_data)
+        h, cond = ends.stem(x, edm.expand_as(c.c_in, z) * z, c.c_noise)
+        for layer in self.layers:
+            h = layer(h, cond)
+        return target.read(ends.head, ends.head.features(h), cond, z, sigma)
+
+
+class DiffusionBlocks(nn.Module):
+    """B denoisers made of one network's layers.
+
+    ends: one Ends for all blocks, or B of them (shared="per_block"). layers: all layers, layer(h, cond) -> h, in order.
+    target: a ClassTarget or ContinuousTarget. partition: who owns which noise and which layers.
+    shared: "shared" (one copy of the ends, trained by whichever block is active), "per_block" (each its own),
+    "frozen" (one copy, never trained). context: share of each training batch drawn at sigma_max, where the answer must
+    come from x alone. weighting: "none", or "batch_mean", the published mean(loss) * mean(weight).
+    Raises: ValueError if the counts don't fit, or a trainable codebook meets independent blocks.
+    Source: arXiv 2506.14202, section 3.
+    """
+
+    def __init__(
+        self,
+        ends: Ends | Sequence[Ends],
+        layers: Sequence[nn.Module],
+        target: nn.Module,
+        partition: Partition,
+        *,
+        shared: str = "shared",
+        context: float = 0.0,
+        weighting: str = "none",
+    ):
+        super().__init__()
+        copies = [ends] if isinstance(ends, Ends) else list(ends)
+        _check_parts(copies, layers, target, partition, shared)
+        if weighting not in ("none", "batch_mean"):
+            raise ValueError(f"weighting must be 'none' or 'batch_mean', got {weighting!r}")
+        if not 0 <= context <= 1:
+            raise ValueError(f"context must be a share in [0, 1], got {context}")
+        own = shared == "per_block"
+        self.shared, self.context, self.weighting, self.partition = shared, context, weighting, partition
+        self.ends = None if own else copies[0]
+        self.target = target
+        layers = iter(layers)
+        self.blocks = nn.ModuleList(
+            Block([next(layers) for _ in range(count)], copies[b] if own else None)
+            for b, count in enumerate(partition.layers)
+        )
+        if shared == "frozen":
+            self.ends.requires_grad_(False)
+
+    def draw_sigma(self, block: int, count: int, *, seed: int, step: int, device: torch.device) -> Tensor:
+        """`count` training noise levels of `block`, float32 on `device`, the same for the same (seed, block, step).
+
+        The first `context` share of them is sigma_max.
+        """
+        u = dbkernels.philox_uniform((count,), seed=stream(seed, "sigma", block), offset=step, device=device)
+        sigma = self.partition.draw(block, u)
+        sigma[: int(self.context * count)] = self.partition.sigma_max
+        return sigma
+
+    def loss(
+        self, block: int, x: Tensor, y: Tensor, *, seed: int, step: int, sigma: Tensor | None = None
+    ) -> BlockLoss:
+        """The denoising loss of one block; nothing of the other blocks is touched.
+
+        x: conditioning. y: the target (labels or a tensor). seed, step: address the noise; the same pair gives the same
+        noise on every device. sigma: (B,) levels to use instead of drawing them.
+        Raises: ValueError on a wrong shape, dtype, device, label, noise level or block.
+        """
+        self.check(block, x, y)
+        if sigma is None:
+            sigma = self.draw_sigma(block, len(y), seed=seed, step=step, device=x.device)
+        else:
+            _check_levels(sigma, y)
+        clean = self.target.clean(y)
+        z = dbkernels.inject_noise(clean, sigma, seed=stream(seed, "eps", block), offset=step)
+        output = self.blocks[block](x, z, sigma, self.target, self.ends)
+        per_sample = self.target.loss(output, z, y, sigma)
+        loss = per_sample.mean()
+        if self.weighting == "batch_mean":
+            loss = loss * edm.weight(sigma, self.target.sigma_data).mean()
+        error = (clean.detach() - output.denoised.detach()).square().flatten(1).sum(1)
+        return BlockLoss(loss, sigma, per_sample.detach(), error, Output(*(t.detach() for t in output)))
+
+    @torch.no_grad()
+    def denoise(self, x: Tensor, z: Tensor, sigma: float, *, block: int | None = None) -> Output:
+        """What the owner of `sigma` (or `block`) makes of z: raw output and D.
+
+        Raises: ValueError if sigma is not positive, or shapes, devices or the block don't fit.
+        """
+        if not 0 < sigma < float("inf"):
+            raise ValueError(f"sigma must be positive and finite, got {sigma}")
+        block = int(self.partition.block_of(sigma)) if block is None else block
+        self.partition.check_block(block)
+        if hasattr(self.target, "check_noised"):
+            self.target.check_noised(z)
+        self._check_input(block, x, z, "z")
+        levels = torch.full((len(z),), sigma, dtype=torch.float32, device=z.device)
+        return self.blocks[block](x, z, levels, self.target, self.ends)
+
+    def repartition(self, density: NoiseDensity) -> None:
+        """Cut the noise anew, to equal mass under `density`; layers and overlap stay."""
+        self.partition = make_partition(density, self.partition.layers, overlap=self.partition.overlap)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """What is trained, moved and saved as one: "shared" (ends and codebook), "block_0", "block_1", ..."""
+        shared = nn.ModuleDict({"target": self.target})
+        if self.ends is not None:
+            shared["ends"] = self.ends
+        return {"shared": shared, **{f"block_{b}": block for b, block in enumerate(self.blocks)}}
+
+    def check(self, block: int, x: Tensor, y: Tensor) -> None:
+        """Raise ValueError unless (x, y) is a batch that `block` can be trained on, where its weights are."""
+        self.partition.check_block(block)
+        self.target.check(y)
+        self._check_input(block, x, y, "y")
+
+    def _check_input(self, block: int, x: Tensor, y: Tensor, name: str) -> None:
+        if x.dim() == 0 or len(x) != len(y):
+            raise ValueError(f"x and {name} must have the same batch size, got {tuple(x.shape)} and {tuple(y.shape)}")
+        weight = next(self.blocks[block].parameters())
+        if not weight.device == x.device == y.device or weight.numel() == 0:
+            where = "not resident" if weight.numel() == 0 else f"on {weight.device}"
+            raise ValueError(
+                f"block {block} is {where}, x on {x.device}, {name} on {y.device}: activate the block "
+                "(Residency.activate) and move the batch to its device"
+            )
+        ends = self.blocks[block].ends or self.ends
+        if hasattr(ends.stem, "check"):
+            ends.stem.check(x)
+
+
+def _check_levels(sigma: Tensor, y: Tensor) -> None:
+    if sigma.shape != y.shape[:1] or not sigma.is_floating_point() or sigma.device != y.device:
+        raise ValueError(
+            f"sigma must be floating, of shape ({len(y)},) and on {y.device}, "
+            f"got {tuple(sigma.shape)} {sigma.dtype} on {sigma.device}"
+        )
+    if sigma.device.type == "cpu":  # elsewhere reading them would wait for the device: they show as a NaN loss
+        edm.check_sigma(sigma)
+
+
+def _check_parts(
+    ends: list[Ends], layers: Sequence[nn.Module], target: nn.Module, partition: Partition, shared: str
+) -> None:
+    if shared not in SHARING:
+        raise ValueError(f"shared must be one of {', '.join(SHARING)}, got {shared!r}")
+    if sum(partition.layers) != len(layers):
+        raise ValueError(f"the partition places {sum(partition.layers)} layers, the network has {len(layers)}")
+    wanted = partition.blocks if shared == "per_block" else 1
+    if len(ends) != wanted:
+        raise ValueError(f"shared={shared!r} with {partition.blocks} blocks needs {wanted} Ends, got {len(ends)}")
+    if len({id(p) for e in ends for p in e.parameters()}) < sum(len(list(e.parameters())) for e in ends):
+        raise ValueError(f"shared={shared!r} needs ends of their own for every block; two of them share a parameter")
+    if shared != "shared" and any(p.requires_grad for p in target.parameters()):
+        raise ValueError(f"shared={shared!r} needs a fixed codebook: the blocks must agree on the space of z")

@@ -1,0 +1,254 @@
+"""Pictures of a finished run: what it learnt, how it walks, what it took, and where the bits are.
+
+Each picture has a function from a `Run` to a matplotlib Figure; `draw` writes them all.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from .axes import (
+    BLOCK_COLOURS,
+    CATEGORY_COLOURS,
+    DPI,
+    GREY,
+    INK,
+    LIGHT,
+    block_colours,
+    caption,
+    legend_below,
+    new_figure,
+    note,
+    short,
+    sigma_axis,
+    smooth,
+)
+from .memory import CATEGORIES, readable
+from .partition import Partition
+from .runfiles import BLOCKWISE, Run, read_run
+
+BASELINES = {"end-to-end": "--", "checkpointing": ":", "forward-forward": "-."}  # name -> line style
+PLAN = "block-wise,\nplan"
+
+
+def draw(folder: str | os.PathLike[str]) -> list[Path]:
+    """Write the pictures of the run in `folder` into it, each in one step; returns their paths.
+
+    Raises: ValueError if it isn't the folder of a finished run, saying what is missing.
+    """
+    folder = Path(folder)
+    run = read_run(folder)
+    figures = {f"{name}.png": figure(run) for name, figure in FIGURES.items()}
+    return [_write(figure, folder / name) for name, figure in figures.items()]
+
+
+def loss_figure(run: Run) -> Figure:
+    """Loss of each block while it trained; beside it cross-entropy by noise level, on the test split."""
+    figure, (left, right) = new_figure(1, 2)
+    highest = 0.0
+    for block, colour in enumerate(colours_of(run)):
+        own = [r for r in run.rows[BLOCKWISE] if r["block"] == block]
+        steps, losses = [r["step"] for r in own], [r["loss"] for r in own]
+        highest = max([highest, *smooth(losses)])
+        left.plot(steps, losses, color=colour, alpha=0.25, lw=0.8)
+        left.plot(steps, smooth(losses), color=colour, lw=1.8, label=f"block {block}")
+        span = [v for v in run.test["levels"] if v["block"] == block]
+        sigmas, entropies = [v["sigma"] for v in span], [v["cross_entropy"] for v in span]
+        right.plot(sigmas, entropies, "o-", ms=3.5, lw=1.5, color=colour, label=f"block {block}")
+    left.set_ylim(0, 1.08 * highest or 1)
+    right.set_ylim(0)
+    caption(left, "loss of each block while it trains", "step", "cross-entropy, nats")
+    caption(right, "by noise level after training, test split", y="cross-entropy, nats")
+    sigma_axis(right)
+    classes = run.summary.get("config", {}).get("model", {}).get("classes")
+    if classes:
+        note(right, f"guessing: {math.log(classes):.2f}", (0.98, 0.96), ha="right", va="top")
+    left.legend(frameon=False, fontsize=9, ncols=1 + len(colours_of(run)) // 5)
+    return figure
+
+
+def walk_figure(run: Run) -> Figure:
+    """Accuracy at each step of the walk from high noise to low, beside the baselines' accuracy."""
+    figure, (axes,) = new_figure(1, 1)
+    walk = run.test["walk"]
+    steps, accuracies = [s["step"] for s in walk], [s["accuracy"] for s in walk]
+    axes.plot(steps, accuracies, color=LIGHT, lw=2, zorder=1)
+    for block, colour in enumerate(colours_of(run)):
+        own = [i for i, s in enumerate(walk) if s["block"] == block]
+        points = [steps[i] for i in own], [accuracies[i] for i in own]
+        axes.plot(*points, "o-", ms=8, lw=2.5, color=colour, label=f"block {block}")
+    others = {name: r["test"]["accuracy"] for name, r in run.results.items() if name in BASELINES}
+    low, high = _window(accuracies, list(others.values()))
+    for name, accuracy in others.items():
+        if accuracy >= low:
+            axes.axhline(accuracy, color=GREY, ls=BASELINES[name], lw=1.3, label=f"{name} {accuracy:.1f} %")
+    off = ", ".join(f"{name} {accuracy:.1f} %" for name, accuracy in others.items() if accuracy < low)
+    if off:
+        note(axes, f"below this picture: {off}", (0.01, 0.02))
+    last = (steps[-1], accuracies[-1])
+    axes.annotate(f"{last[1]:.1f} %", last, xytext=(0, 9), textcoords="offset points", ha="center", **INK)
+    axes.set_ylim(low, high)
+    if len(walk) <= 12:
+        axes.set_xticks(steps, [f"{s['step']}\n$\\sigma$={short(s['sigma'])}" for s in walk])
+    caption(axes, "accuracy along the walk, test split", "step of the walk", "accuracy, %")
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def memory_figure(run: Run) -> Figure:
+    """Bytes on the device against time, and by category: the plan, block-wise training, the baselines."""
+    figure, (left, right) = new_figure(1, 2, widths=(1, 1.2))
+    bars = _bars(run)
+    unit, per = _unit(max(sum(by.values()) for by in bars.values()))
+    for name, style in {BLOCKWISE: "-", **BASELINES}.items():
+        rows = run.rows.get(name, [])
+        seconds, held = [r["seconds"] for r in rows], [r["allocated"] / per for r in rows]
+        if rows:
+            colour = BLOCK_COLOURS[0] if name == BLOCKWISE else GREY
+            left.plot(seconds, held, style, color=colour, lw=1.8, label=name)
+    left.set_ylim(0, 1.1 * left.get_ylim()[1])
+    caption(left, "while training", "seconds since it began", f"on the device, {unit}")
+    legend_below(left, 2)
+    _stack(right, bars, per)
+    caption(right, "by category", unit)
+    return figure
+
+
+def partition_figure(run: Run) -> Figure:
+    """Where training noise is drawn and who owns it; below, the ranges as trained, widened by the overlap."""
+    partition = run.partition
+    figure, (top, lanes) = new_figure(2, 1, heights=(3, 0.4 + 0.25 * partition.blocks), share=True)
+    log_sigma, height = _density_curve(partition)
+    for block, colour in enumerate(colours_of(run)):
+        owned, trained, lane = partition.owned(block), partition.trained(block), (block, block)
+        span = np.linspace(math.log(owned.low), math.log(owned.high), 200)
+        top.fill_between(np.exp(span), np.interp(span, log_sigma, height), color=colour, alpha=0.75, lw=0)
+        lanes.plot(trained, lane, color=colour, alpha=0.35, lw=7, solid_capstyle="butt")
+        lanes.plot(owned, lane, color=colour, lw=7, solid_capstyle="butt")
+    top.set_ylim(0, 1.08 * max(height))
+    names = [f"block {b}, {n} layer{'s' * (n > 1)}" for b, n in enumerate(partition.layers)]
+    lanes.set_yticks(range(partition.blocks), names, fontsize=9 if partition.blocks <= 4 else 7)
+    lanes.set_ylim(partition.blocks - 0.4, -0.6)
+    caption(top, "who owns which noise", y="density of training\nnoise over $\\ln\\,\\sigma$")
+    sigma_axis(lanes, "noise level $\\sigma$, falling as the walk goes; pale: the overlap in training")
+    return figure
+
+
+def bound_figure(run: Run) -> Figure:
+    """The information bound by the noise level it is read at: flat where the model is consistent."""
+    figure, (axes,) = new_figure(1, 1)
+    levels, edges, bit = run.test["levels"], run.partition.edges, 1 / math.log(2)
+    bound, left_over = ([v[key] * bit for v in levels] for key in ("bound", "cross_entropy"))
+    sigma, top = [v["sigma"] for v in levels], 1.3 * max(bound)
+    axes.plot(sigma, left_over, color=GREY, lw=1.2, ls=":", label="cross-entropy left at this noise")
+    axes.plot(sigma, bound, color=GREY, lw=1, zorder=1, label="bound: that, plus what higher noise has told")
+    for block, colour in enumerate(colours_of(run)):
+        span = [i for i, v in enumerate(levels) if v["block"] == block]
+        axes.plot([sigma[i] for i in span], [bound[i] for i in span], "o-", ms=4, lw=2.2, color=colour)
+        axes.axvspan(edges[block + 1], edges[block], color=colour, alpha=0.08, lw=0)
+        middle, regret = math.sqrt(edges[block] * edges[block + 1]), _regret(run, block)
+        height = 0.97 if len(edges) <= 5 else 0.97 - 0.07 * (block % 3)  # many narrow blocks: in three rows
+        name = f"block {block}\n" if len(edges) <= 5 else f"{block}: "
+        axes.text(middle, height * top, f"{name}{regret:+.3f}", ha="center", va="top", **INK)
+    axes.set_ylim(0, top)
+    total = (
+        f"information bound {run.test['bound_bits']:.3f} bits; by block its regret, what it adds to the bound"
+    )
+    caption(axes, total, y="bits")
+    sigma_axis(axes)
+    axes.legend(frameon=False, fontsize=9, loc="center left")
+    return figure
+
+
+FIGURES: dict[str, Callable[[Run], Figure]] = {
+    "loss": loss_figure,
+    "walk": walk_figure,
+    "memory": memory_figure,
+    "partition": partition_figure,
+    "bound": bound_figure,
+}
+
+
+def colours_of(run: Run) -> list[Any]:
+    """One a block."""
+    return block_colours(len(run.summary["partition"]["layers"]))
+
+
+def _window(walk: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Limits in percent that show the walk; a baseline far below it doesn't flatten it."""
+    least = min(walk)
+    low = min([least, *(a for a in others if a > least - 15)])
+    high = max([*walk, *others])
+    margin = max(0.15 * (high - low), 1.5)
+    return max(0.0, low - margin), min(100.5, high + margin)
+
+
+def _density_curve(partition: Partition) -> tuple[list[float], list[float]]:
+    """Rising ln sigma and the density there; a tabulated density is smoothed over about a bin."""
+    low, high = math.log(partition.sigma_min), math.log(partition.sigma_max)
+    grid = torch.linspace(low, high, 641, dtype=torch.float64)
+    q = partition.density.cdf(grid.exp())
+    height = q.diff() / (q[-1] - q[0]) / grid.diff()
+    return ((grid[1:] + grid[:-1]) / 2).tolist(), smooth(height.tolist(), 16)
+
+
+def _regret(run: Run, block: int) -> float:
+    """In bits; 0 for a last block that owns none of the levels."""
+    regrets = run.test["regret_bits"]
+    return regrets[block] if block < len(regrets) else 0.0
+
+
+def _bars(run: Run) -> dict[str, dict[str, int]]:
+    """What each bar of the memory picture stands for, top to bottom, and its bytes by category."""
+    bars = {PLAN: run.results[BLOCKWISE].get("plan"), BLOCKWISE: run.results[BLOCKWISE]["memory"]}
+    bars |= {name: run.results[name].get("memory") for name in BASELINES if name in run.results}
+    return {name: {c: int(by.get(c, 0)) for c in CATEGORIES} for name, by in bars.items() if by}
+
+
+def _stack(axes: Axes, bars: dict[str, dict[str, int]], per: float) -> None:
+    """Bars of bytes by category with their totals, and how many times block-wise training's they are."""
+    names, left = list(bars), np.zeros(len(bars))
+    for category, colour in zip(CATEGORIES, CATEGORY_COLOURS, strict=True):
+        sizes = np.array([bars[name][category] / per for name in names])
+        drawn = axes.barh(range(len(names)), sizes, 0.6, left=left, color=colour)
+        for bar, name in zip(drawn, names, strict=True):
+            bar.set_alpha(0.5 if name == PLAN else 1.0)
+        left += sizes
+    measured = sum(bars[BLOCKWISE].values())
+    for i, name in enumerate(names):
+        total = sum(bars[name].values())
+        text = readable(total) + (f", {total / measured:.1f}x" if name in BASELINES and measured else "")
+        axes.annotate(text, (left[i], i), xytext=(4, 0), textcoords="offset points", va="center", **INK)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.5 * max(left))
+    axes.grid(visible=False, axis="y")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    patches = [Patch(color=c, label=name) for name, c in zip(CATEGORIES, CATEGORY_COLOURS, strict=True)]
+    legend_below(axes, 3, handles=patches)
+
+
+def _unit(total: int) -> tuple[str, float]:
+    power = max(k for k in range(4) if k == 0 or total >= 1024**k)
+    return ("B", "KiB", "MiB", "GiB")[power], 1024.0**power
+
+
+def _write(figure: Figure, path: Path) -> Path:
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        figure.savefig(partial, format="png", dpi=DPI)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

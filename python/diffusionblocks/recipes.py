@@ -1,0 +1,76 @@
+"""The two recipes: the paper's constants with its code's semantics, and the corrected default; every difference a field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How blocks are trained and walked, for a class target. Each field is one difference between the two recipes.
+
+    noise: where training noise is drawn: "information" (equal information, started from the codebook's closed form and
+      measured while training) or "log_normal" (EDM's constants for images).
+    codebook: label embeddings "fixed" (orthonormal) or "learned".
+    sigma_data: 0 means 1/sqrt(width), the codebook's true root mean square; the paper's is 0.5.
+    readout: how logits are read, see ClassTarget.
+    weighting: "none", or "batch_mean": mean(loss) * mean(weight(sigma)), a broadcast in the published code.
+    estimate: D from the codebook "as_trained", or "raw": the walk leaves the normalised space it was trained in.
+    block_choice: "balanced" (every block equally often), or "vote": noise is drawn first and the batch goes to the block
+      that most of it belongs to.
+    context: share of a batch drawn at sigma_max, where the answer must come from x alone.
+    gate_start: what AdaLN's gates start from.
+    silu_after: SiLU behind AdaLN's linear layer instead of before it.
+    remainder: layers that don't divide by B are "spread" or "dropped".
+    walk_start: the walk starts at "mean" (z = 0, the centre of the noise) or at a draw of "noise".
+    levels: "karras" or "probability", the walk's noise levels.
+    """
+
+    noise: str = "information"
+    codebook: str = "fixed"
+    sigma_data: float = 0.0
+    readout: str = "posterior"
+    weighting: str = "none"
+    estimate: str = "as_trained"
+    block_choice: str = "balanced"
+    context: float = 0.5
+    gate_start: float = 1.0
+    silu_after: bool = False
+    remainder: str = "spread"
+    walk_start: str = "mean"
+    levels: str = "karras"
+
+
+CORRECTED = Recipe()
+PUBLISHED = Recipe(
+    noise="log_normal",
+    codebook="learned",
+    sigma_data=0.5,
+    readout="edm",
+    weighting="batch_mean",
+    estimate="raw",
+    block_choice="vote",
+    context=0.0,
+    gate_start=0.0,
+    silu_after=True,
+    remainder="dropped",
+    walk_start="noise",
+    levels="probability",
+)
+RECIPES = {"corrected": CORRECTED, "published": PUBLISHED}
+
+
+def resolve(name: str, switch: Iterable[str] = ()) -> Recipe:
+    """The recipe `name` with the fields in `switch` taken from the other one: how each difference is ablated.
+
+    Raises: ValueError if the recipe or a field is unknown.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {name!r}")
+    other = RECIPES["published" if name == "corrected" else "corrected"]
+    known = [f.name for f in fields(Recipe)]
+    for field in switch:
+        if field not in known:
+            raise ValueError(f"switch must name fields of Recipe ({', '.join(known)}), got {field!r}")
+    return replace(RECIPES[name], **{field: getattr(other, field) for field in switch})

@@ -1,0 +1,149 @@
+"""Which block is on the device: everything of the others (weights, moments, average) is on the host or on disk."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .blocks import DiffusionBlocks
+from .memory import Usage, count_bytes
+from .optim import PartOptimizer
+
+STORES = ("host", "disk")
+
+
+class Residency:
+    """Holds one block and the shared part on `device`; all other blocks wait in `store`.
+
+    optimizers: one a part (`DiffusionBlocks.parts`), or none for inference. store: "host" keeps waiting blocks in host
+    memory, "disk" in safetensors files under `folder`, no tensor of them in memory. Where the device is the host
+    itself, only "disk" frees memory.
+    Raises: ValueError if store is unknown or "disk" comes without a folder.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionBlocks,
+        optimizers: dict[str, PartOptimizer] | None = None,
+        *,
+        device: torch.device | str,
+        store: str = "host",
+        folder: Path | None = None,
+    ):
+        if store not in STORES:
+            raise ValueError(f"store must be one of {', '.join(STORES)}, got {store!r}")
+        if store == "disk" and folder is None:
+            raise ValueError("store='disk' needs a folder to keep waiting blocks in")
+        self.parts, self.optimizers = model.parts(), optimizers or {}
+        self.device, self.store, self.folder = torch.device(device), store, folder
+        self.active: int | None = None
+        self.averaged = False
+        if folder is not None and store == "disk":
+            folder.mkdir(parents=True, exist_ok=True)
+        for part in self.parts:
+            self._place(part, self.device) if part == "shared" else self._retire(part)
+
+    def activate(self, block: int) -> None:
+        """Bring `block` to the device; the one that was there leaves first, so that two are never there at once."""
+        if block == self.active:
+            return
+        if f"block_{block}" not in self.parts:
+            raise ValueError(f"there is no block {block}; known parts: {', '.join(self.parts)}")
+        self.retire()
+        self._fetch(f"block_{block}")
+        self.active = block
+
+    def retire(self) -> None:
+        """Send the active block to the store."""
+        if self.active is not None:
+            self._retire(f"block_{self.active}")
+        self.active = None
+
+    @contextlib.contextmanager
+    def averages(self) -> Iterator[None]:
+        """Within it, weights are their moving averages."""
+        resident = ["shared"] + ([f"block_{self.active}"] if self.active is not None else [])
+        self._swap(resident)
+        self.averaged = True
+        try:
+            yield
+        finally:
+            self._swap(["shared"] + ([f"block_{self.active}"] if self.active is not None else []))
+            self.averaged = False
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """All tensors of a part by name, wherever it is; a part on disk is read, and freed with the result."""
+        if self._on_disk(part):
+            return load_file(self._file(part))
+        return self._live(part)
+
+    def load(self, part: str, tensors: dict[str, Tensor]) -> None:
+        """Replace a part's tensors; it stays where it is. Raises: ValueError if names or shapes differ."""
+        live = self._live(part)
+        shapes = {name: t.shape for name, t in self.tensors(part).items()}
+        if shapes != {name: t.shape for name, t in tensors.items()}:
+            wrong = sorted(set(shapes) ^ set(tensors)) or sorted(n for n in shapes if shapes[n] != tensors[n].shape)
+            raise ValueError(f"part {part!r} does not fit this model: {', '.join(wrong[:4])}")
+        if self._on_disk(part):
+            save_file({name: t.contiguous() for name, t in tensors.items()}, self._file(part))
+            return
+        for name, t in live.items():
+            t.data = tensors[name].to(t.device, t.dtype)
+
+    def usage(self) -> Usage:
+        """Bytes of weights, gradients, moments and averages, on the device and on the host."""
+        groups: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "moments": [], "averages": []}
+        for part, module in self.parts.items():
+            for name, t in self._live(part).items():
+                groups[_category(name)].append(t)
+            groups["gradients"] += [p.grad for p in module.parameters() if p.grad is not None]
+        return Usage({name: count_bytes(ts, self.device) for name, ts in groups.items()})
+
+    def _live(self, part: str) -> dict[str, Tensor]:
+        module = self.parts[part]
+        tensors = {f"weight/{name}": p for name, p in [*module.named_parameters(), *module.named_buffers()]}
+        return tensors | (self.optimizers[part].tensors() if part in self.optimizers else {})
+
+    def _fetch(self, part: str) -> None:
+        if self._on_disk(part):
+            for name, t in load_file(self._file(part), device=str(self.device)).items():
+                self._live(part)[name].data = t
+        self._place(part, self.device)
+        if self.averaged:
+            self._swap([part])
+
+    def _retire(self, part: str) -> None:
+        if self.averaged:
+            self._swap([part])
+        if self.store == "disk":
+            live = self._live(part)
+            save_file({name: t.detach().contiguous() for name, t in live.items()}, self._file(part))
+            for t in live.values():
+                t.data = torch.empty(0, dtype=t.dtype)
+        else:
+            self._place(part, torch.device("cpu"))
+
+    def _place(self, part: str, device: torch.device) -> None:
+        for t in self._live(part).values():
+            t.data = t.data.to(device)
+
+    def _swap(self, parts: list[str]) -> None:
+        for part in parts:
+            if part in self.optimizers:
+                self.optimizers[part].swap_ema()
+
+    def _on_disk(self, part: str) -> bool:
+        return self.store == "disk" and part != "shared" and part != f"block_{self.active}"
+
+    def _file(self, part: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{part}.safetensors"
+
+
+def _category(name: str) -> str:
+    return {"weight": "weights", "ema": "averages"}.get(name.split("/")[0], "moments")

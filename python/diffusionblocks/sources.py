@@ -1,0 +1,95 @@
+"""Where each dataset comes from: its training and test images as tensors; stratified splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import hub, idx
+from .rng import stream
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
+DIGITS_TEST_SIZE = 360  # a fifth of the 1,797
+
+Pair = tuple[Tensor, Tensor]  # images (N, C, H, W) uint8, labels (N,) int64
+Reader = Callable[[Path | None], dict[str, Pair]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The shape (C, H, W) and number of classes of a dataset, and what reads its "train" and "test"."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    read: Reader
+
+
+def _digits(folder: Path | None) -> dict[str, Pair]:
+    if folder is not None:
+        raise ValueError(f"digits comes with scikit-learn and takes no folder, got {folder}")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images)[:, None]  # (1797, 1, 8, 8), values 0..16
+    images, labels = (images * (255 / 16)).round().to(torch.uint8), torch.from_numpy(digits.target).long()
+    test, train = stratified(labels, DIGITS_TEST_SIZE, stream(0, "digits", "test"))
+    return {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
+
+
+def _fashion_mnist(folder: Path | None) -> dict[str, Pair]:
+    folder = DEBIAN_FASHION_MNIST if folder is None else folder
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no folder {folder} with Fashion-MNIST; apt-get install dataset-fashion-mnist, or pass folder="
+        )
+    return {part: _idx_pair(folder, prefix) for part, prefix in (("train", "train"), ("test", "t10k"))}
+
+
+def _idx_pair(folder: Path, prefix: str) -> Pair:
+    images = idx.read(_plain_or_gz(folder / f"{prefix}-images-idx3-ubyte"))
+    labels = idx.read(_plain_or_gz(folder / f"{prefix}-labels-idx1-ubyte"))
+    return images.unsqueeze(1), labels.long()
+
+
+def _plain_or_gz(path: Path) -> Path:
+    for candidate in (path, path.with_name(path.name + ".gz")):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"neither {path} nor {path.name}.gz exists; put the four files of Fashion-MNIST there"
+    )
+
+
+SOURCES = {
+    "digits": Source((1, 8, 8), 10, _digits),
+    "fashion-mnist": Source((1, 28, 28), 10, _fashion_mnist),
+    "cifar100": Source((3, 32, 32), 100, partial(hub.read, hub.CIFAR100)),
+    "tiny-imagenet": Source((3, 64, 64), 200, partial(hub.read, hub.TINY_IMAGENET)),
+}
+
+
+def stratified(labels: Tensor, count: int, key: int) -> tuple[Tensor, Tensor]:
+    """`count` of the samples with each class in proportion, and the others: rising indices, int64.
+
+    labels: (N,) int64 >= 0, N >= count. key: chooses samples of a class, never how many of each class.
+    """
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(key))
+    quota = _quota(torch.bincount(labels), count)
+    members = [shuffled[labels[shuffled] == c][:q] for c, q in enumerate(quota)]
+    taken = torch.zeros(len(labels), dtype=torch.bool)
+    taken[torch.cat(members)] = True
+    return taken.nonzero().flatten(), (~taken).nonzero().flatten()
+
+
+def _quota(sizes: Tensor, count: int) -> list[int]:
+    """How many of each class: the proportional share rounded down; the largest remainders get the rest."""
+    total = int(sizes.sum())
+    shares = [divmod(size * count, total) for size in sizes.tolist()]
+    by_remainder = sorted(range(len(shares)), key=lambda c: -shares[c][1])
+    extra = set(by_remainder[: count - sum(whole for whole, _ in shares)])
+    return [whole + (c in extra) for c, (whole, _) in enumerate(shares)]

@@ -1,0 +1,168 @@
+"""Block-wise training, written out: one step is noise, one block's loss, that block's optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import dbkernels
+
+from .blocks import BlockLoss, DiffusionBlocks
+from .config import TrainConfig
+from .information import InformationMeter
+from .memory import SavedTensors, Usage, allocated
+from .optim import PartOptimizer, clip_gradients, learning_rate
+from .residency import Residency
+from .rng import stream
+
+LOG_EVERY = 25
+
+
+class Batches(Protocol):
+    """Where training data comes from: batch number `step`, on the device."""
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]: ...
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss or gradient that isn't a number; weights are as they were before that step."""
+
+
+class Session:
+    """All that block-wise training holds: model, optimizers, residency, noise meter, and how far it has come.
+
+    device: where the active block trains. store, folder: where the others wait (see Residency).
+    """
+
+    def __init__(self, model: DiffusionBlocks, config: TrainConfig, *, device: torch.device, folder: Any = None):
+        self.model, self.config, self.device = model, config, device
+        self.step, self.seconds = 0, 0.0
+        self.optimizers = {
+            part: PartOptimizer(module.named_parameters(), weight_decay=config.weight_decay, ema_decay=config.ema)
+            for part, module in model.parts().items()
+        }
+        on_host = device.type == "cpu"
+        store = ("disk" if on_host else "host") if config.store == "auto" else config.store
+        self.residency = Residency(model, self.optimizers, device=device, store=store, folder=folder)
+        adapts = config.method.noise == "information"
+        self.meter = InformationMeter(model.partition.density, device=device) if adapts else None
+        self.changed = set(self.residency.parts)  # since the last checkpoint
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self.bad_sigma = torch.zeros(2, device=device)  # lowest, highest
+        if config.compile:
+            for block in model.blocks:
+                block.compile()
+
+    def watch(self, step: int, loss: BlockLoss, norm: Tensor) -> None:
+        """Remember the first step whose loss or gradient isn't finite, without waiting for the device."""
+        new = ~(loss.loss.isfinite() & norm.isfinite()) & (self.first_bad < 0)
+        self.first_bad = torch.where(new, step, self.first_bad)
+        self.bad_sigma = torch.where(new, torch.stack(loss.sigma.aminmax()), self.bad_sigma)
+
+    def check(self) -> None:
+        """Raise NonFiniteLoss if `watch` saw one. Waits for the device."""
+        step = int(self.first_bad)
+        if step < 0:
+            return
+        low, high = self.bad_sigma.tolist()
+        raise NonFiniteLoss(
+            f"the loss or gradient of block {block_at(step, self.config)} is not finite at step {step} (sigma from "
+            f"{low:.4g} to {high:.4g}); the last checkpoint is intact. Lower lr, raise "
+            "warmup, or use precision='float32', and start again"
+        )
+
+
+def train(session: Session, batches: Batches, *, on_log: Callable[[dict[str, Any]], None], on_step: Callable[[], None]) -> None:
+    """Train from `session.step` to the end of the config's steps.
+
+    on_log gets a row of metrics every LOG_EVERY steps of a block; on_step is called after every step (checkpoints).
+    Raises: NonFiniteLoss, naming block, step and sigma.
+    """
+    config, model, meter = session.config, session.model, session.meter
+    warmup = max(1, round(config.warmup * config.total_steps))
+    model.train()
+    while session.step < config.total_steps:
+        step = session.step
+        block = block_at(step, config)
+        if meter and step % (config.visit * config.blocks) == 0:
+            session.check()
+            model.repartition(meter.density())
+        session.residency.activate(block)
+        torch.manual_seed(stream(config.seed, "layers", step) % 2**63)  # for dropout, if the layers have any
+
+        logs = step % LOG_EVERY == LOG_EVERY - 1
+        for micro in range(step * config.accumulate, (step + 1) * config.accumulate):
+            x, y = batches.batch(micro)
+            voted, sigma = choose(model, block, len(y), config, micro, x.device)
+            if voted != block:
+                block = voted
+                session.residency.activate(block)
+            with saved_tensors(model, block) if logs else nullcontext() as saved, autocast(config, x.device):
+                loss = model.loss(block, x, y, seed=config.seed, step=micro, sigma=sigma)
+            (loss.loss / config.accumulate).backward()
+            if meter:
+                meter.update(loss.sigma, loss.error)
+        usage = session.residency.usage().with_(activations=saved.bytes) if logs else None
+
+        active = [session.optimizers[part] for part in ("shared", f"block_{block}")]
+        norm = clip_gradients(active, config.clip)
+        rate = learning_rate(step, steps=config.total_steps, peak=config.lr, warmup=warmup)
+        for optimizer in active:
+            optimizer.step(rate)
+        session.watch(step, loss, norm)
+        session.changed |= {"shared", f"block_{block}"}
+        session.step += 1
+        if usage:
+            session.check()
+            on_log(row(session, block, loss, norm, usage) | {"lr": rate})
+        on_step()
+    session.check()
+
+
+def block_at(step: int, config: TrainConfig) -> int:
+    """Whose turn it is: every block once a round of visits, in an order drawn for the round. Depends on step alone."""
+    turn = step // config.visit
+    generator = torch.Generator().manual_seed(stream(config.seed, "round", turn // config.blocks))
+    return int(torch.randperm(config.blocks, generator=generator)[turn % config.blocks])
+
+
+def choose(
+    model: DiffusionBlocks, block: int, count: int, config: TrainConfig, step: int, device: torch.device
+) -> tuple[int, Tensor]:
+    """The block to train and its noise (count,). By "vote" (published) noise comes first and most of it decides."""
+    if config.method.block_choice != "vote":
+        return block, model.draw_sigma(block, count, seed=config.seed, step=step, device=device)
+    u = dbkernels.philox_uniform((count,), seed=stream(config.seed, "vote"), offset=step, device=device)
+    sigma = model.partition.draw_any(u)
+    return int(model.partition.block_of(sigma).mode().values), sigma
+
+
+def row(session: Session, block: int, loss: BlockLoss, norm: Tensor, usage: Usage) -> dict[str, Any]:
+    """A row of metrics for one step."""
+    low, high = session.model.partition.trained(block)
+    peak, reserved = allocated(session.device)
+    return {
+        "step": session.step,
+        "block": block,
+        "sigma_low": low,
+        "sigma_high": high,
+        "loss": float(loss.per_sample.mean()),
+        "grad_norm": float(norm),
+        "bytes": usage.by_category,
+        "allocated": peak if session.device.type == "cuda" else usage.total,
+        "reserved": reserved,
+    }
+
+
+def saved_tensors(model: DiffusionBlocks, block: int) -> Any:
+    """Count what this step saves for its backward pass."""
+    return SavedTensors([*model.blocks[block].parameters(), *model.parts()["shared"].parameters()]).count()
+
+
+def autocast(config: TrainConfig, device: torch.device) -> Any:
+    """bfloat16 autocast where the config asks for it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")

@@ -1,0 +1,48 @@
+"""Run by test_inject_noise_triton.py in a process with TRITON_INTERPRET=1: the kernel on the CPU against the definition."""
+
+import itertools
+
+import torch
+from numerics import EPSILON, ulps
+
+from dbkernels import inject_noise_reference
+from dbkernels.philox import normal_reference
+from dbkernels.triton.inject_noise import GROUPS, launch
+
+torch.manual_seed(0)
+PROGRAM = 4 * GROUPS  # elements
+
+
+def normals():
+    """Uniform bits are those of the definition, or no normal would match. The interpreter's fma rounds twice, and its
+    polynomials so lose up to 2 ulp more than on a GPU, where the limit is 2."""
+    y = torch.zeros(3 * PROGRAM + 77)
+    z = torch.full_like(y, float("nan"))
+    launch(y, torch.ones(()), z, None, 2**63 + 5, 2**32 - 1)
+    distance = ulps(z, normal_reference(y.shape, seed=2**63 + 5, offset=2**32 - 1))
+    assert distance.max() <= 4, distance.max()
+
+
+def modes():
+    shapes = {
+        "single level": ((3, 5), ()),
+        "a level a program": ((3, PROGRAM), (3,)),
+        "a level a group": ((4, 6, 8), (4, 6)),
+        "a level an element": ((5, 3, 7), (5, 3)),
+        "odd, two programs": ((2, PROGRAM - 1), (2,)),
+    }
+    for (name, (shape, levels)), dtype in itertools.product(shapes.items(), EPSILON):
+        y = torch.randn(shape).to(dtype)
+        sigma = (torch.rand(levels) + 0.1).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        for sigma_data in (None, 0.5):
+            z = torch.full_like(y, float("nan"))  # what isn't written shows
+            launch(y, sigma, z, sigma_data, 9, 1)
+            exact = inject_noise_reference(y.double(), sigma.double(), sigma_data, 9, 1)
+            # The interpreter truncates where a GPU rounds to bfloat16, so a whole unit; float32 eps bounds float64.
+            unit = max(2 * EPSILON[dtype], 8 * EPSILON[torch.float32])
+            assert ((z.double() - exact).abs() <= unit * (1 + exact.abs())).all(), (name, dtype, sigma_data)
+
+
+normals()
+modes()
+print("interpreted: ok")

@@ -1,0 +1,121 @@
+"""The install: with a compiler, without one, as definitions only, and what `python -m dbkernels` says of it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dbkernels
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ["setup.py", "pyproject.toml", "constraints.txt", "MANIFEST.in", "LICENSE", "README.md", "csrc", "dbkernels", "python"]
+
+
+def python(code, **variables):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    # Away from the checkout, whose packages the current folder would put first.
+    run = subprocess.run(
+        [sys.executable, *code], env=environment, cwd=os.sep, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def test_compiled_where_there_is_a_compiler():
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no compiler here")
+    assert dbkernels.compiled() is not None, "a compiler is here, but the CPU library isn't built"
+    assert all("C++" in dbkernels.kernels()[op]["CPU"] for op in ("inject_noise", "adamw_ema_step"))
+
+
+def test_reference_backend_is_the_definition():
+    code = (
+        "import torch, warnings; warnings.simplefilter('error'); import dbkernels as k;"
+        "from dbkernels.philox import normal_reference as n;"
+        "y = torch.randn(3, 5, requires_grad=True); z = k.inject_noise(y, 2.0, seed=1);"
+        "assert torch.equal(z, y + 2.0 * n((3, 5), seed=1)); z.sum().backward();"
+        "assert k.compiled() is None and 'reference' in k.kernels()['inject_noise']['CPU']; print('fine')"
+    )
+    assert "fine" in python(["-c", code], DBKERNELS_BACKEND="reference")
+
+
+def test_unknown_backend_is_refused():
+    run = subprocess.run(
+        [sys.executable, "-c", "import dbkernels"],
+        env={**os.environ, "DBKERNELS_BACKEND": "cuda", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0 and "DBKERNELS_BACKEND='cuda' is unknown" in run.stderr
+
+
+def test_facts_on_the_command_line():
+    words = python(["-m", "dbkernels"])
+    assert torch.__version__ in words and "inject_noise" in words and "adamw_ema_step" in words
+    if dbkernels.compiled() is not None:
+        assert "-O3" in words
+    assert "portable" in python(["-m", "dbkernels"], DBKERNELS_CPU="portable") or dbkernels.compiled() is None
+
+
+def test_the_portable_build_draws_the_same_noise():
+    """Bit for bit where the portable build emulates fma: its double rounding shows in fewer than one in a million."""
+    if dbkernels.compiled() is None:
+        pytest.skip("the compiled library isn't here")
+    code = "import dbkernels as k, torch; print(k.philox_normal(4099, seed=5).double().sum().item().hex())"
+    outputs = {python(["-c", code], DBKERNELS_CPU=cpu).strip() for cpu in ("portable", "native")}
+    assert len(outputs) == 1
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the sources, so that building leaves the checkout alone."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            skip = shutil.ignore_patterns("*.so", "__pycache__", "build")
+            shutil.copytree(source, folder / name, ignore=skip)
+        elif source.exists():
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def wheel(checkout, target, **variables):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables}
+    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", str(target), "-v", "."]
+    run = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=600)
+    shutil.rmtree(checkout / "build", ignore_errors=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_installs_runs_and_says_so_once(checkout, tmp_path):
+    words = wheel(checkout, tmp_path, CXX="/bin/false", CC="/bin/false")
+    assert "dbkernels._C: NOT built" in words
+    code = (
+        "import dbkernels as k, torch, warnings\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(3): z = k.inject_noise(torch.zeros(4), 1.0, seed=1)\n"
+        "assert k.compiled() is None and [str(w.message) for w in seen if 'compiled kernels' in str(w.message)][1:] == []\n"
+        "assert any('compiled kernels' in str(w.message) for w in seen); print('once', k.__file__)"
+    )
+    assert f"once {tmp_path}" in python(["-c", code], PYTHONPATH=str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_wheel_has_both_packages_and_the_library(checkout, tmp_path):
+    if shutil.which("c++") is None:
+        pytest.skip("no compiler here")
+    words = wheel(checkout, tmp_path)
+    assert "CPU library: yes" in words and "CUDA library:" in words and "dbkernels._C: built" in words
+    assert list((tmp_path / "dbkernels").glob("_C.abi3.so"))
+    for name in ("dbkernels/py.typed", "dbkernels/triton/inject_noise.py", "diffusionblocks/edm.py"):
+        assert (tmp_path / name).exists(), name
+    code = "import dbkernels; assert dbkernels.compiled(), 'not loaded'; print('loaded', dbkernels.__file__)"
+    assert f"loaded {tmp_path}" in python(["-c", code], PYTHONPATH=str(tmp_path))
