@@ -1,12 +1,14 @@
-"""Build of the compiled kernels: one library for the CPU, and a second for CUDA where torch and the toolkit have it.
+"""Build of the compiled kernels: one library for the CPU, and a second for CUDA where torch and the toolkit
+have it.
 
     MAX_JOBS=4                       compilers at once (as in torch.utils.cpp_extension)
     FORCE_CUDA=1                     build the CUDA library with no GPU here (0: never build it)
     TORCH_CUDA_ARCH_LIST="8.0;9.0a"  GPUs to build it for; by default the ones here
 
-Everything compiled goes through PyTorch's stable ABI and CPython's limited API: one cp310-abi3 wheel serves Python 3.10
-to 3.13 and torch 2.11 and later. pybind11 has no limited-API mode, so the Python-facing module (build facts, Philox for
-the tests) is plain C API. Without a working compiler the install succeeds, and the ops run on their definitions.
+Everything compiled goes through PyTorch's stable ABI and CPython's limited API: one cp310-abi3 wheel serves
+Python 3.10 to 3.13 and torch 2.11 and later. pybind11 has no limited-API mode, so the Python-facing module
+(build facts, Philox for the tests) is plain C API. Without a working compiler the install succeeds, and the
+ops run on their definitions.
 """
 
 import os
@@ -25,8 +27,9 @@ PACKAGES = find_packages(include=["dbkernels", "dbkernels.*"]) + find_packages("
 # Kernels may use what torch 2.11 offers and nothing later.
 TORCH_TARGET = "0x020b000000000000"
 COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-# Contraction off: where a multiply-add matters the code says fma, so every build rounds alike. No OpenMP flag: threads
-# come from libtorch (torch::stable::parallel_for), and linking OpenMP here could load a second runtime beside its own.
+# Contraction off: where a multiply-add matters the code says fma, so every build rounds alike. No OpenMP
+# flag: threads come from libtorch (torch::stable::parallel_for), and linking OpenMP here could load a second
+# runtime beside its own.
 CXX_FLAGS = [*COMMON, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 
@@ -42,11 +45,15 @@ def cuda_wanted():
         return False, "FORCE_CUDA=0"
     if torch.version.cuda is None:
         if force:
-            raise SystemExit(f"FORCE_CUDA={force}, but torch {torch.__version__} is a CPU build: install a CUDA one")
+            raise SystemExit(
+                f"FORCE_CUDA={force}, but torch {torch.__version__} is a CPU build: install a CUDA one"
+            )
         return False, f"torch {torch.__version__} is a CPU build"
     if cpp_extension.CUDA_HOME is None:
         if force:
-            raise SystemExit(f"FORCE_CUDA={force}, but no CUDA toolkit was found: set CUDA_HOME to its folder")
+            raise SystemExit(
+                f"FORCE_CUDA={force}, but no CUDA toolkit was found: set CUDA_HOME to its folder"
+            )
         return False, "no CUDA toolkit found (set CUDA_HOME)"
     if force:
         return True, f"FORCE_CUDA={force}"
@@ -75,7 +82,11 @@ def extensions():
         "dbkernels._C_cuda",
         ["csrc/module.cpp", "csrc/cuda/bindings.cpp", *map(str, sorted(Path("csrc/cuda").glob("*.cu")))],
         include_dirs=[str(Path("csrc").resolve())],
-        define_macros=[("DBK_FLAGS", f'"{" ".join(NVCC_FLAGS)}"'), ("DBK_MODULE", "_C_cuda"), ("USE_CUDA", None)],
+        define_macros=[
+            ("DBK_FLAGS", f'"{" ".join(NVCC_FLAGS)}"'),
+            ("DBK_MODULE", "_C_cuda"),
+            ("USE_CUDA", None),
+        ],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         py_limited_api=True,
     )
@@ -84,7 +95,8 @@ def extensions():
 
 def build_command():
     class Build(cpp_extension.BuildExtension):
-        """Builds what it can: a missing or broken compiler leaves the package on its reference ops, and says so."""
+        """Builds what it can: a missing or broken compiler leaves the package on its reference ops, and says
+        so."""
 
         def build_extensions(self):
             every = self.extensions
@@ -98,14 +110,14 @@ def build_command():
                     if isinstance(error, KeyboardInterrupt):
                         raise
                     say(f"{extension.name}: NOT built ({type(error).__name__}: {error})")
-                    say("the package installs and runs on its PyTorch definitions; see the compiler's words above")
+                    say("the package installs and runs on its PyTorch definitions; see the compiler's words")
             self.extensions = every
 
     return Build
 
 
 if cpp_extension is None:
-    say("torch isn't importable here, so no kernels are compiled; install torch, then run with --no-build-isolation")
+    say("torch isn't importable here, so no kernels are compiled; install it, then use --no-build-isolation")
     setup(packages=PACKAGES)
 else:
     setup(

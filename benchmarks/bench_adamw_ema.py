@@ -1,10 +1,8 @@
-"""adamw_ema_step: clip_grad_norm_ + fused AdamW + lerp (eager), torch.compile of the definition, ours, on one block.
+"""adamw_ema_step: clip_grad_norm_ + fused AdamW + lerp (eager), torch.compile of the definition, ours, on one
+block.
 
-    python benchmarks/bench_adamw_ema.py [--device cuda] [--quick] [--out FOLDER]
+python benchmarks/bench_adamw_ema.py [--device cuda] [--threads N] [--seconds S] [--out FOLDER]
 """
-
-import argparse
-from pathlib import Path
 
 import harness
 import torch
@@ -21,7 +19,11 @@ def block_shapes(width, layers):
     return layer * layers
 
 
-CASES = {"digits 64x2": block_shapes(64, 2), "ViT-S 384x4": block_shapes(384, 4), "Llama-768 x2": block_shapes(768, 2)}
+CASES = {
+    "digits 64x2": block_shapes(64, 2),
+    "ViT-S 384x4": block_shapes(384, 4),
+    "Llama-768 x2": block_shapes(768, 2),
+}
 GPU_CASES = {"DiT-L 1024x8": block_shapes(1024, 8), "4096-wide x2": block_shapes(4096, 2)}
 
 
@@ -69,23 +71,21 @@ def check(shapes, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the time a case, and no torch.compile")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--note", default="")
-    options = parser.parse_args()
-    device, seconds = torch.device(options.device), 0.2 if options.quick else 1.0
+    options = harness.options(__doc__)
+    device = options.device
     rows = []
     for case, shapes in {**CASES, **(GPU_CASES if device.type == "cuda" else {})}.items():
         check(shapes, device)
-        contenders = {"eager": torch_step(make(shapes, device))[0], "ours": our_step(make(shapes, device))}
-        if not options.quick:
-            contenders["compile"] = compiled_step(make(shapes, device))
-        # Read: gradient twice (the norm needs them all before the first update), parameter, two moments, EMA. Written:
-        # parameter, moments, EMA.
+        torch._dynamo.reset()
+        contenders = {
+            "eager": torch_step(make(shapes, device))[0],
+            "compile": compiled_step(make(shapes, device)),
+            "ours": our_step(make(shapes, device)),
+        }
+        # Read: gradient twice (the norm needs them all before the first update), parameter, two moments, EMA.
+        # Written: parameter, moments, EMA.
         numel = sum(torch.Size(shape).numel() for shape in shapes)
-        rows += harness.measure(case, torch.float32, contenders, 10 * 4 * numel, device, seconds)
+        rows += harness.measure(case, torch.float32, contenders, 10 * 4 * numel, device, options.seconds)
     harness.save("adamw_ema", rows, device, options.out, options.note)
 
 

@@ -1,10 +1,7 @@
 """inject_noise, forward: eager PyTorch, torch.compile, ours, on the targets of four models.
 
-    python benchmarks/bench_inject_noise.py [--device cuda] [--quick] [--out FOLDER]
+python benchmarks/bench_inject_noise.py [--device cuda] [--threads N] [--seconds S] [--out FOLDER]
 """
-
-import argparse
-from pathlib import Path
 
 import harness
 import torch
@@ -29,30 +26,28 @@ def check(y, sigma):
     ours = dbkernels.inject_noise(y, sigma, sigma_data=SIGMA_DATA, seed=3)
     exact = dbkernels.inject_noise_reference(y.double(), sigma.double(), SIGMA_DATA, 3, 0)
     unit = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7}[y.dtype]
-    assert ((ours.double() - exact).abs() <= unit * (1 + exact.abs())).all(), "inject_noise is wrong here: no timing"
+    assert ((ours.double() - exact).abs() <= unit * (1 + exact.abs())).all(), (
+        "inject_noise is wrong here: no timing"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the time a case")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--note", default="")
-    options = parser.parse_args()
-    device, seconds = torch.device(options.device), 0.2 if options.quick else 1.0
-    compiled = torch.compile(eager, dynamic=False)
+    options = harness.options(__doc__)
+    device = options.device
     rows = []
     for case, shape in SHAPES.items():
         for dtype in (torch.float32, torch.bfloat16):
             y = torch.randn(shape, device=device).to(dtype)
             sigma = torch.rand(shape[0], device=device) + 0.1
             check(y, sigma)
+            torch._dynamo.reset()
+            compiled = torch.compile(eager, dynamic=False)
             contenders = {
                 "eager": lambda y=y, s=sigma: eager(y, s),
-                "compile": lambda y=y, s=sigma: compiled(y, s),
+                "compile": lambda y=y, s=sigma, run=compiled: run(y, s),
                 "ours": lambda y=y, s=sigma: dbkernels.inject_noise(y, s, sigma_data=SIGMA_DATA, seed=3),
             }
-            rows += harness.measure(case, dtype, contenders, 2 * y.nbytes, device, seconds)
+            rows += harness.measure(case, dtype, contenders, 2 * y.nbytes, device, options.seconds)
     harness.save("inject_noise", rows, device, options.out, options.note)
 
 

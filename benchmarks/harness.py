@@ -1,12 +1,15 @@
 """One way to measure: check first, then time, beside a copy of the same bytes in the same run.
 
 A speed is printed only if the op's correctness check passed in this run. Results go to
-`benchmarks/results/<machine>/<op>.json` with versions and the command, so a figure can be traced and repeated.
+`benchmarks/results/<machine>/<op>.json` with versions and the command, so a figure can be traced and
+repeated.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -119,10 +122,11 @@ def measure(
         times = timed_cuda(call, seconds) if device.type == "cuda" else timed(call, device, seconds)
         low, middle, high = percentiles(times)
         rate = bytes_moved / middle / 1e6
+        name_of_dtype = str(dtype).removeprefix("torch.")
+        times_of = (low, middle, high)
         rows.append(
-            Row(case, str(dtype).removeprefix("torch."), name, bytes_moved, low, middle, high, rate, rate / copy,
-                _peak(call, device))
-        )  # fmt: skip
+            Row(case, name_of_dtype, name, bytes_moved, *times_of, rate, rate / copy, _peak(call, device))
+        )
         print(f"{case:<28} {rows[-1].dtype:<9} {name:<9} {middle:9.3f} ms [{low:.3f}, {high:.3f}] "
               f"{rate:8.1f} GB/s  {rate / copy:5.2f} of copy", flush=True)  # fmt: skip
     return rows
@@ -133,7 +137,8 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def speedups(rows: list[Row], ours: str = "ours") -> dict[str, dict[str, float]]:
-    """How many times faster ours is than each other contender: geometric mean and worst case over all cases."""
+    """How many times faster ours is than each other contender: geometric mean and worst case over all
+    cases."""
     by_case: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         by_case.setdefault((row.case, row.dtype), {})[row.contender] = row.ms_50
@@ -145,11 +150,25 @@ def speedups(rows: list[Row], ours: str = "ours") -> dict[str, dict[str, float]]
     return result
 
 
+def options(description: str | None) -> argparse.Namespace:
+    """The command line that every bench shares; sets the thread count."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each contender of each case")
+    parser.add_argument("--out", type=Path, help="folder of the JSON (default: results/<machine>)")
+    parser.add_argument("--note", default="", help="anything to record beside the figures")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    return chosen
+
+
 def machine_facts(device: torch.device) -> dict[str, object]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "device": name,
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],  # above the core count, other work shared the machine
         "python": platform.python_version(),
         "torch": torch.__version__,
         "dbkernels": dbkernels.__version__,
@@ -163,7 +182,7 @@ def machine_facts(device: torch.device) -> dict[str, object]:
 def default_machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device).lower().replace(" ", "-")
-    return f"cpu-{torch.get_num_threads()}core"
+    return f"cpu-{os.cpu_count()}core"
 
 
 def save(op: str, rows: list[Row], device: torch.device, folder: Path | None, note: str = "") -> Path:

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 import tyro
-
 from diffusionblocks import baselines, jobs
 from diffusionblocks.config import TrainConfig, augmentation
 from diffusionblocks.data import ImageData, Loader, load
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.runs import RUNS
-from diffusionblocks.training import Session, train
+from diffusionblocks.training import train
 
 Row = dict[str, Any]
 SWITCHES = [field.name for field in dataclasses.fields(Recipe)]
@@ -36,7 +35,8 @@ def variants(base: TrainConfig) -> dict[str, TrainConfig]:
     switched = {f"corrected, {field} as published": replace(base, switch=(field,)) for field in SWITCHES}
     published = {"published": replace(base, recipe="published")}
     restored = {
-        f"published, {field} as corrected": replace(base, recipe="published", switch=(field,)) for field in SWITCHES
+        f"published, {field} as corrected": replace(base, recipe="published", switch=(field,))
+        for field in SWITCHES
     }
     return sizes | independent | published | switched | restored
 
@@ -94,8 +94,11 @@ class Study:
 def main(study: Study) -> None:
     torch.set_num_threads(study.threads)
     base = RUNS[study.run][1]
-    jobs_: dict[str, Callable[[TrainConfig, ImageData], Row]] = {"end-to-end": end_to_end, "forward-forward": forward_forward}
-    configs = {name: base for name in jobs_} | variants(base)
+    jobs_: dict[str, Callable[[TrainConfig, ImageData], Row]] = {
+        "end-to-end": end_to_end,
+        "forward-forward": forward_forward,
+    }
+    configs = dict.fromkeys(jobs_, base) | variants(base)
     work = [(name, seed) for name in configs for seed in study.seeds if not study.only or name in study.only]
     index, count = map(int, study.part.split("/"))
     study.to.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +111,10 @@ def main(study: Study) -> None:
         row = {"variant": name, "seed": seed, "machine": jobs.machine(torch.device("cpu")), **result}
         with study.to.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{name} seed {seed}: val {row['val']['accuracy']:.2f} test {row['test']['accuracy']:.2f}", flush=True)
+        print(
+            f"{name} seed {seed}: val {row['val']['accuracy']:.2f} test {row['test']['accuracy']:.2f}",
+            flush=True,
+        )
 
 
 def _done(path: Path) -> set[tuple[str, int]]:

@@ -1,4 +1,5 @@
-"""Kernels of DiffusionBlocks, as drop-in autograd functions. Works without CUDA, Triton or a compiler at hand."""
+"""Kernels of DiffusionBlocks, as drop-in autograd functions. Works without CUDA, Triton or a compiler at
+hand."""
 
 from dbkernels._library import backend, compiled, kernels, load_compiled
 from dbkernels.adamw_ema import adamw_ema_step, adamw_ema_step_reference

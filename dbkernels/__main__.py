@@ -1,4 +1,5 @@
-"""`python -m dbkernels`: versions, what was built and with which flags, and the kernel each op uses on each device."""
+"""`python -m dbkernels`: versions, what was built and with which flags, and the kernel each op uses on each
+device."""
 
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ def _triton_version() -> str:
 def _library_line(module: str) -> str:
     facts = compiled(module)
     if facts is None:
-        return "not loaded: DBKERNELS_BACKEND=reference" if dbkernels.backend() == "reference" else (
-            f"not built ({load_error(module)})"
+        return (
+            "not loaded: DBKERNELS_BACKEND=reference"
+            if dbkernels.backend() == "reference"
+            else (f"not built ({load_error(module)})")
         )
     return f"{facts['language']}, {facts['kernel']}, compiler {facts['compiler']}, {facts['flags']}"
 

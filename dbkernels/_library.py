@@ -1,8 +1,10 @@
-"""The op library: one torch.library namespace, the compiled kernels if they were built, and what is known of them.
+"""The op library: one torch.library namespace, the compiled kernels if they were built, and what is known of
+them.
 
-An op is registered once. Its schema, its definition in PyTorch (which serves every device that has no kernel), its
-fake for torch.compile and its autograd formula are Python; the compiled libraries only add kernels under the CPU and
-CUDA keys. So every op exists, with one schema, whether or not a compiler was at hand.
+An op is registered once. Its schema, its definition in PyTorch (which serves every device that has no
+kernel), its fake for torch.compile and its autograd formula are Python; the compiled libraries only add
+kernels under the CPU and CUDA keys. So every op exists, with one schema, whether or not a compiler was at
+hand.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ lib = torch.library.Library(NAMESPACE, "DEF")
 
 
 def backend() -> str:
-    """`"reference"` if every op is to be its definition, else `"auto"`. Read from `DBKERNELS_BACKEND` at import."""
+    """`"reference"` if every op is to be its definition, else `"auto"`. Read from `DBKERNELS_BACKEND` at
+    import."""
     return _BACKEND
 
 
@@ -54,7 +57,8 @@ def _load(name: str) -> ModuleType | None:
 def define(
     schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, has_kernels: bool = True
 ) -> None:
-    """Register an op: its schema, its definition for any device without a kernel, and its shapes for the compiler."""
+    """Register an op: its schema, its definition for any device without a kernel, and its shapes for the
+    compiler."""
     lib.define(schema)
     name = schema.split("(", 1)[0]
 
@@ -99,7 +103,8 @@ def load_error(module: str = "_C") -> str | None:
 
 
 def kernels() -> dict[str, dict[str, str]]:
-    """Which kernel each op uses, by device type: `{"inject_noise": {"CPU": "C++ (AVX2)", "CUDA": "Triton"}, ...}`."""
+    """Which kernel each op uses, by device type: `{"inject_noise": {"CPU": "C++ (AVX2)", "CUDA": "Triton"},
+    ...}`."""
     return {name: dict(by_device) for name, by_device in _kernels.items()}
 
 
@@ -110,8 +115,8 @@ def _notice() -> None:
         return
     _noticed = True
     warnings.warn(
-        "dbkernels was installed without its compiled kernels, so ops run on their PyTorch definitions: the same "
-        "results, slower. Install a C++17 compiler and reinstall to have them; `python -m dbkernels` shows the "
-        "state. DBKERNELS_BACKEND=reference silences this.",
+        "dbkernels was installed without its compiled kernels, so ops run on their PyTorch definitions: the "
+        "same results, slower. Install a C++17 compiler and reinstall to have them; `python -m dbkernels` "
+        "shows the state. DBKERNELS_BACKEND=reference silences this.",
         stacklevel=4,
     )

@@ -1,4 +1,5 @@
-"""adamw_ema_step: global-norm clipping, AdamW and EMA over a block's whole parameter list, in one call, no host sync.
+"""adamw_ema_step: global-norm clipping, AdamW and EMA over a block's whole parameter list, in one call, no
+host sync.
 
 The definition first, then the op and the public function. The kernels are csrc/cpu/adamw_ema.cpp and
 csrc/cuda/adamw_ema.cu.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,8 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def global_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, 0-dim on their device, summed in float64, rounded to the state's dtype."""
+    """The 2-norm of all gradients together, 0-dim on their device, summed in float64, rounded to the state's
+    dtype."""
     norms = torch._foreach_norm(list(grads), 2, dtype=torch.float64)
     return torch.linalg.vector_norm(torch.stack(norms)).to(_state_dtype(grads[0].dtype))
 
@@ -43,7 +46,8 @@ def adamw_ema_step_reference(
     max_norm: float | None,
     ema_decay: float | None,
 ) -> Tensor:
-    """The definition: every tensor is updated in place where the norm is finite. `weight_decay`: one a tensor."""
+    """The definition: every tensor is updated in place where the norm is finite. `weight_decay`: one a
+    tensor."""
     norm = global_norm(grads)
     dtype = norm.dtype
     keep = ~torch.isfinite(norm)
@@ -106,11 +110,17 @@ def _check_tensor(
     name: str, tensor: Tensor, shape: torch.Size, device: torch.device, dtype: torch.dtype
 ) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}: leave out parameters without one")
+        raise TypeError(
+            f"{name} must be a tensor, got {type(tensor).__name__}: leave out parameters without one"
+        )
     if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}: moments and EMA of half types are float32")
+        raise TypeError(
+            f"{name} must be {dtype}, got {tensor.dtype}: moments and EMA of half types are float32"
+        )
     if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its parameter {tuple(shape)}: they must match")
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, its parameter {tuple(shape)}: they must match"
+        )
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, params[0] on {device}: move the list to one device")
 
@@ -147,7 +157,9 @@ def _check_numbers(
 def _decays(weight_decay: float | Sequence[float], count: int) -> list[float]:
     decays = [weight_decay] * count if isinstance(weight_decay, (int, float)) else list(weight_decay)
     if len(decays) != count:
-        raise ValueError(f"weight_decay has {len(decays)} values for {count} tensors: pass a float or one a tensor")
+        raise ValueError(
+            f"weight_decay has {len(decays)} values for {count} tensors: pass a float or one a tensor"
+        )
     for i, decay in enumerate(decays):
         _check_number(f"weight_decay[{i}]", decay, 0.0, math.inf, "[0, inf)")
     return [float(decay) for decay in decays]
@@ -168,16 +180,19 @@ def adamw_ema_step(
     max_norm: float | None = None,
     ema_decay: float | None = None,
 ) -> Tensor:
-    """One optimizer step of a block: clip by the global norm, AdamW with decoupled decay, then EMA, all in place.
+    """One optimizer step of a block: clip by the global norm, AdamW with decoupled decay, then EMA, all in
+    place.
 
-    The norm never leaves the device: clipping uses it there, and if it isn't finite nothing is updated, which the
-    returned norm says. `grads` are read, not scaled. In float32 the result is that of
+    The norm never leaves the device: clipping uses it there, and if it isn't finite nothing is updated, which
+    the returned norm says. `grads` are read, not scaled. In float32 the result is that of
     `torch.nn.utils.clip_grad_norm_`, `torch.optim.AdamW(fused=True)` and `ema.lerp_(param, 1 - ema_decay)`.
 
     Args:
-        params: the parameters, updated in place; float16, bfloat16, float32 or float64, all of one dtype and device.
+        params: the parameters, updated in place; float16, bfloat16, float32 or float64, all of one dtype and
+            device.
         grads: their gradients, same shapes and dtype.
-        exp_avgs, exp_avg_sqs: first and second moments, updated in place; float32 (float64 for float64 params).
+        exp_avgs, exp_avg_sqs: first and second moments, updated in place; float32 (float64 for float64
+            params).
         emas: running averages of params, updated in place, the moments' dtype; or None.
         step: number of this update, from 1 (for the bias correction).
         lr: learning rate; betas, eps: as in torch.optim.AdamW.
@@ -186,12 +201,13 @@ def adamw_ema_step(
         ema_decay: ema = ema_decay·ema + (1 - ema_decay)·param; needs emas.
 
     Returns:
-        The gradients' global norm before clipping: 0-dim, the moments' dtype, on the device; NaN or inf if the step
-        was skipped.
+        The gradients' global norm before clipping: 0-dim, the moments' dtype, on the device; NaN or inf if
+        the step was skipped.
 
     Raises:
         TypeError: an argument's type or dtype is wrong.
-        ValueError: lists differ in length, shapes or device; a number is out of range; emas without ema_decay.
+        ValueError: lists differ in length, shapes or device; a number is out of range; emas without
+            ema_decay.
 
     Source: Loshchilov and Hutter 2019 (AdamW); Karras et al. 2022 (EMA of the weights).
     """
@@ -220,7 +236,7 @@ def _run(
     """Call the op on contiguous tensors; strided ones go through copies."""
     given = [list(lists.get(name, ())) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas")]
     dense = [[tensor.contiguous() for tensor in tensors] for tensors in given]
-    op = adamw_ema_step_reference if backend() == "reference" else torch.ops.dbkernels.adamw_ema_step
+    op: Any = adamw_ema_step_reference if backend() == "reference" else torch.ops.dbkernels.adamw_ema_step
     norm = op(*dense, step, lr, *betas, eps, decays, max_norm, ema_decay)
     mutated = [0, 2, 3, 4]
     for i in mutated:
@@ -228,6 +244,7 @@ def _run(
             if copy is not tensor:
                 tensor.copy_(copy)
     if not torch.compiler.is_compiling():
-        # An op that is only registered doesn't tell autograd that its arguments changed; a stale saved tensor must fail.
+        # An op that is only registered doesn't tell autograd that its arguments changed; a stale saved tensor
+        # must fail.
         torch.autograd.graph.increment_version([tensor for i in mutated for tensor in dense[i]])
     return norm

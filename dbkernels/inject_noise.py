@@ -1,7 +1,7 @@
 """inject_noise: z = c_in · (y + sigma·eps), with eps drawn by element index and never stored.
 
-The definition first, then the op, its gradient and the public function. The kernels are csrc/cpu/inject_noise.cpp and
-dbkernels/triton/inject_noise.py.
+The definition first, then the op, its gradient and the public function. The kernels are
+csrc/cpu/inject_noise.cpp and dbkernels/triton/inject_noise.py.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ _register_triton()
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     y, sigma, ctx.sigma_data, ctx.seed, ctx.offset = inputs
     ctx.dims = y.dim()
-    # y is wanted only by sigma's gradient through c_in: without it, the op holds nothing but the noise levels.
+    # y is wanted only by sigma's gradient through c_in: without it, the op holds nothing but the noise
+    # levels.
     keep_y = sigma.requires_grad and ctx.sigma_data is not None
     ctx.save_for_backward(sigma, y if keep_y else None)
 
@@ -101,7 +102,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_y, grad_sigma, None, None, None
 
 
-torch.library.register_autograd(f"{NAMESPACE}::inject_noise", _backward, setup_context=_setup_context, lib=lib)
+torch.library.register_autograd(
+    f"{NAMESPACE}::inject_noise", _backward, setup_context=_setup_context, lib=lib
+)
 
 
 def _check_y(y: Tensor) -> None:
@@ -138,8 +141,8 @@ def _check_sigma_tensor(sigma: Tensor, y: Tensor) -> Tensor:
     if trailing or sigma.numel() == 1:
         return sigma.reshape(shape[:1] if trailing else ())
     raise ValueError(
-        f"sigma has shape {tuple(sigma.shape)}, which fits y of shape {tuple(y.shape)} neither as a scalar nor per "
-        f"sample {tuple(y.shape[:1])} nor per token {tuple(y.shape[:2])}: give it one of these shapes"
+        f"sigma has shape {tuple(sigma.shape)}, which fits y of shape {tuple(y.shape)} neither as a scalar "
+        f"nor per sample {tuple(y.shape[:1])} nor per token {tuple(y.shape[:2])}: give it one of these shapes"
     )
 
 
@@ -155,16 +158,19 @@ def _check_sigma_data(sigma_data: float | None) -> None:
 def inject_noise(
     y: Tensor, sigma: float | Tensor, *, sigma_data: float | None = None, seed: int, offset: int = 0
 ) -> Tensor:
-    """Noise a target: z = y + sigma·eps, eps ~ N(0, 1); with `sigma_data`, z is scaled by c_in as the network wants it.
+    """Noise a target: z = y + sigma·eps, eps ~ N(0, 1); with `sigma_data`, z is scaled by c_in as the network
+    wants it.
 
-    eps is a function of (seed, offset, flat index) alone: the same on every device and for every memory layout of y.
-    It is never stored; the gradients with respect to y and sigma draw it again where they need it.
+    eps is a function of (seed, offset, flat index) alone: the same on every device and for every memory
+    layout of y. It is never stored; the gradients with respect to y and sigma draw it again where they need
+    it.
 
     Args:
-        y: clean target, any shape, float16, bfloat16, float32 or float64. Arithmetic is float32 (float64 for float64).
-        sigma: noise std in y's units: a float, a 0-dim tensor, one per sample (B,) or one per token (B, N), broadcast
-            over the trailing dimensions (which it may carry as ones). The values of a tensor aren't checked, as that
-            would stop the device: a NaN or negative level shows in z.
+        y: clean target, any shape, float16, bfloat16, float32 or float64. Arithmetic is float32 (float64 for
+            float64).
+        sigma: noise std in y's units: a float, a 0-dim tensor, one per sample (B,) or one per token (B, N),
+            broadcast over the trailing dimensions (which it may carry as ones). The values of a tensor aren't
+            checked, as that would stop the device: a NaN or negative level shows in z.
         sigma_data: the target's std in the same units. If given, z is multiplied by
             c_in = 1 / sqrt(sigma² + sigma_data²).
         seed: in [0, 2^64); offset: in [0, 2^32), for example the step. Draw anew by changing either.
@@ -174,8 +180,8 @@ def inject_noise(
 
     Raises:
         TypeError: y or sigma isn't floating point; seed or offset isn't an int.
-        ValueError: sigma's shape or device doesn't fit y's; a float sigma or sigma_data is out of range; seed or
-            offset is out of range.
+        ValueError: sigma's shape or device doesn't fit y's; a float sigma or sigma_data is out of range; seed
+            or offset is out of range.
 
     Source: Karras et al. 2022 (EDM), table 1; Salmon et al. 2011 (Philox4x32-10).
     """

@@ -1,13 +1,15 @@
 """Random numbers by address: Philox4x32-10 as plain PyTorch, the definition every kernel is tested against.
 
-A number is a function of (seed, offset, flat index) alone: no generator state, nothing to save, the same on every
-device, for any split of the work. Element i is word i % 4 of the block cipher at
+A number is a function of (seed, offset, flat index) alone: no generator state, nothing to save, the same on
+every device, for any split of the work. Element i is word i % 4 of the block cipher at
 
     counter = (i // 4 mod 2^32, i // 4 div 2^32, offset, stream)    key = (seed mod 2^32, seed div 2^32)
 
-where stream is 0 for normals and 1 for uniforms, so that equal (seed, offset) never ties a noise level to its noise.
+where stream is 0 for normals and 1 for uniforms, so that equal (seed, offset) never ties a noise level to its
+noise.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (the generator); Box and Muller 1958.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (the generator); Box and Muller
+1958.
 """
 
 from __future__ import annotations
@@ -37,9 +39,11 @@ def check_address(seed: int, offset: int) -> None:
 
 
 def philox_4x32(counter: Sequence[Tensor | int], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of four counter words under a key of two; words are int64 in [0, 2^32), element by element.
+    """Philox4x32-10 of four counter words under a key of two; words are int64 in [0, 2^32), element by
+    element.
 
-    A 32 x 32-bit product overflows int64's sign but wraps to the same 64 bits, so shift and mask recover both halves.
+    A 32 x 32-bit product overflows int64's sign but wraps to the same 64 bits, so shift and mask recover both
+    halves.
     """
     c0, c1, c2, c3 = (torch.as_tensor(word) for word in counter)
     k0, k1 = key
@@ -51,7 +55,8 @@ def philox_4x32(counter: Sequence[Tensor | int], key: tuple[int, int]) -> tuple[
 
 
 def random_words(groups: Tensor, seed: int, offset: int, stream: int) -> tuple[Tensor, ...]:
-    """The four 32-bit words of each group of four elements; `groups`: int64 group numbers (flat index // 4)."""
+    """The four 32-bit words of each group of four elements; `groups`: int64 group numbers (flat index //
+    4)."""
     # The zero is added to a tensor so that counter words made of constants live on the groups' device.
     zero = torch.zeros((), dtype=torch.int64, device=groups.device)
     counter = (groups & _LOW, groups >> 32 & _LOW, zero + offset, zero + stream)
@@ -61,8 +66,8 @@ def random_words(groups: Tensor, seed: int, offset: int, stream: int) -> tuple[T
 def box_muller(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent normals from two random words: exact to float64, returned rounded to float32.
 
-    The radius takes all 32 bits, rounded to the float32 grid (so |eps| reaches 6.76); the angle takes 24, reduced to
-    a quadrant in integers (so sin and cos are exact where they are zero).
+    The radius takes all 32 bits, rounded to the float32 grid (so |eps| reaches 6.76); the angle takes 24,
+    reduced to a quadrant in integers (so sin and cos are exact where they are zero).
     """
     u = x0.to(torch.float32) * 2.0**-32 + 2.0**-33
     radius = torch.sqrt(-2.0 * torch.log(u.to(torch.float64)))
@@ -102,8 +107,8 @@ def _fake_uniform(size: Sequence[int], seed: int, offset: int, device: torch.dev
     return torch.empty(tuple(size), dtype=torch.float32, device=device)
 
 
-# An op and not a bare chain of them: torch.compile must neither bake the seed in nor rearrange integer arithmetic
-# (Inductor 2.13 miscompiles its 64-bit shifts on the CPU).
+# An op and not a bare chain of them: torch.compile must neither bake the seed in nor rearrange integer
+# arithmetic (Inductor 2.13 miscompiles its 64-bit shifts on the CPU).
 define(
     "philox_uniform(SymInt[] size, SymInt seed, SymInt offset, Device? device) -> Tensor",
     _uniform,

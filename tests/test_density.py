@@ -6,15 +6,15 @@ import math
 
 import pytest
 import torch
+from diffusionblocks import density as densities
+from diffusionblocks.density import LogNormal, LogUniform, Tabulated, Uniform
+from diffusionblocks.partition import make_partition
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import dbkernels
-from diffusionblocks import density as densities
-from diffusionblocks.density import LogNormal, LogUniform, Tabulated, Uniform
-from diffusionblocks.partition import make_partition
 
-RANGE = dict(sigma_min=0.01, sigma_max=20.0)
+RANGE = {"sigma_min": 0.01, "sigma_max": 20.0}
 FIXED = [
     LogNormal(),
     LogNormal(0.3, 0.8, **RANGE),
@@ -129,7 +129,7 @@ def test_draws_follow_the_truncated_law(density, block):
     sigma = partition.draw(block, dbkernels.philox_uniform(n, seed=11 + block)).double()
     low, high = (cdf_by_hand(density, level) for level in partition.trained(block))
     q = torch.tensor([(cdf_by_hand(density, s) - low) / (high - low) for s in sigma.tolist()]).double()
-    # 1.95 / sqrt(n) is passed by a right sampler with probability .999 (Kolmogorov's law); the seeds are fixed.
+    # A right sampler passes 1.95 / sqrt(n) with probability .999 (Kolmogorov's law); the seeds are fixed.
     assert kolmogorov_smirnov(q) < 1.95 / math.sqrt(n)
     # Positive control: the law without the cut fails the same test.
     assert kolmogorov_smirnov(torch.tensor([cdf_by_hand(density, s) for s in sigma.tolist()])) > 0.05

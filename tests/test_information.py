@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-
 from diffusionblocks.density import Tabulated
 from diffusionblocks.information import (
     InformationMeter,
@@ -39,7 +39,7 @@ def test_total_information_is_log_classes(classes):
     error = prior_error(table, log_sigma.exp(), draws=65_536)
     # d(1/sigma^2) / 2 = sigma^-2 d ln sigma.
     total = torch.trapezoid(error * (-2 * log_sigma).exp(), log_sigma)
-    # The estimate's standard error at this many draws is at most .8 % (measured over seeds); the seed is fixed.
+    # The standard error at this many draws is at most .8 % (measured over seeds); the seed is fixed.
     assert float(total) == pytest.approx(math.log(classes), rel=0.01)
 
 
@@ -70,7 +70,7 @@ def test_closed_form_density_covers_all_but_the_tails(classes):
     share = share / share.sum()
     below = float(share[log_sigma < density.log_edges[0]].sum())
     above = float(share[log_sigma > density.log_edges[-1]].sum())
-    # The cut is on a grid of 257 edges over four decades, so what lies beyond is under the tail, not equal to it.
+    # The cut is on a grid of 257 edges over four decades: what lies beyond is under the tail, not equal.
     assert below <= 1.05e-3 and above <= 1.1e-3
     assert above > 1e-4  # and the range isn't simply everything
     middle = share.cumsum(0) - share / 2  # the mass below each level, half of its own step included
@@ -106,7 +106,7 @@ def bound_of(bad: int | None = None):
 
 def test_bound_is_flat_and_log_two_for_the_exact_posterior_wherever_it_is_read():
     bound = bound_of()
-    # The trapezium rule on steps of 1.7 % errs by 1e-4; above the first level the error 1 - O(1/1000) is taken as 1.
+    # The trapezium rule on steps of 1.7 % errs by 1e-4, the constant error above the first level by 1e-6.
     assert list(bound.bound) == pytest.approx([math.log(2)] * len(SIGMAS), abs=3e-4)
     assert list(bound.regret) == pytest.approx([0, 0, 0], abs=3e-4)
 
@@ -116,7 +116,7 @@ def test_regret_lands_on_the_bad_block(bad):
     bound, exact = bound_of(bad), bound_of()
     assert all(b >= math.log(2) - 3e-4 for b in bound.bound)  # still a bound
     assert bound.regret[bad] > 0.05
-    # Blocks above are as consistent as before; those below pay nothing more (they may win back cross-entropy).
+    # Blocks above are as consistent as before; those below pay nothing more (they may win some back).
     assert list(bound.regret[:bad]) == pytest.approx(list(exact.regret[:bad]), abs=1e-12)
     assert all(r < 3e-4 for r in bound.regret[bad + 1 :])
     # What a bad level costs is kept: the chain's bound, read at the lowest level, shows it.
@@ -126,8 +126,10 @@ def test_regret_lands_on_the_bad_block(bad):
 def test_bound_by_hand_for_three_levels():
     bound = information_bound([2.0, 1.0, 0.5], [0.7, 0.5, 0.2], [1.0, 0.6, 0.2], [0, 1, 1])
     first = 0.7 + 1.0 * 0.25 / 2
-    second = 0.5 + 1.0 * 0.25 / 2 + 0.8 * 0.75 / 2
-    third = 0.2 + 1.0 * 0.25 / 2 + 0.8 * 0.75 / 2 + 0.4 * 3 / 2
+    # between levels the error is exponential in 1/sigma^2: its mean is (a - b) / ln(a/b)
+    between = [(1.0 - 0.6) / math.log(1.0 / 0.6), (0.6 - 0.2) / math.log(0.6 / 0.2)]
+    second = 0.5 + 1.0 * 0.25 / 2 + between[0] * 0.75 / 2
+    third = 0.2 + 1.0 * 0.25 / 2 + between[0] * 0.75 / 2 + between[1] * 3 / 2
     assert bound.bound == pytest.approx((first, second, third), abs=1e-12)
     assert bound.regret == pytest.approx((0.0, third - first), abs=1e-12)
 
@@ -151,7 +153,9 @@ def flat_prior(bins: int = 16) -> Tabulated:
 
 
 def true_error(sigma: torch.Tensor) -> torch.Tensor:
-    return sigma.square() * torch.exp(-2 * (sigma.log() + 0.5).square())  # information peaks at ln sigma = -.5
+    return sigma.square() * torch.exp(
+        -2 * (sigma.log() + 0.5).square()
+    )  # information peaks at ln sigma = -.5
 
 
 def fill(meter: InformationMeter, batches: int, density=None, noise: float = 0.3) -> InformationMeter:
@@ -177,17 +181,19 @@ def test_meter_finds_the_information_whatever_it_was_drawn_from(drawn_from):
     centres = torch.tensor(prior.log_edges).unfold(0, 2, 1).mean(1).double()
     truth = torch.exp(-2 * (centres + 0.5).square())
     measured = 2 * normalised(density) - 1 / 16  # half of the mixture is the prior
-    # The value of a bin is read at its centre and its draws lie anywhere within .31: their mean sigma^2 is off by up
+    # A bin is read at its centre and its draws lie anywhere within .31 of it: their mean sigma^2 is off by up
     # to a fifth at the flank of the peak, 1.5 % of the mass.
     assert torch.allclose(measured, truth / truth.sum(), atol=0.015)
 
 
 def test_meter_counts_mass_and_not_height_in_bins_of_unequal_width():
     edges = (-3.0, -2.0, -1.9, 0.0, 0.1, 2.0)
-    widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    widths = [b - a for a, b in itertools.pairwise(edges)]
     meter = InformationMeter(Tabulated(edges, tuple(widths)))
-    centres = torch.tensor([(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)])
-    meter.update(centres.exp(), centres.exp().square())  # one nat per unit of ln sigma everywhere: the prior's own law
+    centres = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(edges)])
+    meter.update(
+        centres.exp(), centres.exp().square()
+    )  # one nat per unit of ln sigma everywhere: the prior's own law
     assert torch.allclose(normalised(meter.density()), torch.tensor(widths).double() / 5, atol=1e-6)
 
 
@@ -199,7 +205,7 @@ def test_meter_starves_no_bin():
         meter.update(torch.linspace(-2.5, 1.9, 64).exp(), torch.zeros(64))
     assert float(normalised(meter.density()).min()) >= 0.5 / 16 - 1e-12
     levels = step_levels(make_partition(meter.density(), 8, 8), 20, kind="probability")
-    assert all(a > b for a, b in zip(levels, levels[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(levels))
 
 
 def test_meter_without_draws_or_without_error_is_the_prior():
@@ -225,7 +231,9 @@ def test_what_a_bin_showed_outlives_any_number_of_batches_elsewhere():
     for _ in range(400):  # 0.9^400 = 5e-19 of a draw is left: as 0.998 leaves after 21,000
         meter.update(elsewhere, true_error(elsewhere))
     after = normalised(meter.density())
-    assert torch.allclose(after[1:], before[1:], atol=2e-3)  # bin 0, of 2e-4 of the mass, now reads one level of it
+    assert torch.allclose(
+        after[1:], before[1:], atol=2e-3
+    )  # bin 0, of 2e-4 of the mass, now reads one level of it
 
 
 def test_meter_forgets_an_error_that_has_gone():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-
 from diffusionblocks.density import LogNormal, LogUniform, Tabulated, Uniform
 from diffusionblocks.information import closed_form_density
 from diffusionblocks.partition import (
@@ -19,6 +17,8 @@ from diffusionblocks.partition import (
     step_levels,
 )
 from diffusionblocks.targets import spread_codebook
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 CODEBOOK = closed_form_density(spread_codebook(10, 16))
 DENSITIES = [
@@ -29,9 +29,7 @@ DENSITIES = [
     Tabulated((-4.0, -2.0, 0.0, 1.0, 3.0), (0.3, 0.0, 5.0, 0.1)),
     CODEBOOK,
 ]
-densities = st.one_of(
-    st.sampled_from(DENSITIES), st.builds(LogNormal, st.floats(-2, 1), st.floats(0.8, 2))
-)
+densities = st.one_of(st.sampled_from(DENSITIES), st.builds(LogNormal, st.floats(-2, 1), st.floats(0.8, 2)))
 
 
 def quantile_edge(q: float) -> float:
@@ -174,7 +172,7 @@ def check_levels(partition: Partition, steps: int, kind: str) -> None:
     levels = step_levels(partition, steps, kind=kind)
     assert len(levels) == steps + 1
     assert levels[0] == partition.sigma_max and levels[-1] == 0
-    assert all(a > b for a, b in zip(levels, levels[1:], strict=False)), levels
+    assert all(a > b for a, b in itertools.pairwise(levels)), levels
     owners = partition.block_of(torch.tensor(levels[:-1])).tolist()
     assert set(owners) == set(range(partition.blocks)), (levels, partition.edges)
     assert owners == sorted(owners)  # from the input's block down, never back

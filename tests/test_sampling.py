@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
-
 from diffusionblocks.edm import karras_sigmas
 from diffusionblocks.sampling import SAMPLERS, check_sigmas, dpmpp_2m, euler, heun
 
@@ -29,7 +29,7 @@ def start() -> torch.Tensor:
 
 
 def walk(sampler, steps: int) -> torch.Tensor:
-    """z at LOW after `steps` steps of equal ratio from HIGH: what the last call of the denoiser, at LOW, is given."""
+    """z after `steps` steps of equal ratio from HIGH to LOW: what the denoiser is given there."""
     seen = {}
 
     def denoise(z, sigma):
@@ -45,7 +45,7 @@ def walk(sampler, steps: int) -> torch.Tensor:
 def test_convergence_order_on_a_gaussian_target(sampler, order):
     exact = solution(start(), HIGH, LOW)
     errors = [float((walk(sampler, steps) - exact).abs().max()) for steps in (100, 200, 400)]
-    measured = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    measured = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     # The next term of the expansion is one order higher: a few per cent at a step of 5.3 / 100 in ln sigma.
     assert measured == pytest.approx([order] * 2, abs=0.12)
     assert errors[-1] < 0.05  # the limit is the right one, not only some limit
@@ -75,7 +75,7 @@ def test_the_step_to_zero_returns_the_estimate(sampler):
 
 def printed_sign(denoise, z, sigmas):
     """The Euler step as arXiv 2506.14202 prints it."""
-    for sigma, target in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, target in itertools.pairwise(sigmas):
         z = z - (target - sigma) / sigma * (z - denoise(z, sigma))
     return z
 
@@ -83,7 +83,7 @@ def printed_sign(denoise, z, sigmas):
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_noise_shrinks_along_the_walk_and_grows_with_the_printed_sign(sampler):
     levels = [*karras_sigmas(18, LOW, HIGH), 0.0]
-    # Samples of N(0.7, 0.6^2): 64 draws have a standard deviation within 30 % (three and a half standard errors).
+    # Samples of N(0.7, 0.6^2): the deviation of 64 draws is within 30 % (three and a half standard errors).
     # Euler's 18 steps stop 10 % short of it.
     assert float(sampler(gaussian, start(), levels).std()) == pytest.approx(STD, rel=0.4)
     assert float(printed_sign(gaussian, start(), levels).std()) > 2 * HIGH
@@ -102,7 +102,9 @@ def test_callback_sees_the_first_evaluation_of_every_step(name, evaluations):
     assert [(i, sigma) for i, sigma, _ in seen] == list(enumerate(levels[:-1]))
     assert len(calls) == evaluations
     assert torch.equal(seen[0][2], gaussian(start(), 8.0))
-    if name == "heun":  # the second evaluation of a step is at its end: there the next block may own the noise
+    if (
+        name == "heun"
+    ):  # the second evaluation of a step is at its end: there the next block may own the noise
         assert calls == [8.0, 4.0, 4.0, 2.0, 2.0, 1.0, 1.0]
 
 
@@ -118,7 +120,17 @@ NAN, INF = math.nan, math.inf
 
 @pytest.mark.parametrize(
     "levels",
-    [[], [0.0], [1.0], [1.0, 0.5], [1.0, 1.0, 0.0], [1.0, 2.0, 0.0], [NAN, 1.0, 0.0], [INF, 0.0], [1.0, -1.0, 0.0]],
+    [
+        [],
+        [0.0],
+        [1.0],
+        [1.0, 0.5],
+        [1.0, 1.0, 0.0],
+        [1.0, 2.0, 0.0],
+        [NAN, 1.0, 0.0],
+        [INF, 0.0],
+        [1.0, -1.0, 0.0],
+    ],
 )
 def test_bad_levels_are_refused(levels):
     with pytest.raises(ValueError, match="sigmas"):

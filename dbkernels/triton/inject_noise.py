@@ -1,7 +1,8 @@
-"""z = c_in·(y + sigma·eps) in Triton. Definition: dbkernels/inject_noise.py; the arithmetic is that of csrc/philox.h.
+"""z = c_in·(y + sigma·eps) in Triton. Definition: dbkernels/inject_noise.py; the arithmetic is that of
+csrc/philox.h.
 
-What limits it is instructions, not memory: Philox's ten rounds are shared by four elements, the logarithm, root and
-angle by two, and a noise level is read once a program where it can be.
+What limits it is instructions, not memory: Philox's ten rounds are shared by four elements, the logarithm,
+root and angle by two, and a noise level is read once a program where it can be.
 """
 
 import triton
@@ -50,8 +51,8 @@ def minus_two_log(u):
 def box_muller(x0, x1):
     """Two normals from two words: see csrc/philox.h."""
     square = minus_two_log(tl.fma(x0.to(tl.float32), 2.0**-32, 2.0**-33))
-    # The root by one Newton step on the fast reciprocal root: right to the last bit but for rare ties, at a third of
-    # the instructions of sqrt_rn. u = 1 gives 0, whose reciprocal root is infinite.
+    # The root by one Newton step on the fast reciprocal root: right to the last bit but for rare ties, at a
+    # third of the instructions of sqrt_rn. u = 1 gives 0, whose reciprocal root is infinite.
     reciprocal = tl.rsqrt(square)
     root = square * reciprocal
     root = tl.fma(tl.fma(-root, root, square), 0.5 * reciprocal, root)
@@ -82,13 +83,15 @@ def inject_noise_kernel(
     y_ptr, sigma_ptr, z_ptr, numel, inner, sigma_data, seed_low, seed_high, offset,
     SCALED: tl.constexpr, MODE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """One program: GROUPS groups of four consecutive elements. inner: what shares a noise level, in programs, groups or
-    elements as MODE says. Address arithmetic is 64-bit in the scalar part, 32-bit within the program.
+    """One program: GROUPS groups of four consecutive elements. inner: what shares a noise level, in programs,
+    groups or elements as MODE says. Address arithmetic is 64-bit in the scalar part, 32-bit within the
+    program.
     """
     program = tl.program_id(0)
     first_group = program.to(tl.int64) * GROUPS
     group = tl.arange(0, GROUPS)
-    # A program's first group is a multiple of GROUPS, a power of two, so the low word never carries within it.
+    # A program's first group is a multiple of GROUPS, a power of two, so the low word never carries within
+    # it.
     low = (first_group & 0xFFFFFFFF).to(tl.uint32) + group.to(tl.uint32)
     high = (first_group >> 32).to(tl.uint32)
     key0, key1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
@@ -127,7 +130,8 @@ def inject_noise_kernel(
 
 
 def mode_of(numel, levels):
-    """How a noise level is found, and the divisor that finds it, for `levels` levels over `numel` elements."""
+    """How a noise level is found, and the divisor that finds it, for `levels` levels over `numel`
+    elements."""
     if levels == 1:
         return SINGLE, 1
     inner = numel // levels
@@ -138,7 +142,8 @@ def mode_of(numel, levels):
 
 
 def _signed(word):
-    """A 32-bit word as a signed int: Triton types an int argument by its value, and one type means one compilation."""
+    """A 32-bit word as a signed int: Triton types an int argument by its value, and one type means one
+    compilation."""
     return word - 2**32 if word >= 2**31 else word
 
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 DPI = 100
 GREY, LIGHT = "#444444", "#dddddd"
-INK = {"fontsize": 9, "color": GREY}
+INK: dict[str, Any] = {"fontsize": 9, "color": GREY}
 # Okabe and Ito's colours, told apart by colour-blind readers too; for more blocks than six, steps of cividis.
 BLOCK_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 CATEGORY_COLOURS = ("#332288", "#88CCEE", "#999933", "#DDCC77", "#AA4499")
@@ -74,13 +74,22 @@ def sigma_axis(axes: Axes, label: str = "noise level $\\sigma$, falling as the w
 
 def legend_below(axes: Axes, columns: int, handles: Sequence[Artist] | None = None) -> None:
     """A legend under the x label, out of the data's way."""
-    place = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.2)}
-    axes.legend(handles=handles, frameon=False, fontsize=8, ncols=columns, columnspacing=1, **place)
+    shown = axes.get_legend_handles_labels()[0] if handles is None else handles
+    anchor = (0.45, -0.2)
+    axes.legend(
+        handles=shown,
+        loc="upper center",
+        bbox_to_anchor=anchor,
+        ncols=columns,
+        fontsize=8,
+        frameon=False,
+        columnspacing=1,
+    )
 
 
 def note(axes: Axes, text: str, at: tuple[float, float], **align: Any) -> None:
     """Small text in the axes, at a place counted in their width and height."""
-    axes.text(*at, text, transform=axes.transAxes, **INK, **align)
+    axes.text(at[0], at[1], text, transform=axes.transAxes, **INK, **align)
 
 
 def short(sigma: float) -> str:

@@ -71,7 +71,7 @@ class DiffusionBlocks(nn.Module):
     "frozen" (one copy, never trained). context: share of each training batch drawn at sigma_max, where the answer must
     come from x alone. weighting: "none", or "batch_mean", the published mean(loss) * mean(weight).
     Raises: ValueError if the counts don't fit, or a trainable codebook meets independent blocks.
-    Source: arXiv 2506.14202, section 3.
+    Source: arXiv 2506.14202.
     """
 
     def __init__(
@@ -128,6 +128,10 @@ class DiffusionBlocks(nn.Module):
             sigma = self.draw_sigma(block, len(y), seed=seed, step=step, device=x.device)
         else:
             _check_levels(sigma, y)
+        return self.loss_at(block, x, y, sigma, seed=seed, step=step)
+
+    def loss_at(self, block: int, x: Tensor, y: Tensor, sigma: Tensor, *, seed: int, step: int) -> BlockLoss:
+        """`loss` at given noise levels (B,), without its checks."""
         clean = self.target.clean(y)
         z = dbkernels.inject_noise(clean, sigma, seed=stream(seed, "eps", block), offset=step)
         output = self.blocks[block](x, z, sigma, self.target, self.ends)
@@ -192,8 +196,7 @@ def _check_levels(sigma: Tensor, y: Tensor) -> None:
             f"sigma must be floating, of shape ({len(y)},) and on {y.device}, "
             f"got {tuple(sigma.shape)} {sigma.dtype} on {sigma.device}"
         )
-    if sigma.device.type == "cpu":  # elsewhere reading them would wait for the device: they show as a NaN loss
-        edm.check_sigma(sigma)
+    edm.check_sigma(sigma)
 
 
 def _check_parts(

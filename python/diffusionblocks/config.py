@@ -71,6 +71,8 @@ class TrainConfig:
             raise ValueError(f"need lr > 0 and 0 <= warmup < 1, got lr={self.lr}, warmup={self.warmup}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        if self.accumulate > 1 and self.method.block_choice == "vote":
+            raise ValueError(f"accumulate={self.accumulate} needs --switch block_choice: batches may vote differently")
         if self.shared != "shared" and self.method.codebook == "learned":
             raise ValueError(f"shared={self.shared!r} needs a fixed codebook: add --switch codebook")
 

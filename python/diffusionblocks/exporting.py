@@ -29,7 +29,7 @@ def export(session: Session, to: Path) -> None:
     for part in session.residency.parts:
         tensors = session.residency.tensors(part)
         prefix = "" if part == "shared" else f"blocks.{part.removeprefix('block_')}."
-        for name in (n.removeprefix("weight/") for n in tensors if n.startswith("weight/")):
+        for name in session.residency.parts[part].state_dict():
             weights[prefix + name] = tensors.get(f"ema/{name}", tensors[f"weight/{name}"]).contiguous()
     partition = json.dumps(snapshots.partition_to_dict(session.model.partition))
     metadata = {"format": FORMAT, "config": to_yaml(session.config), "partition": partition}

@@ -212,7 +212,8 @@ def _trim(log: Path, step: int, finished: Any) -> None:
     """Drop the metrics of steps that will be run again."""
     if not log.exists():
         return
-    rows = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    *lines, _cut_short = log.read_text().split("\n")
+    rows = [json.loads(line) for line in lines]
     kept = [r for r in rows if r["run"] in finished or (r["run"] == "block-wise" and r["step"] <= step)]
     write(log, "".join(json.dumps(row) + "\n" for row in kept))
 

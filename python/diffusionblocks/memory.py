@@ -78,7 +78,7 @@ def parse_bytes(text: str) -> int:
         value = float(number)
     except ValueError:
         value = -1
-    if unit not in units or value <= 0:
+    if unit not in units or not 0 < value < float("inf"):
         raise ValueError(f"memory must be like 24GiB, 512MB or 1000000, got {text!r}")
     return int(value * units[unit])
 

@@ -15,7 +15,7 @@ class PartOptimizer:
     """AdamW + EMA over one part's trainable parameters, its state in plain tensors that Residency can move.
 
     named_parameters: (name, parameter) pairs; those without requires_grad are left out. betas, eps, weight_decay:
-    AdamW's; biases, norms and embeddings (fewer than two dimensions) are not decayed. ema_decay: 0 keeps no average.
+    AdamW's; tensors with fewer than two dimensions (biases, norms) are not decayed. ema_decay: 0 keeps no average.
     Raises: ValueError on a setting out of range.
     """
 

@@ -30,7 +30,7 @@ class Partition:
     so that a comparison gives the same owner in every dtype. layers: layers per block, B numbers.
     overlap: each range is widened by this fraction of its log width at both ends for training; ownership is not.
     Raises: ValueError on edges that don't fall, counts that don't match, or a negative overlap.
-    Source: arXiv 2506.14202, sections 3.2 and 3.3.
+    Source: arXiv 2506.14202.
     """
 
     density: NoiseDensity
@@ -133,7 +133,7 @@ def spread_layers(layers: int, blocks: int) -> tuple[int, ...]:
 def equal_mass_edges(density: NoiseDensity, blocks: int) -> tuple[float, ...]:
     """B+1 falling levels that give every block the same probability under `density`, cut to its range.
 
-    Source: arXiv 2506.14202, eq. 7.
+    Source: arXiv 2506.14202.
     """
     return _equal_mass(density, density.sigma_max, density.sigma_min, blocks)
 

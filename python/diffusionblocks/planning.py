@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .blocks import Block, Ends
+from .adapters.vit import class_target
+from .blocks import DiffusionBlocks, Ends
 from .config import TrainConfig
+from .density import LogNormal
 from .memory import SavedTensors, Usage, count_bytes
 from .models import ViT
-from .partition import spread_layers
-from .targets import ClassTarget
+from .partition import Partition, make_partition, spread_layers
 
 
 def plan(config: TrainConfig, device: torch.device) -> Usage:
@@ -21,20 +21,18 @@ def plan(config: TrainConfig, device: torch.device) -> Usage:
 
     Everything is made of fake tensors, which have shapes and a device but no memory.
     """
+    alone = make_partition(LogNormal(), _most_layers(config), 1)
     with FakeTensorMode(), torch.device(device):
-        block, shared, target = _largest_block(config)
-        resident = nn.ModuleList([block, target, *([shared] if shared is not None else [])])
-        if config.shared == "frozen" and shared is not None:
-            shared.requires_grad_(False)
-        trained = [p for p in resident.parameters() if p.requires_grad]
+        model = _one_block(config, alone)
+        trained = [p for p in model.parameters() if p.requires_grad]
         float32 = sum(p.numel() * 4 for p in trained)
         return Usage(
             {
-                "weights": count_bytes([*resident.parameters(), *resident.buffers()], device),
+                "weights": count_bytes([*model.parameters(), *model.buffers()], device),
                 "gradients": count_bytes(trained, device),
                 "moments": 2 * float32,
                 "averages": float32 if config.ema else 0,
-                "activations": _saved(block, shared, target, config),
+                "activations": _saved(model, config),
             }
         )
 
@@ -52,28 +50,31 @@ def smallest_fit(table: dict[int, Usage], memory: int) -> int | None:
     return next((blocks for blocks, usage in sorted(table.items()) if usage.total <= memory), None)
 
 
-def _largest_block(config: TrainConfig) -> tuple[Block, Ends | None, ClassTarget]:
-    model, method = config.model, config.method
-    kept = model.layers - model.layers % config.blocks if method.remainder == "dropped" else model.layers
-    layers = max(spread_layers(kept, config.blocks))
-    network = ViT(replace(model, layers=layers), conditioned=True)
+def _most_layers(config: TrainConfig) -> int:
+    layers, dropped = config.model.layers, config.method.remainder == "dropped"
+    return max(spread_layers(layers - layers % config.blocks if dropped else layers, config.blocks))
+
+
+def _one_block(config: TrainConfig, alone: Partition) -> DiffusionBlocks:
+    """The block with the most layers, as a model of its own."""
+    method = config.method
+    network = ViT(replace(config.model, layers=alone.layers[0], silu_after=method.silu_after), conditioned=True)
     ends = Ends(network.stem, network.head)
-    target = ClassTarget(
-        torch.empty(model.classes, model.dim), readout=method.readout, trainable=method.codebook == "learned"
+    return DiffusionBlocks(
+        [ends] if config.shared == "per_block" else ends,
+        list(network.layers),
+        class_target(torch.empty(config.model.classes, config.model.dim), method),
+        alone,
+        shared=config.shared,
+        weighting=method.weighting,
     )
-    own = config.shared == "per_block"
-    return Block(network.layers, ends if own else None), None if own else ends, target
 
 
-def _saved(block: Block, shared: Ends | None, target: ClassTarget, config: TrainConfig) -> int:
-    """Bytes that one step of the block saves for its backward pass, after the noise has been added."""
+def _saved(model: DiffusionBlocks, config: TrainConfig) -> int:
+    """Bytes that one step saves for its backward pass."""
     size, count = config.model.image_size, config.batch_size
     x, y = torch.empty(count, config.model.channels, size, size), torch.zeros(count, dtype=torch.int64)
-    sigma = torch.ones(count)
-    device, bf16 = x.device.type, config.precision == "bfloat16"
-    weights = [p for module in (block, shared, target) if module is not None for p in module.parameters()]
-    with SavedTensors(weights).count() as saved, torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
-        z = target.clean(y) * sigma.unsqueeze(-1)
-        output = block(x, z, sigma, target, shared)
-        target.loss(output, z, y, sigma).mean()
+    bf16 = torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16")
+    with SavedTensors(model.parameters()).count() as saved, bf16:
+        model.loss_at(0, x, y, torch.ones(count), seed=0, step=0)
     return saved.bytes

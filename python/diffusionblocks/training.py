@@ -29,7 +29,7 @@ class Batches(Protocol):
 
 
 class NonFiniteLoss(RuntimeError):
-    """Training met a loss or gradient that isn't a number; weights are as they were before that step."""
+    """Training met a loss or gradient that isn't a number; no checkpoint was written after it."""
 
 
 class Session:
@@ -51,29 +51,27 @@ class Session:
         adapts = config.method.noise == "information"
         self.meter = InformationMeter(model.partition.density, device=device) if adapts else None
         self.changed = set(self.residency.parts)  # since the last checkpoint
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        self.bad_sigma = torch.zeros(2, device=device)  # lowest, highest
+        self.first_bad = torch.full((4,), -1.0, dtype=torch.float64, device=device)  # step, block, its sigmas' ends
         if config.compile:
             for block in model.blocks:
                 block.compile()
 
-    def watch(self, step: int, loss: BlockLoss, norm: Tensor) -> None:
+    def watch(self, step: int, block: int, loss: BlockLoss, norm: Tensor) -> None:
         """Remember the first step whose loss or gradient isn't finite, without waiting for the device."""
-        new = ~(loss.loss.isfinite() & norm.isfinite()) & (self.first_bad < 0)
-        self.first_bad = torch.where(new, step, self.first_bad)
-        self.bad_sigma = torch.where(new, torch.stack(loss.sigma.aminmax()), self.bad_sigma)
+        low, high = loss.sigma.double().aminmax()
+        seen = torch.stack([torch.full_like(low, step), torch.full_like(low, block), low, high])
+        bad = ~(loss.loss.isfinite() & norm.isfinite())
+        self.first_bad = torch.where(bad & (self.first_bad[0] < 0), seen, self.first_bad)
 
     def check(self) -> None:
         """Raise NonFiniteLoss if `watch` saw one. Waits for the device."""
-        step = int(self.first_bad)
-        if step < 0:
-            return
-        low, high = self.bad_sigma.tolist()
-        raise NonFiniteLoss(
-            f"the loss or gradient of block {block_at(step, self.config)} is not finite at step {step} (sigma from "
-            f"{low:.4g} to {high:.4g}); the last checkpoint is intact. Lower lr, raise "
-            "warmup, or use precision='float32', and start again"
-        )
+        step, block, low, high = self.first_bad.tolist()
+        if step >= 0:
+            raise NonFiniteLoss(
+                f"the loss or gradient of block {block:.0f} is not finite at step {step:.0f} (sigma from {low:.4g} to "
+                f"{high:.4g}); the last checkpoint is intact. Lower lr, raise warmup, or use precision='float32', and "
+                "start again"
+            )
 
 
 def train(session: Session, batches: Batches, *, on_log: Callable[[dict[str, Any]], None], on_step: Callable[[], None]) -> None:
@@ -94,7 +92,7 @@ def train(session: Session, batches: Batches, *, on_log: Callable[[dict[str, Any
         session.residency.activate(block)
         torch.manual_seed(stream(config.seed, "layers", step) % 2**63)  # for dropout, if the layers have any
 
-        logs = step % LOG_EVERY == LOG_EVERY - 1
+        logs = step % LOG_EVERY == LOG_EVERY - 1 or step + 1 == config.total_steps
         for micro in range(step * config.accumulate, (step + 1) * config.accumulate):
             x, y = batches.batch(micro)
             voted, sigma = choose(model, block, len(y), config, micro, x.device)
@@ -113,7 +111,7 @@ def train(session: Session, batches: Batches, *, on_log: Callable[[dict[str, Any
         rate = learning_rate(step, steps=config.total_steps, peak=config.lr, warmup=warmup)
         for optimizer in active:
             optimizer.step(rate)
-        session.watch(step, loss, norm)
+        session.watch(step, block, loss, norm)
         session.changed |= {"shared", f"block_{block}"}
         session.step += 1
         if usage:
@@ -138,7 +136,9 @@ def choose(
         return block, model.draw_sigma(block, count, seed=config.seed, step=step, device=device)
     u = dbkernels.philox_uniform((count,), seed=stream(config.seed, "vote"), offset=step, device=device)
     sigma = model.partition.draw_any(u)
-    return int(model.partition.block_of(sigma).mode().values), sigma
+    block = int(model.partition.block_of(sigma).mode().values)
+    sigma[: int(model.context * count)] = model.partition.sigma_max
+    return block, sigma
 
 
 def row(session: Session, block: int, loss: BlockLoss, norm: Tensor, usage: Usage) -> dict[str, Any]:

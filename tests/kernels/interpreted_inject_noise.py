@@ -1,4 +1,5 @@
-"""Run by test_inject_noise_triton.py in a process with TRITON_INTERPRET=1: the kernel on the CPU against the definition."""
+"""Run by test_inject_noise_triton.py in a process with TRITON_INTERPRET=1: the kernel on the CPU against the
+definition."""
 
 import itertools
 
@@ -14,8 +15,8 @@ PROGRAM = 4 * GROUPS  # elements
 
 
 def normals():
-    """Uniform bits are those of the definition, or no normal would match. The interpreter's fma rounds twice, and its
-    polynomials so lose up to 2 ulp more than on a GPU, where the limit is 2."""
+    """Uniform bits are those of the definition, or no normal would match. The interpreter's fma rounds twice,
+    and its polynomials so lose up to 2 ulp more than on a GPU, where the limit is 2."""
     y = torch.zeros(3 * PROGRAM + 77)
     z = torch.full_like(y, float("nan"))
     launch(y, torch.ones(()), z, None, 2**63 + 5, 2**32 - 1)
@@ -38,7 +39,8 @@ def modes():
             z = torch.full_like(y, float("nan"))  # what isn't written shows
             launch(y, sigma, z, sigma_data, 9, 1)
             exact = inject_noise_reference(y.double(), sigma.double(), sigma_data, 9, 1)
-            # The interpreter truncates where a GPU rounds to bfloat16, so a whole unit; float32 eps bounds float64.
+            # The interpreter truncates where a GPU rounds to bfloat16, so a whole unit; float32 eps bounds
+            # float64.
             unit = max(2 * EPSILON[dtype], 8 * EPSILON[torch.float32])
             assert ((z.double() - exact).abs() <= unit * (1 + exact.abs())).all(), (name, dtype, sigma_data)
 

@@ -18,7 +18,8 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def assert_as_good_as_eager(ours, eager, exact, dtype):
     """Error against float64 at most twice eager PyTorch's at the same dtype, plus a rounding band.
 
-    The band is one unit in the last place of the largest value: where eager happens to round exactly, ours may not.
+    The band is one unit in the last place of the largest value: where eager happens to round exactly, ours
+    may not.
     """
     assert ours.dtype == dtype and eager.dtype == dtype
     ours_error = (ours.double() - exact).abs().max().item()

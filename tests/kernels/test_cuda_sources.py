@@ -24,7 +24,17 @@ def compiled(source, folder):
     """nvcc's report on each kernel: (architecture, registers, spilled bytes)."""
     include = Path(torch.__file__).parent / "include"
     archs = [flag for a in ("80", "90a") for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
-    command = ["nvcc", *FLAGS, *archs, f"-I{ROOT / 'csrc'}", f"-I{include}", "-c", source, "-o", f"{folder}/object.o"]
+    command = [
+        "nvcc",
+        *FLAGS,
+        *archs,
+        f"-I{ROOT / 'csrc'}",
+        f"-I{include}",
+        "-c",
+        source,
+        "-o",
+        f"{folder}/object.o",
+    ]
     run = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     pattern = r"for '(sm_\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"

@@ -40,7 +40,8 @@ def test_against_float64(dtype, shape, levels, sigma_data):
     z = dbkernels.inject_noise(y, sigma, sigma_data=sigma_data, seed=11, offset=2)
     exact = eager(y.double(), sigma.double(), eps.double(), sigma_data)
     if dtype == torch.float64:
-        # eps is float32 by definition, and a kernel's may be 2 ulp off: 2^-22 of the noise, whatever y's dtype.
+        # eps is float32 by definition, and a kernel's may be 2 ulp off: 2^-22 of the noise, whatever y's
+        # dtype.
         assert (z - exact).abs().max() <= 2.0**-22 * (sigma.max() * eps.abs().max())
     else:
         assert_as_good_as_eager(z, eager(y, sigma, eps, sigma_data), exact, dtype)
@@ -71,7 +72,8 @@ def test_any_shape_and_stride(shape, depth, dtype, seed, transpose):
     z = dbkernels.inject_noise(y, sigma, sigma_data=0.7, seed=seed)
     expected = dbkernels.inject_noise_reference(y, sigma, 0.7, seed, 0)
     assert z.shape == y.shape and z.dtype == y.dtype and z.is_contiguous()
-    # Kernel and definition: 2 ulp of eps and a rounding each for sum and scale, then one rounding to the dtype.
+    # Kernel and definition: 2 ulp of eps and a rounding each for sum and scale, then one rounding to the
+    # dtype.
     slack = 4 * EPSILON[torch.float32] + (0 if dtype in (torch.float32, torch.float64) else EPSILON[dtype])
     assert ((z - expected).abs() <= slack * (8 + 8 * expected.abs())).all()
 
@@ -169,11 +171,15 @@ def test_compiles_whole_and_once_over_changing_sigma():
         sigma = torch.rand(6) + 0.1
         expected = dbkernels.inject_noise(y, sigma, sigma_data=0.5, seed=2**63 + 1, offset=step).square()
         assert torch.equal(compiled(y, sigma, step), expected)
-    assert counter.frame_count <= 2  # once with the first step as a constant, once with the step as a variable
+    assert (
+        counter.frame_count <= 2
+    )  # once with the first step as a constant, once with the step as a variable
 
 
 def test_meta_and_fake():
-    z = torch.ops.dbkernels.inject_noise(torch.empty(5, 6, device="meta"), torch.empty(5, device="meta"), 0.5, 1, 0)
+    z = torch.ops.dbkernels.inject_noise(
+        torch.empty(5, 6, device="meta"), torch.empty(5, device="meta"), 0.5, 1, 0
+    )
     assert z.shape == (5, 6) and z.device.type == "meta"
 
 

@@ -1,4 +1,5 @@
-"""inject_noise's Triton kernel without a GPU: interpreted, and compiled ahead of time for every launch there is."""
+"""inject_noise's Triton kernel without a GPU: interpreted, and compiled ahead of time for every launch there
+is."""
 
 import itertools
 import os
@@ -10,8 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-# What 16 elements a thread may cost, prologue included: at 40 to 79 instructions an element, memory and arithmetic take
-# the same time on an H100 (the row's kind of noise level adds a division).
+# What 16 elements a thread may cost, prologue included: at 40 to 79 instructions an element, memory and
+# arithmetic take the same time on an H100 (the row's kind of noise level adds a division).
 LONGEST = {0: 60 * 16, 1: 60 * 16, 2: 75 * 16, 3: 110 * 16}
 SHORTEST = 400  # a stub is shorter
 
@@ -40,7 +41,17 @@ def test_compiles_without_spills(arch, mode):
     variants = itertools.product(("fp16", "bf16", "fp32", "fp64"), (False, True) if mode == 0 else (True,))
     for dtype, scaled in variants:
         wide = "fp64" if dtype == "fp64" else "fp32"
-        signature = [f"*{dtype}:16", f"*{wide}:16", f"*{dtype}:16", "i32:16", "i32", "fp32", "i32", "i32", "i32"]
+        signature = [
+            f"*{dtype}:16",
+            f"*{wide}:16",
+            f"*{dtype}:16",
+            "i32:16",
+            "i32",
+            "fp32",
+            "i32",
+            "i32",
+            "i32",
+        ]
         constants = {"SCALED": scaled, "MODE": mode, "GROUPS": GROUPS}
         built = aot.report(inject_noise_kernel, signature, constants, arch)
         assert built.spilled_bytes == 0, (dtype, scaled, built.spilled_bytes)

@@ -89,7 +89,8 @@ def test_box_muller_extremes():
 
 @needs_compiled
 def test_normals_within_two_ulp_of_the_definition():
-    """2: the logarithm is off by at most 0.9 ulp (halved by the root), sin and cos 0.8, root and product 0.5 each."""
+    """2: the logarithm is off by at most 0.9 ulp (halved by the root), sin and cos 0.8, root and product 0.5
+    each."""
     numel = 2_000_003
     ours = dbkernels.philox_normal(numel, seed=77, offset=3)
     assert ulps(ours, philox.normal_reference((numel,), seed=77, offset=3)).max() <= 2
@@ -128,7 +129,10 @@ def test_seeds_offsets_and_streams_are_unrelated():
     """Changing one bit of seed or offset, or the stream, leaves no correlation (five standard errors)."""
     n = 200_000
     base = dbkernels.philox_normal(n, seed=1, offset=0)
-    others = [dbkernels.philox_normal(n, seed=s, offset=o) for s, o in ((2, 0), (1, 1), (1 + 2**32, 0), (1 + 2**63, 0))]
+    others = [
+        dbkernels.philox_normal(n, seed=s, offset=o)
+        for s, o in ((2, 0), (1, 1), (1 + 2**32, 0), (1 + 2**63, 0))
+    ]
     others.append(torch.special.ndtri(dbkernels.philox_uniform(n, seed=1, offset=0).double()).float())
     for other in others:
         assert abs((base * other).mean()) < 5 / math.sqrt(n)

@@ -39,7 +39,9 @@ def vit_blocks(
     ends: Ends | list[Ends] = Ends(network.stem, network.head)
     if shared == "per_block":
         ends = [Ends(Stem(config, True), Head(config, True, norm_eps)) for _ in range(blocks)]
-    target = class_target(config.classes, config.dim, recipe)
+    if shared == "frozen":
+        nn.init.xavier_normal_(network.head.linear.weight)  # a head of zeros would pass no gradient to the layers
+    target = class_target(codebook(config.classes, config.dim, recipe), recipe)
     partition = make_partition(noise_density(target, recipe), kept, blocks, overlap=overlap)
     return DiffusionBlocks(
         ends,
@@ -52,10 +54,14 @@ def vit_blocks(
     )
 
 
-def class_target(classes: int, dim: int, recipe: Recipe = CORRECTED) -> ClassTarget:
-    """The label space of a recipe: a fixed spread-out codebook, or the published learned, normalised one."""
+def codebook(classes: int, dim: int, recipe: Recipe = CORRECTED) -> Tensor:
+    """Where a recipe's label embeddings start: fixed and spread out, or small random rows to learn."""
+    return torch.randn(classes, dim) * 0.02 if recipe.codebook == "learned" else spread_codebook(classes, dim)
+
+
+def class_target(table: Tensor, recipe: Recipe = CORRECTED) -> ClassTarget:
+    """The label space of a recipe over the codebook `table` (K, d)."""
     learned = recipe.codebook == "learned"
-    table = torch.randn(classes, dim) * 0.02 if learned else spread_codebook(classes, dim)
     return ClassTarget(
         table,
         sigma_data=recipe.sigma_data or None,
@@ -135,7 +141,7 @@ def huggingface_vit(
     ends = Ends(
         HuggingFaceStem(encoder.embeddings, cond), HuggingFaceHead(encoder.layernorm, network.classifier)
     )
-    target = class_target(network.config.num_labels, width)
+    target = class_target(codebook(network.config.num_labels, width))
     partition = make_partition(noise_density(target), len(layers), blocks, overlap=overlap)
     return DiffusionBlocks(
         [copy.deepcopy(ends) for _ in range(blocks)] if shared == "per_block" else ends,

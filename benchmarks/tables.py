@@ -1,0 +1,80 @@
+"""The results tables, from a study's lines: python benchmarks/tables.py benchmarks/results/cpu-2core/vit_digits.jsonl"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def gather(path: Path) -> dict[str, list[Row]]:
+    """A study's rows by variant."""
+    groups: dict[str, list[Row]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        groups.setdefault(row["variant"], []).append(row)
+    return groups
+
+
+def spread(values: list[float], digits: int = 1) -> str:
+    """Mean and standard deviation over seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def main_table(groups: dict[str, list[Row]]) -> list[str]:
+    """Accuracy, memory and bound of each way of training."""
+    lines = [
+        "| training | test accuracy % | validation % | walk by block, test % | bound, bits | memory, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, rows in groups.items():
+        if " as " in name:
+            continue
+        accuracy = [spread([row[split]["accuracy"] for row in rows]) for split in ("test", "val")]
+        memory = statistics.mean(sum(row["memory"].values()) for row in rows) / 1e6
+        walk, bound = "", ""
+        if "walk" in rows[0]["test"]:
+            bound = spread([row["test"]["bound_bits"] for row in rows], 2)
+            walk = " → ".join(f"{a:.1f}" for a in by_block(rows))
+        lines.append(f"| {name} | {accuracy[0]} | {accuracy[1]} | {walk} | {bound} | {memory:.1f} |")
+    return lines
+
+
+def by_block(rows: list[Row]) -> list[float]:
+    """Mean test accuracy at the last step of each block of the walk."""
+    lasts = [{step["block"]: step["accuracy"] for step in row["test"]["walk"]} for row in rows]
+    return [statistics.mean(last[b] for last in lasts) for b in sorted(lasts[0])]
+
+
+def ablation_table(groups: dict[str, list[Row]], base: str, name: str) -> list[str]:
+    """One line for each field of `name` switched to the other recipe, against `base`."""
+    whole = statistics.mean(row["test"]["accuracy"] for row in groups[base])
+    lines = [f"| {name}, but | test accuracy % | difference | bound, bits |", "|---|---|---|---|"]
+    for variant, rows in groups.items():
+        if not variant.startswith(f"{name}, "):
+            continue
+        values = [row["test"]["accuracy"] for row in rows]
+        bound = spread([row["test"]["bound_bits"] for row in rows], 2)
+        change = statistics.mean(values) - whole
+        lines.append(f"| {variant.removeprefix(f'{name}, ')} | {spread(values)} | {change:+.1f} | {bound} |")
+    return lines
+
+
+def main(path: Path) -> None:
+    """Print all tables of a study."""
+    groups = gather(path)
+    seeds = sorted({row["seed"] for rows in groups.values() for row in rows})
+    print(f"Seeds {seeds}; mean ± standard deviation; machine: {next(iter(groups.values()))[0]['machine']}\n")
+    print("\n".join(main_table(groups)), "\n")
+    for base, name in (("B=3", "corrected"), ("published", "published")):
+        if any(variant.startswith(f"{name}, ") for variant in groups) and base in groups:
+            print("\n".join(ablation_table(groups, base, name)), "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,84 @@
+"""The Python examples in the documentation run, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PACKAGE = ROOT / "python" / "diffusionblocks"
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]+)(#[^)\s]+)?\)")
+
+
+def examples(page: Path) -> list[tuple[int, str]]:
+    """The line that each ```python block of a page starts after, and its code."""
+    text = page.read_text()
+    return [(text.count("\n", 0, found.start(1)), found.group(1)) for found in FENCE.finditer(text)]
+
+
+def test_examples_are_found():
+    assert len(examples(ROOT / "docs" / "architecture.md")) >= 2
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if examples(p)], ids=lambda p: p.name)
+def test_examples_run(page, tmp_path, monkeypatch):
+    """In order, in one namespace and an empty folder, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__example__"}
+    for line, code in examples(page):
+        # Blank lines in front, so that a traceback names the page's own line.
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target, anchor in LINK.findall(page.read_text()):
+        linked = page.parent / target
+        if linked.name == "README.md" and not linked.exists():
+            pytest.skip("README.md isn't there")
+        assert linked.exists(), f"{page.name} links to {target}, which isn't there"
+        assert not anchor or anchor[1:] in anchors(linked), (
+            f"{page.name} links to {target}{anchor}: no such heading"
+        )
+
+
+def anchors(page: Path) -> set[str]:
+    """A page's headings as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def layers() -> dict[str, int]:
+    """For each module or folder of the package, its row in docs/architecture.md's table, from the top."""
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    return {name: i for i, row in enumerate(rows) for name in re.findall(r"`(\w+)(?:\.py|/)`", row)}
+
+
+def imported(module: Path) -> set[str]:
+    """What a file of the package imports of the package: names of modules and folders right below it."""
+    above = len(module.relative_to(PACKAGE).parts) - 1
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        path = node.module.split(".") if node.module else []
+        if node.level == above + 1:
+            path = ["diffusionblocks", *path]
+        if path[:1] == ["diffusionblocks"]:
+            names |= {path[1]} if len(path) > 1 else {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("module", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_run_down_the_table_of_the_architecture(module):
+    rows, name = layers(), module.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if name == "__init__":
+        return
+    assert name in rows, f"docs/architecture.md's table doesn't say what {name} holds"
+    up = [other for other in imported(module) if rows.get(other, len(rows)) < rows[name]]
+    assert not up, f"{name} imports {up}, which stand above it in docs/architecture.md"

@@ -1,0 +1,179 @@
+"""Resuming is bit-exact: after SIGKILL at random points the run ends with the same weights, metrics and noise."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusionblocks import checkpoint, jobs, snapshots
+from diffusionblocks.checkpoint import CheckpointError
+
+HERE = Path(__file__).parent
+# Forks trainings from one process, so that a restart costs no import of torch. A line on stdin starts a child that
+# trains; its pid is printed, and its exit status once it ends.
+SERVER = """
+import os, sys
+import torch, tiny
+from diffusionblocks import jobs
+import dataclasses, pathlib
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+        sys.stdout = open(os.devnull, "w")
+        folder = pathlib.Path(line.strip())
+        config = tiny.config(folder, store="disk", steps=20)
+        jobs.resume(folder) if (folder / "config.yaml").exists() else jobs.start(config)
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    yield process
+    process.stdin.close()
+    process.wait()
+
+
+def run(server, folder, kill_after=None):
+    """Train until done or killed; returns the exit status."""
+    server.stdin.write(f"{folder}\n")
+    server.stdin.flush()
+    pid = int(server.stdout.readline())
+    if kill_after is not None:
+        time.sleep(kill_after)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return int(server.stdout.readline())
+
+
+def everything(folder):
+    """All that a finished run holds: tensors by part, state, metrics without clocks, results without clocks."""
+    manifest = checkpoint.read_state(folder / "checkpoint")
+    tensors = {part: checkpoint.load_part(folder / "checkpoint", part) for part in manifest.parts}
+    state = {k: v for k, v in manifest.state.items() if k != "seconds"}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "reserved")} for row in rows]
+    result = json.loads((folder / "results/block-wise.json").read_text())
+    return tensors, state, rows, {k: v for k, v in result.items() if k != "seconds"}
+
+
+def test_killed_at_random_points_a_run_ends_with_the_same_bits(server, tmp_path):
+    began = time.perf_counter()
+    assert run(server, tmp_path / "whole") == 0
+    whole_run = time.perf_counter() - began
+    expected = everything(tmp_path / "whole")
+    dice, kills, folder = random.Random(0), 0, tmp_path / "killed"
+    steps = set()
+    while run(server, folder, kill_after=dice.uniform(0.1, 0.9) * whole_run if kills < 12 else None) != 0:
+        kills += 1
+        if (folder / "checkpoint/manifest.json").exists():
+            steps.add(checkpoint.read_state(folder / "checkpoint").state["step"])
+    assert kills >= 3, "the run ended before it could be killed often enough to mean anything"
+    assert steps, "no kill met a checkpoint"
+    tensors, state, rows, result = everything(folder)
+    assert state == expected[1] and rows == expected[2] and result == expected[3]
+    for part, ours in tensors.items():
+        for name, t in ours.items():
+            assert torch.equal(t, expected[0][part][name]), f"{part} {name}"
+
+
+def interrupted(folder, stop_at, **changes):
+    """A run that stopped after `stop_at` steps, at its last checkpoint."""
+    config = tiny.config(folder, **changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs.write(folder / "config.yaml", jobs.to_yaml(config))
+    session = jobs.open_session(config, torch.device("cpu"))
+    data = jobs.load(config.data, seed=config.seed)
+
+    class Stop(Exception):
+        pass
+
+    original = snapshots.save
+
+    def stop_after(session, *args, **kwargs):
+        original(session, *args, **kwargs)
+        if session.step >= stop_at:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshots, "save", stop_after)
+        with pytest.raises(Stop):
+            jobs._block_wise(session, data, lambda row: None)
+    return session
+
+
+@pytest.mark.parametrize("shared", ["shared", "per_block"])
+def test_resumes_in_the_middle_of_a_visit(tmp_path, shared):
+    left = interrupted(tmp_path / "a", stop_at=7, shared=shared)  # visits are 3 steps long
+    assert left.step == 7 and left.step % left.config.visit != 0
+    back = jobs.open_session(left.config, torch.device("cpu"))
+    assert back.step == 7 and back.model.partition == left.model.partition
+    for part in left.residency.parts:
+        ours, theirs = left.residency.tensors(part), back.residency.tensors(part)
+        assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
+    assert torch.equal(left.meter.sums, back.meter.sums)
+    assert {p: o.steps for p, o in left.optimizers.items()} == {p: o.steps for p, o in back.optimizers.items()}
+
+
+def test_only_changed_blocks_are_written_again(tmp_path):
+    session = interrupted(tmp_path / "a", stop_at=7)
+    first = {p: f.file for p, f in checkpoint.read_state(tmp_path / "a/checkpoint").parts.items()}
+    session.changed = {"shared", "block_1"}
+    snapshots.save(session, tmp_path / "a/checkpoint", seconds=1.0)
+    second = {p: f.file for p, f in checkpoint.read_state(tmp_path / "a/checkpoint").parts.items()}
+    assert {p for p in first if first[p] != second[p]} == {"shared", "block_1", "noise"}
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path):
+    interrupted(tmp_path / "a", stop_at=7)
+    other = tiny.config(tmp_path / "a", lr=1e-2)
+    with pytest.raises(CheckpointError, match="another config"):
+        jobs.open_session(other, torch.device("cpu"))
+    same_elsewhere = tiny.config(tmp_path / "a", store="host", checkpoint_every=100)
+    assert jobs.open_session(same_elsewhere, torch.device("cpu")).step == 7
+
+
+def test_a_bad_loss_leaves_the_last_checkpoint_as_it_was(tmp_path):
+    session = interrupted(tmp_path / "a", stop_at=7)
+    before = checkpoint.read_state(tmp_path / "a/checkpoint")
+    session.first_bad.fill_(9)
+    with pytest.raises(RuntimeError, match="last checkpoint is intact"):
+        snapshots.save(session, tmp_path / "a/checkpoint", seconds=1.0)
+    assert checkpoint.read_state(tmp_path / "a/checkpoint") == before
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
+    session = interrupted(tmp_path / "a", stop_at=7)
+    manifest = checkpoint.read_state(tmp_path / "a/checkpoint")
+    path = tmp_path / "a/checkpoint" / manifest.parts["block_1"].file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=path.name):
+        jobs.open_session(session.config, torch.device("cpu"))
+
+
+def test_a_run_is_not_started_over_another(tmp_path):
+    interrupted(tmp_path / "a", stop_at=7)
+    with pytest.raises(ValueError, match="already holds a run"):
+        jobs.start(tiny.config(tmp_path / "a"))
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        jobs.resume(tmp_path / "empty")
