@@ -45,15 +45,11 @@ def cuda_wanted():
         return False, "FORCE_CUDA=0"
     if torch.version.cuda is None:
         if force:
-            raise SystemExit(
-                f"FORCE_CUDA={force}, but torch {torch.__version__} is a CPU build: install a CUDA one"
-            )
+            raise SystemExit(f"FORCE_CUDA={force}, but torch {torch.__version__} is a CPU build: install a CUDA one")
         return False, f"torch {torch.__version__} is a CPU build"
     if cpp_extension.CUDA_HOME is None:
         if force:
-            raise SystemExit(
-                f"FORCE_CUDA={force}, but no CUDA toolkit was found: set CUDA_HOME to its folder"
-            )
+            raise SystemExit(f"FORCE_CUDA={force}, but no CUDA toolkit was found: set CUDA_HOME to its folder")
         return False, "no CUDA toolkit found (set CUDA_HOME)"
     if force:
         return True, f"FORCE_CUDA={force}"

@@ -26,9 +26,7 @@ def check(y, sigma):
     ours = dbkernels.inject_noise(y, sigma, sigma_data=SIGMA_DATA, seed=3)
     exact = dbkernels.inject_noise_reference(y.double(), sigma.double(), SIGMA_DATA, 3, 0)
     unit = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7}[y.dtype]
-    assert ((ours.double() - exact).abs() <= unit * (1 + exact.abs())).all(), (
-        "inject_noise is wrong here: no timing"
-    )
+    assert ((ours.double() - exact).abs() <= unit * (1 + exact.abs())).all(), "inject_noise is wrong here: no timing"
 
 
 def main():

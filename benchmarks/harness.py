@@ -124,9 +124,7 @@ def measure(
         rate = bytes_moved / middle / 1e6
         name_of_dtype = str(dtype).removeprefix("torch.")
         times_of = (low, middle, high)
-        rows.append(
-            Row(case, name_of_dtype, name, bytes_moved, *times_of, rate, rate / copy, _peak(call, device))
-        )
+        rows.append(Row(case, name_of_dtype, name, bytes_moved, *times_of, rate, rate / copy, _peak(call, device)))
         print(f"{case:<28} {rows[-1].dtype:<9} {name:<9} {middle:9.3f} ms [{low:.3f}, {high:.3f}] "
               f"{rate:8.1f} GB/s  {rate / copy:5.2f} of copy", flush=True)  # fmt: skip
     return rows

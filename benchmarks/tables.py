@@ -1,4 +1,4 @@
-"""The results tables, from a study's lines: python benchmarks/tables.py benchmarks/results/cpu-2core/vit_digits.jsonl"""
+"""The results tables of a study: python benchmarks/tables.py benchmarks/results/cpu-2core/vit_digits.jsonl"""
 
 from __future__ import annotations
 

@@ -54,9 +54,7 @@ def _load(name: str) -> ModuleType | None:
         return None
 
 
-def define(
-    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, has_kernels: bool = True
-) -> None:
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, has_kernels: bool = True) -> None:
     """Register an op: its schema, its definition for any device without a kernel, and its shapes for the
     compiler."""
     lib.define(schema)

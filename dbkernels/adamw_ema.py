@@ -106,21 +106,13 @@ def _check_lists(lists: dict[str, Sequence[Tensor]]) -> None:
             _check_tensor(f"{name}[{i}]", tensor, param.shape, params[0].device, dtype)
 
 
-def _check_tensor(
-    name: str, tensor: Tensor, shape: torch.Size, device: torch.device, dtype: torch.dtype
-) -> None:
+def _check_tensor(name: str, tensor: Tensor, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor, got {type(tensor).__name__}: leave out parameters without one"
-        )
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}: leave out parameters without one")
     if tensor.dtype != dtype:
-        raise TypeError(
-            f"{name} must be {dtype}, got {tensor.dtype}: moments and EMA of half types are float32"
-        )
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}: moments and EMA of half types are float32")
     if tensor.shape != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, its parameter {tuple(shape)}: they must match"
-        )
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its parameter {tuple(shape)}: they must match")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, params[0] on {device}: move the list to one device")
 
@@ -157,9 +149,7 @@ def _check_numbers(
 def _decays(weight_decay: float | Sequence[float], count: int) -> list[float]:
     decays = [weight_decay] * count if isinstance(weight_decay, (int, float)) else list(weight_decay)
     if len(decays) != count:
-        raise ValueError(
-            f"weight_decay has {len(decays)} values for {count} tensors: pass a float or one a tensor"
-        )
+        raise ValueError(f"weight_decay has {len(decays)} values for {count} tensors: pass a float or one a tensor")
     for i, decay in enumerate(decays):
         _check_number(f"weight_decay[{i}]", decay, 0.0, math.inf, "[0, inf)")
     return [float(decay) for decay in decays]

@@ -26,9 +26,7 @@ def _broadcast(sigma: Tensor, dims: int) -> Tensor:
     return sigma.reshape(sigma.shape + (1,) * (dims - sigma.dim()))
 
 
-def inject_noise_reference(
-    y: Tensor, sigma: Tensor, sigma_data: float | None, seed: int, offset: int
-) -> Tensor:
+def inject_noise_reference(y: Tensor, sigma: Tensor, sigma_data: float | None, seed: int, offset: int) -> Tensor:
     """The definition, differentiable in y and sigma. sigma: (), (B,) or (B, N), in y's compute dtype."""
     dtype = _compute_dtype(y.dtype)
     eps = normal_reference(y.shape, seed=seed % 2**64, offset=offset, device=y.device).to(dtype)
@@ -102,9 +100,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_y, grad_sigma, None, None, None
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::inject_noise", _backward, setup_context=_setup_context, lib=lib
-)
+torch.library.register_autograd(f"{NAMESPACE}::inject_noise", _backward, setup_context=_setup_context, lib=lib)
 
 
 def _check_y(y: Tensor) -> None:

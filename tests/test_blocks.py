@@ -6,17 +6,17 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import dbkernels
 from diffusionblocks.blocks import SHARING, DiffusionBlocks, Ends
 from diffusionblocks.density import LogNormal
 from diffusionblocks.models.vit import ViT, ViTConfig
 from diffusionblocks.partition import make_partition
 from diffusionblocks.rng import stream
 from diffusionblocks.targets import ClassTarget, ContinuousTarget, spread_codebook
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
-
-import dbkernels
 
 CONFIG = ViTConfig(image_size=4, channels=1, classes=5, patch=2, dim=8, layers=5, heads=2, mlp=16, cond=4)
 B = 3
@@ -120,9 +120,7 @@ def test_loss_is_the_mean_cross_entropy_of_the_noised_label():
 
 
 @settings(deadline=None, max_examples=40)
-@given(
-    block=st.integers(0, 2), count=st.integers(1, 64), seed=st.integers(0, 2**40), step=st.integers(0, 2**31)
-)
+@given(block=st.integers(0, 2), count=st.integers(1, 64), seed=st.integers(0, 2**40), step=st.integers(0, 2**31))
 def test_noise_is_drawn_in_the_trained_range(block, count, seed, step):
     sigma = make().draw_sigma(block, count, seed=seed, step=step, device=torch.device("cpu"))
     low, high = torch.tensor(make().partition.trained(block))  # both rounded to float32, as the draw is
@@ -221,9 +219,7 @@ def test_a_continuous_target_of_any_shape_is_weighted_l2(shape, count, block):
 
 def test_streams_differ_by_seed_and_purpose_and_are_stable():
     keys = {
-        stream(s, *p)
-        for s in (0, 1, 12)
-        for p in (("sigma", 0), ("sigma", 1), ("eps", 0), (), ("0",), ("sigma", 0, 0))
+        stream(s, *p) for s in (0, 1, 12) for p in (("sigma", 0), ("sigma", 1), ("eps", 0), (), ("0",), ("sigma", 0, 0))
     }
     assert len(keys) == 18 and all(0 <= key < 2**64 for key in keys)
     # Old runs resume only while these stay: blake2b of "0/sigma/0" and "7/eps/2", little-endian.

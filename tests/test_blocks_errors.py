@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
 from diffusionblocks.blocks import DiffusionBlocks, Ends
 from diffusionblocks.density import LogNormal
 from diffusionblocks.models.vit import ViT, ViTConfig
 from diffusionblocks.partition import make_partition
 from diffusionblocks.targets import ClassTarget, spread_codebook
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from torch import nn
 
 CONFIG = ViTConfig(image_size=4, channels=1, classes=5, patch=2, dim=8, layers=5, heads=2, mlp=16, cond=4)
 

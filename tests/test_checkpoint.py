@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusionblocks import checkpoint
-from diffusionblocks.checkpoint import load_part, read_state, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
+
+from diffusionblocks import checkpoint
+from diffusionblocks.checkpoint import load_part, read_state, save
 
 DTYPES = sorted(checkpoint._DTYPES, key=str)
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -50,9 +51,7 @@ tensors = st.builds(
     st.integers(0, 2**32),
     st.sampled_from(sorted(VIEWS)),
 )
-names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(
-    lambda name: name != "__metadata__"
-)
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda name: name != "__metadata__")
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -69,9 +68,7 @@ json_values = st.recursive(
     ),
     state=st.dictionaries(st.text(), json_values, max_size=5),
 )
-def test_tensors_and_state_come_back_bit_for_bit(
-    parts: dict[str, dict[str, Tensor]], state: dict[str, Any]
-) -> None:
+def test_tensors_and_state_come_back_bit_for_bit(parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         saved = save(folder, parts, state)
         manifest = read_state(folder)
@@ -91,9 +88,7 @@ def test_safetensors_itself_reads_the_files(dtype: torch.dtype, tmp_path: Path) 
         "empty": torch.empty(0, 2),
     }
     file = save(tmp_path, {"block_0": part}, {}).parts["block_0"].file
-    assert {k: bits(x) for k, x in load_file(tmp_path / file).items()} == {
-        k: bits(x) for k, x in part.items()
-    }
+    assert {k: bits(x) for k, x in load_file(tmp_path / file).items()} == {k: bits(x) for k, x in part.items()}
 
 
 def test_tensors_that_are_one_are_written_once_and_load_as_one(tmp_path: Path) -> None:

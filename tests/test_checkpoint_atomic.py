@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from diffusionblocks import checkpoint
 
 BLOCKS = ("block_0", "block_1")
@@ -250,15 +251,11 @@ def test_the_next_save_removes_what_a_dead_one_left_and_nothing_else(tmp_path: P
     save(tmp_path, 1)
     assert check(tmp_path) == 1
     now = {path.name for path in tmp_path.iterdir()}
-    assert now.issuperset(others) and not now.intersection(
-        {"shared.save2.safetensors.tmp", "manifest.json.tmp"}
-    )
+    assert now.issuperset(others) and not now.intersection({"shared.save2.safetensors.tmp", "manifest.json.tmp"})
     assert len(now) == len(others) + 4
 
 
-def test_the_disk_never_holds_more_than_the_old_and_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_disk_never_holds_more_than_the_old_and_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 0)
     (tmp_path / "shared.save2.safetensors.tmp").write_bytes(bytes(8 * NUMBERS))  # a dead save's
     most = 0

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from diffusionblocks import checkpoint
 from diffusionblocks import manifest as manifests
 from diffusionblocks.checkpoint import CheckpointError, load_part, read_state, save
-from safetensors.torch import save_file
 
 
 @pytest.fixture
@@ -122,9 +123,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m["state"].update(lr=float("inf")), "can't hold manifest.state.lr = inf"),
     ],
 )  # fmt: skip
-def test_newer_and_odd_manifests(
-    folder: Path, change: Callable[[dict[str, Any]], object], match: str
-) -> None:
+def test_newer_and_odd_manifests(folder: Path, change: Callable[[dict[str, Any]], object], match: str) -> None:
     rewrite(folder, change)
     refused(folder / "manifest.json", match, read_state, folder)
 
@@ -196,12 +195,8 @@ def test_a_part_name_that_no_file_can_have(folder: Path, name: Any) -> None:
 
 def test_keep_of_what_is_written_or_not_there(folder: Path) -> None:
     manifest = folder / "manifest.json"
-    refused(
-        manifest, "both write and keep the part 'shared'", save, folder, {"shared": {}}, {}, keep=["shared"]
-    )
+    refused(manifest, "both write and keep the part 'shared'", save, folder, {"shared": {}}, {}, keep=["shared"])
     refused(manifest, "has no part 'b' to keep; it has \\['shared'\\]", save, folder, {}, {}, keep=["b"])
     fresh = folder / "fresh"
-    refused(
-        fresh / "manifest.json", "has no part 'a' to keep; it has \\[\\]", save, fresh, {}, {}, keep=["a"]
-    )
+    refused(fresh / "manifest.json", "has no part 'a' to keep; it has \\[\\]", save, fresh, {}, {}, keep=["a"])
     assert not fresh.exists()

@@ -8,8 +8,9 @@ import sys
 import numpy
 import pytest
 import torch
-from diffusionblocks import cli, load_model
 from PIL import Image
+
+from diffusionblocks import cli, load_model
 
 TINY = (
     "--model.dim 16 --model.layers 3 --model.heads 2 --model.mlp 32 --model.cond 8 --model.patch 4 --steps 25 "

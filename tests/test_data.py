@@ -206,9 +206,7 @@ def test_every_shift_and_both_mirrorings_occur_and_images_differ():
         for d in (-1, 0, 1)
         for r in (-1, 0, 1)
     }
-    assert (
-        found == wanted
-    )  # 18 outcomes; one missing from 2,000 draws has probability 18 * (17/18)^2000 < 1e-48
+    assert found == wanted  # 18 outcomes; one missing from 2,000 draws has probability 18 * (17/18)^2000 < 1e-48
     mirrored = augment(image.expand(2000, -1, -1, -1), pad=0, flip=True, seed=0, step=0)
     share = (mirrored == image.flip(3)).flatten(1).all(1).double().mean().item()
     assert abs(share - 0.5) < 0.05  # 4.5 standard deviations

@@ -11,9 +11,7 @@ from diffusionblocks.data import batch_indices
 
 
 @settings(deadline=None)  # the first example pays for imports and caches
-@given(
-    n=st.integers(1, 50), batch_size=st.integers(1, 120), seed=st.integers(0, 2**40), epochs=st.integers(1, 4)
-)
+@given(n=st.integers(1, 50), batch_size=st.integers(1, 120), seed=st.integers(0, 2**40), epochs=st.integers(1, 4))
 def test_every_batch_is_full_and_every_epoch_holds_every_sample_once(n, batch_size, seed, epochs):
     steps = -(-epochs * n // batch_size)
     batches = [batch_indices(n, batch_size, seed=seed, step=step) for step in range(steps)]

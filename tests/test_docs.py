@@ -42,9 +42,7 @@ def test_links_lead_somewhere(page):
         if linked.name == "README.md" and not linked.exists():
             pytest.skip("README.md isn't there")
         assert linked.exists(), f"{page.name} links to {target}, which isn't there"
-        assert not anchor or anchor[1:] in anchors(linked), (
-            f"{page.name} links to {target}{anchor}: no such heading"
-        )
+        assert not anchor or anchor[1:] in anchors(linked), f"{page.name} links to {target}{anchor}: no such heading"
 
 
 def anchors(page: Path) -> set[str]:

@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
-from diffusionblocks import edm
-from diffusionblocks.targets import ContinuousTarget, Output
 from hypothesis import given
 from hypothesis import strategies as st
+
+from diffusionblocks import edm
+from diffusionblocks.targets import ContinuousTarget, Output
 
 SIGMAS = [0.002, 0.01, 0.18, 0.5, 1.0, 3.7, 80.0]
 # float32 has 24 bits; each scaling is at most five rounded operations.
@@ -41,9 +42,7 @@ def test_scalings_are_those_of_the_table(s, dtype, tolerance):
     for i, level in enumerate(sigma.double().tolist()):
         for name, want in by_hand(level, s).items():
             value = float(getattr(got, name)[i])
-            assert value == pytest.approx(want, rel=tolerance, abs=tolerance if name == "c_noise" else 0), (
-                name
-            )
+            assert value == pytest.approx(want, rel=tolerance, abs=tolerance if name == "c_noise" else 0), name
 
 
 @given(sigma=st.floats(1e-3, 1e3), s=st.floats(0.05, 5))
@@ -110,15 +109,11 @@ def test_karras_levels_run_from_end_to_end(steps, rho):
     levels = edm.karras_sigmas(steps, 0.02, 50.0, rho)
     assert len(levels) == steps
     assert levels[0] == 50.0
-    assert levels[-1] == pytest.approx(
-        0.02, rel=1e-10
-    )  # the root and its power undo each other, but for rounding
+    assert levels[-1] == pytest.approx(0.02, rel=1e-10)  # the root and its power undo each other, but for rounding
     assert all(a > b for a, b in itertools.pairwise(levels))
     roots = [s ** (1 / rho) for s in levels]
     gaps = [a - b for a, b in itertools.pairwise(roots)]
-    assert gaps == pytest.approx(
-        [gaps[0]] * len(gaps), rel=1e-9
-    )  # evenly spaced in sigma^(1/rho): equation 5
+    assert gaps == pytest.approx([gaps[0]] * len(gaps), rel=1e-9)  # evenly spaced in sigma^(1/rho): equation 5
 
 
 def test_karras_levels_of_the_paper():

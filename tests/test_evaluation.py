@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from diffusionblocks.evaluation import Walker, evaluate
 from diffusionblocks.partition import step_levels
 from diffusionblocks.training import train
@@ -40,7 +41,7 @@ def test_samplers_and_starts_agree_on_what_is_plain(trained, sampler, start):
 
 
 def test_the_bound_of_an_untrained_model_is_the_entropy_of_the_labels(tmp_path):
-    """Zero head and the posterior readout: exactly Bayes with a uniform prior, so the bound is log2 10 at every level."""
+    """Zero head and the posterior readout: exactly Bayes with a uniform prior, so the bound is log2 10 everywhere."""
     session = tiny.session(tiny.config(tmp_path))
     x, y = tiny.RandomBatches(4000).batch(0)
     result = evaluate(Walker(session.model, session.residency), x, y, steps=3)

@@ -78,9 +78,7 @@ def test_hub_datasets_from_a_local_copy(hf, tmp_path, name, layout):
     data = load(name, folder=tmp_path / "copy", val_fraction=0.2)
     _, _, _, size, classes = FORMATS[name]
     assert (data.channels, data.image_size, data.classes) == (3, size, classes)
-    assert torch.equal(data.test.images, test) and data.test.labels.tolist() == [
-        classes - 1 - i for i in range(5)
-    ]
+    assert torch.equal(data.test.images, test) and data.test.labels.tolist() == [classes - 1 - i for i in range(5)]
     assert (len(data.train), len(data.val)) == (16, 4)
     for split in (data.train, data.val):
         assert torch.equal(split.images, train[classes - 1 - split.labels])  # each image with its own label
@@ -111,9 +109,7 @@ def broken(hf, name: str, problem: str):
         stored[label] = [100] * 4
     if problem in ("cut", "text", "none"):
         data = stored[image][2]["bytes"]
-        stored[image][2] = {"cut": {"bytes": data[:500]}, "text": {"bytes": b"not a picture"}, "none": None}[
-            problem
-        ]
+        stored[image][2] = {"cut": {"bytes": data[:500]}, "text": {"bytes": b"not a picture"}, "none": None}[problem]
     kind = "float64" if problem == "label" else "int64"
     return hf.Dataset.from_dict(stored, features=hf.Features({image: hf.Image(), label: hf.Value(kind)}))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from diffusionblocks import PartOptimizer, huggingface_vit
 
 transformers = pytest.importorskip("transformers")

@@ -17,15 +17,11 @@ from diffusionblocks.data import load
 
 
 def encode(array: Tensor, kind: int = 0x08) -> bytes:
-    return struct.pack(f">HBB{array.dim()}I", 0, kind, array.dim(), *array.shape) + bytes(
-        array.flatten().tolist()
-    )
+    return struct.pack(f">HBB{array.dim()}I", 0, kind, array.dim(), *array.shape) + bytes(array.flatten().tolist())
 
 
 @settings(deadline=None)  # the first example pays for imports and caches
-@given(
-    shape=st.lists(st.integers(0, 7), min_size=1, max_size=4), seed=st.integers(0, 1000), zipped=st.booleans()
-)
+@given(shape=st.lists(st.integers(0, 7), min_size=1, max_size=4), seed=st.integers(0, 1000), zipped=st.booleans())
 def test_idx_round_trip(tmp_path_factory, shape, seed, zipped):
     generator = torch.Generator().manual_seed(seed)
     array = torch.randint(256, shape, generator=generator, dtype=torch.uint8)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from diffusionblocks.density import Tabulated
 from diffusionblocks.information import (
     InformationMeter,
@@ -153,9 +154,7 @@ def flat_prior(bins: int = 16) -> Tabulated:
 
 
 def true_error(sigma: torch.Tensor) -> torch.Tensor:
-    return sigma.square() * torch.exp(
-        -2 * (sigma.log() + 0.5).square()
-    )  # information peaks at ln sigma = -.5
+    return sigma.square() * torch.exp(-2 * (sigma.log() + 0.5).square())  # information peaks at ln sigma = -.5
 
 
 def fill(meter: InformationMeter, batches: int, density=None, noise: float = 0.3) -> InformationMeter:
@@ -191,9 +190,7 @@ def test_meter_counts_mass_and_not_height_in_bins_of_unequal_width():
     widths = [b - a for a, b in itertools.pairwise(edges)]
     meter = InformationMeter(Tabulated(edges, tuple(widths)))
     centres = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(edges)])
-    meter.update(
-        centres.exp(), centres.exp().square()
-    )  # one nat per unit of ln sigma everywhere: the prior's own law
+    meter.update(centres.exp(), centres.exp().square())  # one nat per unit of ln sigma everywhere: the prior's own law
     assert torch.allclose(normalised(meter.density()), torch.tensor(widths).double() / 5, atol=1e-6)
 
 
@@ -231,9 +228,7 @@ def test_what_a_bin_showed_outlives_any_number_of_batches_elsewhere():
     for _ in range(400):  # 0.9^400 = 5e-19 of a draw is left: as 0.998 leaves after 21,000
         meter.update(elsewhere, true_error(elsewhere))
     after = normalised(meter.density())
-    assert torch.allclose(
-        after[1:], before[1:], atol=2e-3
-    )  # bin 0, of 2e-4 of the mass, now reads one level of it
+    assert torch.allclose(after[1:], before[1:], atol=2e-3)  # bin 0, of 2e-4 of the mass, now reads one level of it
 
 
 def test_meter_forgets_an_error_that_has_gone():

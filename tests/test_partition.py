@@ -7,6 +7,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
 from diffusionblocks.density import LogNormal, LogUniform, Tabulated, Uniform
 from diffusionblocks.information import closed_form_density
 from diffusionblocks.partition import (
@@ -17,8 +20,6 @@ from diffusionblocks.partition import (
     step_levels,
 )
 from diffusionblocks.targets import spread_codebook
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 CODEBOOK = closed_form_density(spread_codebook(10, 16))
 DENSITIES = [

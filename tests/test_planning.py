@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from diffusionblocks.memory import parse_bytes, readable
 from diffusionblocks.planning import plan, plans, smallest_fit
 from diffusionblocks.training import train

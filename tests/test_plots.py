@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+
 from diffusionblocks import density, plots
 from diffusionblocks.information import information_bound
 from diffusionblocks.memory import CATEGORIES
 from diffusionblocks.partition import Partition, equal_mass_edges, make_partition, step_levels
-from matplotlib.colors import to_rgb
-from matplotlib.image import imread
 
 NAMES = ["loss", "walk", "memory", "partition", "bound"]
 EVERY = ("end-to-end", "checkpointing", "forward-forward")
@@ -159,18 +160,11 @@ def test_a_row_logged_twice_counts_once_as_logged_last(tmp_path):
 def test_the_walk_shows_every_step_once_and_the_baselines(tmp_path):
     run = run_of(tmp_path)
     figure = plots.walk_figure(run)
-    steps = [
-        x
-        for colour in plots.colours_of(run)
-        for line in lines_of(figure, 0, colour)
-        for x in line.get_xdata()
-    ]
+    steps = [x for colour in plots.colours_of(run) for line in lines_of(figure, 0, colour) for x in line.get_xdata()]
     assert sorted(steps) == list(range(8))
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert "end-to-end 95.4 %" in labels
-    assert (
-        "forward-forward 71.0 %" not in labels
-    )  # far below: told in words, so that the walk isn't flattened
+    assert "forward-forward 71.0 %" not in labels  # far below: told in words, so that the walk isn't flattened
     assert any("forward-forward 71.0 %" in text.get_text() for text in figure.axes[0].texts)
     assert figure.axes[0].get_ylim()[0] > 90
 
@@ -208,9 +202,7 @@ def test_the_bound_is_in_bits_with_each_block_s_regret(tmp_path):
     axes = plots.bound_figure(run).axes[0]
     drawn = max(y for line in axes.get_lines() for y in line.get_ydata())
     assert drawn == pytest.approx(max(v["bound"] for v in run.test["levels"]) / math.log(2))
-    assert [t.get_text() for t in axes.texts] == [
-        f"block {b}\n{r:+.3f}" for b, r in enumerate(run.test["regret_bits"])
-    ]
+    assert [t.get_text() for t in axes.texts] == [f"block {b}\n{r:+.3f}" for b, r in enumerate(run.test["regret_bits"])]
 
 
 def test_a_run_without_baselines_or_plan_is_fine(tmp_path):

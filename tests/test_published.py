@@ -10,14 +10,14 @@ import math
 
 import pytest
 import torch
+
+import dbkernels
 from diffusionblocks.blocks import DiffusionBlocks, Ends
 from diffusionblocks.density import LogNormal
 from diffusionblocks.models.vit import ViT, ViTConfig
 from diffusionblocks.partition import make_partition
 from diffusionblocks.rng import stream
 from diffusionblocks.targets import ClassTarget
-
-import dbkernels
 
 CONFIG = ViTConfig(
     image_size=6,
@@ -60,9 +60,7 @@ def published() -> DiffusionBlocks:
 
 def batch():
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(N, 3, 6, 6, generator=generator), torch.randint(
-        0, CONFIG.classes, (N,), generator=generator
-    )
+    return torch.randn(N, 3, 6, 6, generator=generator), torch.randint(0, CONFIG.classes, (N,), generator=generator)
 
 
 def layer_norm(h, eps):
@@ -101,8 +99,7 @@ def attention(w, name, h):
     n, t, d = h.shape
     heads = CONFIG.heads
     q, k, v = (
-        part.reshape(n, t, heads, d // heads).transpose(1, 2)
-        for part in linear(w, f"{name}.qkv", h).split(d, dim=-1)
+        part.reshape(n, t, heads, d // heads).transpose(1, 2) for part in linear(w, f"{name}.qkv", h).split(d, dim=-1)
     )
     scores = torch.exp(q @ k.transpose(2, 3) / math.sqrt(d // heads))
     out = scores / scores.sum(-1, keepdim=True) @ v
@@ -168,9 +165,7 @@ def test_gradient_is_the_published_codes(block):
             continue
         # Gradients cancel more than losses: 1e-4 of the largest entry. The keys' bias is all rounding.
         scale = float(w[name].grad.abs().max())
-        assert torch.allclose(
-            p.grad.double(), w[name].grad, rtol=0, atol=1e-4 * scale + 1e-6 * hand.item()
-        ), name
+        assert torch.allclose(p.grad.double(), w[name].grad, rtol=0, atol=1e-4 * scale + 1e-6 * hand.item()), name
         compared += 1
     assert compared > 30 and model.target.table.grad is not None
 
@@ -183,9 +178,7 @@ def test_weighting_is_a_product_of_means_and_not_a_mean_of_products():
     assert ours.loss.item() != pytest.approx(float((ours.per_sample * weight).mean()), rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("change", "factor"), [("readout", "posterior"), ("normalize", False), ("sigma_data", 0.4)]
-)
+@pytest.mark.parametrize(("change", "factor"), [("readout", "posterior"), ("normalize", False), ("sigma_data", 0.4)])
 def test_a_difference_in_any_piece_shows(change, factor):
     model, (x, y) = published(), batch()
     want = model.loss(0, x, y, seed=SEED, step=STEP).loss.item()

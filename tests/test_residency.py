@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from diffusionblocks.memory import count_bytes
 from diffusionblocks.residency import Residency
 from diffusionblocks.training import train

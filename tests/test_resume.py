@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from diffusionblocks import checkpoint, jobs, snapshots
 from diffusionblocks.checkpoint import CheckpointError
 

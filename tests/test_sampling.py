@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from diffusionblocks.edm import karras_sigmas
 from diffusionblocks.sampling import SAMPLERS, check_sigmas, dpmpp_2m, euler, heun
 
@@ -102,9 +103,7 @@ def test_callback_sees_the_first_evaluation_of_every_step(name, evaluations):
     assert [(i, sigma) for i, sigma, _ in seen] == list(enumerate(levels[:-1]))
     assert len(calls) == evaluations
     assert torch.equal(seen[0][2], gaussian(start(), 8.0))
-    if (
-        name == "heun"
-    ):  # the second evaluation of a step is at its end: there the next block may own the noise
+    if name == "heun":  # the second evaluation of a step is at its end: there the next block may own the noise
         assert calls == [8.0, 4.0, 4.0, 2.0, 2.0, 1.0, 1.0]
 
 

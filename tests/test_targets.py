@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from diffusionblocks.targets import ClassTarget, ContinuousTarget, Output, spread_codebook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from diffusionblocks.targets import ClassTarget, ContinuousTarget, Output, spread_codebook
 
 K, D, N = 7, 5, 6
 
@@ -39,9 +40,7 @@ def test_posterior_readout_of_a_silent_head_is_bayes_rule(spread):
     table, h, z, sigma, _ = batch(spread)  # rows of unequal norm: |E|^2 / 2 counts
     output = ClassTarget(table).read(LinearHead(0), h, None, z, sigma)
     distance = (z[:, None].double() - table.double()).square().sum(-1)
-    likelihood = torch.exp(
-        -(distance - distance.min(1, keepdim=True).values) / (2 * sigma[:, None].double() ** 2)
-    )
+    likelihood = torch.exp(-(distance - distance.min(1, keepdim=True).values) / (2 * sigma[:, None].double() ** 2))
     posterior = likelihood / likelihood.sum(1, keepdim=True)
     # Logits reach |E|^2 / sigma^2, some thousands at sigma = .05, each rounded to 6e-8 of itself.
     assert torch.allclose(output.raw.double().softmax(-1), posterior, atol=2e-4)

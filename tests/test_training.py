@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
-import tiny
 import torch
-from diffusionblocks.optim import PartOptimizer, learning_rate
-from diffusionblocks.training import NonFiniteLoss, block_at, choose, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+import tiny
+from diffusionblocks.optim import PartOptimizer, learning_rate
+from diffusionblocks.training import NonFiniteLoss, block_at, choose, train
 
 
 def run(session, batches=None):
@@ -33,7 +35,7 @@ def weights(session):
 def test_every_block_gets_the_same_number_of_steps(tmp_path_factory, blocks, visit, seed, rounds):
     config = tiny.config(tmp_path_factory.getbasetemp(), blocks=blocks, visit=visit, seed=seed)
     turns = Counter(block_at(step, config) for step in range(rounds * visit * blocks))
-    assert turns == {block: rounds * visit for block in range(blocks)}
+    assert turns == dict.fromkeys(range(blocks), rounds * visit)
     visits = [{block_at(turn * visit + i, config) for i in range(visit)} for turn in range(rounds * blocks)]
     assert all(len(blocks_) == 1 for blocks_ in visits), "a visit belongs to one block"
 
@@ -133,9 +135,7 @@ def test_other_settings_train(tmp_path, change):
 
 
 def test_compiled_blocks_train_to_the_same_loss(tmp_path):
-    plain, compiled = (
-        tiny.session(tiny.config(tmp_path / str(c), steps=9, visit=3, compile=c)) for c in (False, True)
-    )
+    plain, compiled = (tiny.session(tiny.config(tmp_path / str(c), steps=9, visit=3, compile=c)) for c in (False, True))
     ours, expected = run(compiled), run(plain)
     # fused kernels round differently: float32 rounding, amplified over 27 steps of Adam
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in expected], rel=1e-3)
@@ -170,7 +170,7 @@ def test_optimizer_equals_torchs():
 def test_learning_rate_rises_then_falls_to_zero():
     rates = [learning_rate(step, steps=100, peak=2.0, warmup=10) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == rates[10] == 2.0
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[100] == pytest.approx(0)
+    assert all(a > b for a, b in itertools.pairwise(rates)) and rates[100] == pytest.approx(0)
 
 
 @pytest.mark.parametrize(

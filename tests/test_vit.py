@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from diffusionblocks.models.vit import Layer, NoiseEmbedding, Stem, ViT, ViTConfig, modulate
 
 SMALL = {
@@ -125,9 +126,7 @@ def test_noise_embedding_tells_levels_apart():
     levels = torch.tensor([0.002, 0.0021, 0.2, 0.21, 79.0, 80.0]).log() / 4
     out = embed(levels)
     assert torch.pdist(out).min() > 1e-3
-    assert torch.allclose(
-        out[:1], embed(levels[:1]), atol=1e-6
-    )  # one level's vector doesn't depend on the others
+    assert torch.allclose(out[:1], embed(levels[:1]), atol=1e-6)  # one level's vector doesn't depend on the others
 
 
 def test_modulation_is_affine_per_sample():

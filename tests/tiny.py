@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from diffusionblocks.adapters.vit import vit_blocks
 from diffusionblocks.config import TrainConfig
 from diffusionblocks.models import ViTConfig
 from diffusionblocks.training import Session
-from torch import Tensor
 
 MODEL = ViTConfig(dim=16, layers=3, heads=2, mlp=32, cond=8, patch=4)
 CONFIG = TrainConfig(
@@ -26,9 +27,7 @@ def config(out: Path, **changes: Any) -> TrainConfig:
 
 def session(config_: TrainConfig) -> Session:
     """A fresh session of the config, waiting blocks on disk."""
-    model = vit_blocks(
-        config_.model, config_.blocks, recipe=config_.method, shared=config_.shared, seed=config_.seed
-    )
+    model = vit_blocks(config_.model, config_.blocks, recipe=config_.method, shared=config_.shared, seed=config_.seed)
     return Session(model, config_, device=torch.device("cpu"), folder=config_.out / "waiting")
 
 

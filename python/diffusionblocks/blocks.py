@@ -55,6 +55,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, z: Tensor, sigma: Tensor, target: nn.Module, shared: Ends | None) -> Output:
         """x: the conditioning; z: noised target, (B, ...); sigma: (B,) -> raw output and D."""
         ends = self.ends if self.ends is not None else shared
+        assert ends is not None
         c = edm.precondition(sigma, target.sigma_data)
         h, cond = ends.stem(x, edm.expand_as(c.c_in, z) * z, c.c_noise)
         for layer in self.layers:
@@ -96,12 +97,12 @@ class DiffusionBlocks(nn.Module):
         self.shared, self.context, self.weighting, self.partition = shared, context, weighting, partition
         self.ends = None if own else copies[0]
         self.target = target
-        layers = iter(layers)
+        remaining = iter(layers)
         self.blocks = nn.ModuleList(
-            Block([next(layers) for _ in range(count)], copies[b] if own else None)
+            Block([next(remaining) for _ in range(count)], copies[b] if own else None)
             for b, count in enumerate(partition.layers)
         )
-        if shared == "frozen":
+        if shared == "frozen" and self.ends is not None:
             self.ends.requires_grad_(False)
 
     def draw_sigma(self, block: int, count: int, *, seed: int, step: int, device: torch.device) -> Tensor:
@@ -114,9 +115,7 @@ class DiffusionBlocks(nn.Module):
         sigma[: int(self.context * count)] = self.partition.sigma_max
         return sigma
 
-    def loss(
-        self, block: int, x: Tensor, y: Tensor, *, seed: int, step: int, sigma: Tensor | None = None
-    ) -> BlockLoss:
+    def loss(self, block: int, x: Tensor, y: Tensor, *, seed: int, step: int, sigma: Tensor | None = None) -> BlockLoss:
         """The denoising loss of one block; nothing of the other blocks is touched.
 
         x: conditioning. y: the target (labels or a tensor). seed, step: address the noise; the same pair gives the same
@@ -186,8 +185,9 @@ class DiffusionBlocks(nn.Module):
                 "(Residency.activate) and move the batch to its device"
             )
         ends = self.blocks[block].ends or self.ends
-        if hasattr(ends.stem, "check"):
-            ends.stem.check(x)
+        check_x = getattr(ends.stem, "check", None) if ends is not None else None
+        if check_x is not None:
+            check_x(x)
 
 
 def _check_levels(sigma: Tensor, y: Tensor) -> None:

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from diffusionblocks import manifest as manifests
-from diffusionblocks.manifest import CheckpointError, Manifest, PartFile, refuse
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from diffusionblocks import manifest as manifests
+from diffusionblocks.manifest import CheckpointError, Manifest, PartFile, refuse
 
 __all__ = ["CheckpointError", "Manifest", "PartFile", "load_part", "read_state", "save"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -29,12 +30,12 @@ else:
         {name: text for name, (text, _) in RUNS.items()},
         prefix_names=False,
     )
-FLAGS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.ConsolidateSubcommandArgs)
+FLAGS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
 Folder = Annotated[Path, tyro.conf.Positional]
 console = Console()
 
 
-def train(config: Run) -> None:
+def train(config: Annotated[Run, tyro.conf.arg(name="")]) -> None:
     """Train block by block, and the baselines beside it; results and pictures go into the run folder.
 
     Args:
@@ -102,7 +103,7 @@ def export(folder: Folder, to: Path) -> None:
     print(to)
 
 
-def show_plan(config: Run, memory: str | None = None) -> None:
+def show_plan(config: Annotated[Run, tyro.conf.arg(name="")], memory: str | None = None) -> None:
     """The bytes a run will take on its device, by category, for every number of blocks.
 
     Args:
@@ -110,7 +111,9 @@ def show_plan(config: Run, memory: str | None = None) -> None:
         memory: also name the smallest number of blocks that fits, e.g. 24GiB.
     """
     rows = plans(config, jobs.pick_device(config.device))
-    table = Table("B", *CATEGORIES, "total", title=f"{config.data}, batch {config.batch_size}, shared={config.shared!r}")
+    table = Table(
+        "B", *CATEGORIES, "total", title=f"{config.data}, batch {config.batch_size}, shared={config.shared!r}"
+    )
     for blocks, usage in rows.items():
         table.add_row(str(blocks), *(readable(usage.by_category[c]) for c in CATEGORIES), readable(usage.total))
     console.print(table)
@@ -132,7 +135,9 @@ def open_run(folder: Path) -> tuple[Session, ImageData]:
 
 def report(summary: dict[str, Any]) -> None:
     """Print a run's table."""
-    table = Table("training", "test accuracy %", "val %", "seconds", "memory", "plan", title=str(summary["config"]["out"]))
+    table = Table(
+        "training", "test accuracy %", "val %", "seconds", "memory", "plan", title=str(summary["config"]["out"])
+    )
     for name, result in summary["results"].items():
         memory = readable(sum(result["memory"].values()))
         planned = readable(sum(result["plan"].values())) if "plan" in result else "-"
@@ -147,7 +152,7 @@ def report(summary: dict[str, Any]) -> None:
 
 def main() -> None:
     """Parse the command line and run the command; an error a user can mend is one line and exit code 2."""
-    commands = {
+    commands: dict[str, Callable[..., Any]] = {
         "train": train,
         "resume": resume,
         "eval": evaluate,

@@ -64,9 +64,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_positive(self, "blocks", "steps", "visit", "batch_size", "accumulate", "walk_steps", "checkpoint_every")
         if self.blocks > self.model.layers:
-            raise ValueError(f"blocks={self.blocks} exceeds the model's {self.model.layers} layers; use at most one each")
+            raise ValueError(
+                f"blocks={self.blocks} exceeds the model's {self.model.layers} layers; use at most one each"
+            )
         if self.walk_steps < self.blocks:
-            raise ValueError(f"walk_steps={self.walk_steps} must be at least blocks={self.blocks}: every block must run")
+            raise ValueError(
+                f"walk_steps={self.walk_steps} must be at least blocks={self.blocks}: every block must run"
+            )
         if not 0 <= self.warmup < 1 or not self.lr > 0:
             raise ValueError(f"need lr > 0 and 0 <= warmup < 1, got lr={self.lr}, warmup={self.warmup}")
         if not 0 <= self.ema < 1:

@@ -68,9 +68,7 @@ class ImageData:
         return int(self.train.images.shape[2])
 
 
-def load(
-    name: str, *, folder: str | Path | None = None, val_fraction: float = 0.1, seed: int = 0
-) -> ImageData:
+def load(name: str, *, folder: str | Path | None = None, val_fraction: float = 0.1, seed: int = 0) -> ImageData:
     """The dataset `name`, one of NAMES. Its test split is the same for every seed.
 
     folder: where the files are. For fashion-mnist the four IDX files, gzipped or not (None: where Debian's
@@ -102,9 +100,7 @@ def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> Tensor:
     Raises: ValueError unless n and batch_size are positive and seed and step not negative.
     """
     if n < 1 or batch_size < 1 or step < 0:
-        raise ValueError(
-            f"need n >= 1, batch_size >= 1, step >= 0; got n={n}, batch_size={batch_size}, step={step}"
-        )
+        raise ValueError(f"need n >= 1, batch_size >= 1, step >= 0; got n={n}, batch_size={batch_size}, step={step}")
     first, end = step * batch_size, (step + 1) * batch_size
     epochs = range(first // n, (end - 1) // n + 1)
     # cat copies, so that the caller can't write into the cached permutation
@@ -238,9 +234,7 @@ def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     values = torch.arange(256, dtype=torch.float64) / 255
     counts = [torch.bincount(images[:, c].flatten(), minlength=256).double() for c in range(images.shape[1])]
     means = [(values @ count / count.sum()).item() for count in counts]
-    squares = [
-        ((values - m).square() @ count / count.sum()).item() for m, count in zip(means, counts, strict=True)
-    ]
+    squares = [((values - m).square() @ count / count.sum()).item() for m, count in zip(means, counts, strict=True)]
     return tuple(means), tuple(square**0.5 for square in squares)
 
 

@@ -16,8 +16,11 @@ from . import edm
 class NoiseDensity(Protocol):
     """A density of noise levels on [sigma_min, sigma_max]."""
 
-    sigma_min: float
-    sigma_max: float
+    @property
+    def sigma_min(self) -> float: ...
+
+    @property
+    def sigma_max(self) -> float: ...
 
     def cdf(self, sigma: Tensor) -> Tensor:
         """Probability of a level below `sigma`, float64, of sigma's shape; need not be 0 or 1 at the ends."""
@@ -43,7 +46,8 @@ class LogNormal:
             raise ValueError(f"need a finite P_mean and P_std > 0, got {self.P_mean}, {self.P_std}")
 
     def cdf(self, sigma: Tensor) -> Tensor:
-        return torch.special.ndtr((sigma.double().log() - self.P_mean) / self.P_std)
+        # not ndtr: it is 1 + erf, which has no digits left in the lower tail
+        return torch.special.erfc((self.P_mean - sigma.double().log()) / (self.P_std * math.sqrt(2))) / 2
 
     def ppf(self, q: Tensor) -> Tensor:
         return (self.P_mean + self.P_std * torch.special.ndtri(q.double())).exp()

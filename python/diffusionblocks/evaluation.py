@@ -43,7 +43,7 @@ class Walker:
     def walk(
         self, x: Tensor, levels: list[float], *, sampler: str = "euler", seed: int = 0
     ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """From the highest level to 0. Returns the last step's logits (N, K) and each step's level, block and logits."""
+        """From the highest level to 0: the last step's logits (N, K), and each step's level, block and logits."""
         start = torch.zeros(len(x), self.model.target.table.shape[1], device=x.device)
         if self.walk_start == "noise":
             sigma = torch.tensor(levels[0], device=x.device)
@@ -65,11 +65,18 @@ class Walker:
 
 @torch.no_grad()
 def evaluate(
-    walker: Walker, x: Tensor, labels: Tensor, *, steps: int, levels: str = "karras", sampler: str = "euler", seed: int = 0
+    walker: Walker,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    levels: str = "karras",
+    sampler: str = "euler",
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Accuracy along a walk of `steps` steps, and the information bound read at 32 noise levels.
 
-    x: (N, ...) conditioning; labels: (N,). Weights are used as they are: enter `residency.averages()` for their average.
+    x: (N, ...) conditioning; labels: (N,). Weights are used as they are: enter `residency.averages()` for averages.
     Raises: ValueError on an empty split or steps < B.
     """
     if len(x) == 0:
@@ -78,7 +85,8 @@ def evaluate(
     sigmas = step_levels(walker.model.partition, steps, kind=levels)
     logits, path = walker.walk(x, sigmas, sampler=sampler, seed=seed)
     walk = [
-        {k: step[k] for k in ("step", "sigma", "block")} | {"accuracy": accuracy(step["logits"], labels)} for step in path
+        {k: step[k] for k in ("step", "sigma", "block")} | {"accuracy": accuracy(step["logits"], labels)}
+        for step in path
     ]
     return {
         "accuracy": accuracy(logits, labels),
@@ -89,7 +97,7 @@ def evaluate(
 
 
 def bound(walker: Walker, x: Tensor, labels: Tensor, *, count: int = 32, seed: int = 0) -> dict[str, Any]:
-    """Cross-entropy, error and the bound at `count` levels of equal probability, true labels noised; regret per block."""
+    """Cross-entropy, error and bound at `count` levels of equal probability, true labels noised; regret per block."""
     model = walker.model
     sigmas = list(equal_mass_edges(model.partition.density, count - 1))
     clean = model.target.clean(labels)
@@ -107,9 +115,8 @@ def bound(walker: Walker, x: Tensor, labels: Tensor, *, count: int = 32, seed: i
                 "accuracy": accuracy(output.raw, labels),
             }
         )
-    read = information_bound(
-        sigmas, *([level[k] for level in levels] for k in ("cross_entropy", "error", "block"))
-    )
+    columns: list[list[Any]] = [[level[k] for level in levels] for k in ("cross_entropy", "error", "block")]
+    read = information_bound(sigmas, *columns)
     for level, value in zip(levels, read.bound, strict=True):
         level["bound"] = value
     bits = 1 / math.log(2)

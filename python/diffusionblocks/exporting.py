@@ -46,7 +46,7 @@ def load_model(path: Path | str) -> DiffusionBlocks:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            weights = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a sound safetensors file ({error}); export the run again") from error
     if metadata.get("format") != FORMAT:

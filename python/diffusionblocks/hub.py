@@ -51,9 +51,7 @@ def _open(source: HubSource, folder: Path | None) -> Mapping[str, Any]:
     """The dataset's splits by name; what goes wrong inside `datasets` comes out as one of our two errors."""
     datasets = _import()
     if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(
-            f"no folder {folder}; put a copy of {source.id} there (parquet or save_to_disk)"
-        )
+        raise FileNotFoundError(f"no folder {folder}; put a copy of {source.id} there (parquet or save_to_disk)")
     splits: Mapping[str, Any]
     try:
         if folder is not None and (folder / "dataset_dict.json").is_file():

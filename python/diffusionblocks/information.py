@@ -7,6 +7,7 @@ Source: Guo, Shamai, Verdu 2005; Kong, Brekelmans, Ver Steeg 2023, "Information-
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +54,9 @@ def closed_form_density(table: Tensor, *, tail: float = 1e-3) -> Tabulated:
     Raises: ValueError if the codebook has fewer than two rows or two equal rows.
     """
     _check_table(table)
-    scale = float(torch.pdist(table.detach().double()).median()) if len(table) > 2 else float((table[0] - table[1]).norm())
+    scale = (
+        float(torch.pdist(table.detach().double()).median()) if len(table) > 2 else float((table[0] - table[1]).norm())
+    )
     log_edges = torch.linspace(math.log(scale / 100), math.log(scale * 100), 129, dtype=torch.float64)
     centres = (log_edges[1:] + log_edges[:-1]) / 2
     share = _information(prior_error(table, centres.exp()), centres)
@@ -85,7 +88,7 @@ class InformationMeter:
     """Where the model still has information to gain: E|y - D|^2 by noise level, gathered while training.
 
     Holds, per bin of `prior`, a decayed sum of errors and of draws; `update` stays on the device. `density()` is what
-    the next draws should follow: half the measured information, half the closed form, so that no level is ever starved.
+    the next draws should follow: half the measured information, half the closed form: no level starves.
     Compare Dieleman et al. 2022, "Continuous diffusion for categorical data" (time warping).
     """
 
@@ -102,7 +105,7 @@ class InformationMeter:
         self.sums = self.decay * self.sums + torch.stack([error.detach().double() @ member, member.sum(0)])
 
     def density(self) -> Tabulated:
-        """The measured density mixed with the prior. Bins without draws follow the prior, scaled to their neighbours."""
+        """The measured density mixed with the prior. Bins without draws follow the prior, scaled alike."""
         edges, (errors, draws) = self.log_edges.cpu(), self.sums.cpu()
         centres = (edges[1:] + edges[:-1]) / 2
         prior = torch.tensor(self.prior.mass, dtype=torch.float64)
@@ -137,7 +140,7 @@ class Bound:
 def information_bound(
     sigmas: Sequence[float], cross_entropy: Sequence[float], error: Sequence[float], owners: Sequence[int]
 ) -> Bound:
-    """Cross-entropy at sigma_1 plus half the integral of E|y - D|^2 d(1/sigma^2) from infinity to sigma_1, at every level.
+    """Cross-entropy at sigma_1 plus half the integral of E|y - D|^2 d(1/sigma^2) down to sigma_1, at every level.
 
     sigmas: falling, T of them; error: E|y - D|^2; owners: the block that owns each level. Between two levels the error
     is taken as exponential in 1/sigma^2, as the exact one nearly is; above sigmas[0] as constant.
@@ -145,7 +148,7 @@ def information_bound(
     """
     if not len(sigmas) == len(cross_entropy) == len(error) == len(owners) > 0:
         raise ValueError("sigmas, cross_entropy, error and owners must have the same, positive length")
-    if any(a <= b for a, b in zip(sigmas, sigmas[1:], strict=False)):
+    if any(a <= b for a, b in itertools.pairwise(sigmas)):
         raise ValueError("sigmas must fall strictly")
     snr = [1 / s**2 for s in sigmas]
     spent, bound = error[0] * snr[0] / 2, []

@@ -81,7 +81,12 @@ def carry_on(config: TrainConfig) -> Row:
 def open_session(config: TrainConfig, device: torch.device) -> Session:
     """A session for the config: at its last checkpoint if there is one, else at the start."""
     model = vit_blocks(
-        config.model, config.blocks, recipe=config.method, shared=config.shared, overlap=config.overlap, seed=config.seed
+        config.model,
+        config.blocks,
+        recipe=config.method,
+        shared=config.shared,
+        overlap=config.overlap,
+        seed=config.seed,
     )
     session = Session(model, config, device=device, folder=config.out / "waiting")
     if (config.out / "checkpoint" / checkpoint.MANIFEST).exists():
@@ -106,7 +111,12 @@ def _run(name: str, session: Session, data: ImageData, on_log: Callable[[Row], N
 
 
 def _block_wise(session: Session, data: ImageData, on_log: Callable[[Row], None]) -> Row:
-    config, folder, before, began = session.config, session.config.out / "checkpoint", session.seconds, time.perf_counter()
+    config, folder, before, began = (
+        session.config,
+        session.config.out / "checkpoint",
+        session.seconds,
+        time.perf_counter(),
+    )
 
     def seconds() -> float:
         return before + time.perf_counter() - began
@@ -156,7 +166,9 @@ def summarize(session: Session) -> Row:
         "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         "machine": machine(session.device),
         "partition": snapshots.partition_to_dict(session.model.partition),
-        "results": {name: _as_result(json.loads(_result(config, name).read_text())) for name in ("block-wise", *config.baseline)},
+        "results": {
+            name: _as_result(json.loads(_result(config, name).read_text())) for name in ("block-wise", *config.baseline)
+        },
     }
 
 

@@ -43,7 +43,7 @@ class PartOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor | None:
-        """One update from the parameters' gradients. Returns their norm (0-dim, on the device); None without parameters.
+        """One update from the parameters' gradients. Returns their norm (0-dim, on the device), None without any.
 
         Where the norm isn't finite nothing changes. Gradients are released.
         """
@@ -78,9 +78,7 @@ class PartOptimizer:
     def tensors(self) -> dict[str, Tensor]:
         """The state by name: "exp_avg/...", "exp_avg_sq/...", "ema/..."."""
         kinds = {"exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs, "ema": self.emas}
-        return {
-            f"{kind}/{name}": t for kind, ts in kinds.items() for name, t in zip(self.names, ts, strict=False)
-        }
+        return {f"{kind}/{name}": t for kind, ts in kinds.items() for name, t in zip(self.names, ts, strict=False)}
 
     def swap_ema(self) -> None:
         """Exchange weights and their average, without a copy; called again it undoes itself."""

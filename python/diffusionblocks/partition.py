@@ -76,7 +76,7 @@ class Partition:
         return Range(max(low / margin, self.sigma_min), min(high * margin, self.sigma_max))
 
     def block_of(self, sigma: float | Tensor) -> Tensor:
-        """The block that owns `sigma` (any shape, int64 out). An edge belongs to the block below it, where a step starts.
+        """The block that owns `sigma` (any shape, int64 out). An edge belongs to the block below, where a step starts.
 
         Levels above sigma_max belong to block 0, below sigma_min to block B-1.
         """

@@ -162,9 +162,7 @@ def bound_figure(run: Run) -> Figure:
         name = f"block {block}\n" if len(edges) <= 5 else f"{block}: "
         axes.text(middle, height * top, f"{name}{regret:+.3f}", ha="center", va="top", **INK)
     axes.set_ylim(0, top)
-    total = (
-        f"information bound {run.test['bound_bits']:.3f} bits; by block its regret, what it adds to the bound"
-    )
+    total = f"information bound {run.test['bound_bits']:.3f} bits; by block its regret, what it adds to the bound"
     caption(axes, total, y="bits")
     sigma_axis(axes)
     axes.legend(frameon=False, fontsize=9, loc="center left")

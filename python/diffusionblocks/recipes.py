@@ -1,4 +1,4 @@
-"""The two recipes: the paper's constants with its code's semantics, and the corrected default; every difference a field."""
+"""The recipes: the paper's constants with its code's semantics, and the corrected default; a field a difference."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Recipe:
     readout: how logits are read, see ClassTarget.
     weighting: "none", or "batch_mean": mean(loss) * mean(weight(sigma)), a broadcast in the published code.
     estimate: D from the codebook "as_trained", or "raw": the walk leaves the normalised space it was trained in.
-    block_choice: "balanced" (every block equally often), or "vote": noise is drawn first and the batch goes to the block
-      that most of it belongs to.
+    block_choice: "balanced" (every block equally often), or "vote": noise is drawn first and the batch goes to the
+      block that most of it belongs to.
     context: share of a batch drawn at sigma_max, where the answer must come from x alone.
     gate_start: what AdaLN's gates start from.
     silu_after: SiLU behind AdaLN's linear layer instead of before it.

@@ -5,6 +5,7 @@ denoise(z, sigma) -> D. sigmas: falling levels, the last 0. callback(step, sigma
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -20,7 +21,7 @@ def euler(denoise: Denoise, z: Tensor, sigmas: Sequence[float], callback: Callba
     Source: arXiv 2206.00364, algorithm 1 without churn; arXiv 2506.14202 prints the opposite sign.
     """
     check_sigmas(sigmas)
-    for i, (sigma, target) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for i, (sigma, target) in enumerate(itertools.pairwise(sigmas)):
         D = denoise(z, sigma)
         if callback:
             callback(i, sigma, D)
@@ -34,7 +35,7 @@ def heun(denoise: Denoise, z: Tensor, sigmas: Sequence[float], callback: Callbac
     Source: arXiv 2206.00364, algorithm 1 without churn.
     """
     check_sigmas(sigmas)
-    for i, (sigma, target) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for i, (sigma, target) in enumerate(itertools.pairwise(sigmas)):
         D = denoise(z, sigma)
         if callback:
             callback(i, sigma, D)
@@ -53,7 +54,7 @@ def dpmpp_2m(denoise: Denoise, z: Tensor, sigmas: Sequence[float], callback: Cal
     """
     check_sigmas(sigmas)
     before, width_before = None, 0.0
-    for i, (sigma, target) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for i, (sigma, target) in enumerate(itertools.pairwise(sigmas)):
         D = denoise(z, sigma)
         if callback:
             callback(i, sigma, D)
@@ -74,7 +75,7 @@ def check_sigmas(sigmas: Sequence[float]) -> None:
     """Raise ValueError unless the levels fall strictly, are finite, and end at 0."""
     if len(sigmas) < 2 or sigmas[-1] != 0:
         raise ValueError("sigmas must hold at least one level and end with 0")
-    if not all(math.inf > a > b for a, b in zip(sigmas, sigmas[1:], strict=False)):
+    if not all(math.inf > a > b for a, b in itertools.pairwise(sigmas)):
         raise ValueError(f"sigmas must fall strictly from a finite level, got {list(sigmas)}")
 
 

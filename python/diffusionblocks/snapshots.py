@@ -13,7 +13,7 @@ from .training import Session
 
 
 def save(session: Session, folder: Path, *, seconds: float) -> None:
-    """Write the parts that changed since the last save, one at a time, and commit. Raises: NonFiniteLoss before writing."""
+    """Write the parts that changed since the last save, one at a time, and commit. Raises: NonFiniteLoss, first."""
     session.check()
     parts: dict[str, Any] = {part: lambda part=part: session.residency.tensors(part) for part in session.changed}
     if session.meter:

@@ -60,9 +60,7 @@ def _plain_or_gz(path: Path) -> Path:
     for candidate in (path, path.with_name(path.name + ".gz")):
         if candidate.is_file():
             return candidate
-    raise FileNotFoundError(
-        f"neither {path} nor {path.name}.gz exists; put the four files of Fashion-MNIST there"
-    )
+    raise FileNotFoundError(f"neither {path} nor {path.name}.gz exists; put the four files of Fashion-MNIST there")
 
 
 SOURCES = {

@@ -39,7 +39,7 @@ class ClassTarget(nn.Module):
 
     table: (K, d) embeddings. trainable: learn it (then all blocks must share one copy). normalize: rows are brought to
     unit length before use. raw_estimate: D is the mean of the rows as stored, not as used (the published
-    code's walk, which leaves the space it was trained in). readout: how logits come from the block's features h (B, D) and z (B, d):
+    code's walk, which leaves the space it was trained in). readout: how logits come from features h (B, D) and z:
     "posterior", head(h) + (z E^T - |E|^2/2) / sigma^2, which gives exactly what z says about the label and leaves the
     rest to the network; "plain", head(h); "edm", head(c_out h + c_skip z), the published code's.
     Raises: ValueError on an unknown readout or a table that is not (K >= 2, d).
@@ -152,7 +152,7 @@ class ContinuousTarget(nn.Module):
 
 
 def spread_codebook(classes: int, dim: int, *, seed: int = 0) -> Tensor:
-    """A fixed codebook of unit vectors, (classes, dim) float32: orthonormal where classes <= dim, else random directions.
+    """A fixed codebook of unit vectors, (classes, dim) float32: orthonormal if classes <= dim, else random.
 
     Raises: ValueError if classes < 2 or dim < 1.
     """

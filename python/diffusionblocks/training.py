@@ -13,6 +13,7 @@ import dbkernels
 
 from .blocks import BlockLoss, DiffusionBlocks
 from .config import TrainConfig
+from .density import Tabulated
 from .information import InformationMeter
 from .memory import SavedTensors, Usage, allocated
 from .optim import PartOptimizer, clip_gradients, learning_rate
@@ -48,8 +49,8 @@ class Session:
         on_host = device.type == "cpu"
         store = ("disk" if on_host else "host") if config.store == "auto" else config.store
         self.residency = Residency(model, self.optimizers, device=device, store=store, folder=folder)
-        adapts = config.method.noise == "information"
-        self.meter = InformationMeter(model.partition.density, device=device) if adapts else None
+        density = model.partition.density
+        self.meter = InformationMeter(density, device=device) if isinstance(density, Tabulated) else None
         self.changed = set(self.residency.parts)  # since the last checkpoint
         self.first_bad = torch.full((4,), -1.0, dtype=torch.float64, device=device)  # step, block, its sigmas' ends
         if config.compile:
@@ -74,7 +75,9 @@ class Session:
             )
 
 
-def train(session: Session, batches: Batches, *, on_log: Callable[[dict[str, Any]], None], on_step: Callable[[], None]) -> None:
+def train(
+    session: Session, batches: Batches, *, on_log: Callable[[dict[str, Any]], None], on_step: Callable[[], None]
+) -> None:
     """Train from `session.step` to the end of the config's steps.
 
     on_log gets a row of metrics every LOG_EVERY steps of a block; on_step is called after every step (checkpoints).
@@ -104,7 +107,7 @@ def train(session: Session, batches: Batches, *, on_log: Callable[[dict[str, Any
             (loss.loss / config.accumulate).backward()
             if meter:
                 meter.update(loss.sigma, loss.error)
-        usage = session.residency.usage().with_(activations=saved.bytes) if logs else None
+        usage = session.residency.usage().with_(activations=saved.bytes) if saved else None
 
         active = [session.optimizers[part] for part in ("shared", f"block_{block}")]
         norm = clip_gradients(active, config.clip)

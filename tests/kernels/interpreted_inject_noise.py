@@ -4,11 +4,11 @@ definition."""
 import itertools
 
 import torch
-from numerics import EPSILON, ulps
 
 from dbkernels import inject_noise_reference
 from dbkernels.philox import normal_reference
 from dbkernels.triton.inject_noise import GROUPS, launch
+from numerics import EPSILON, ulps
 
 torch.manual_seed(0)
 PROGRAM = 4 * GROUPS  # elements

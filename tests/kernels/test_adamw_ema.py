@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import EPSILON, ulps
 
 import dbkernels
+from numerics import EPSILON, ulps
 
 SHAPES = [(48, 32), (48,), (17, 5), (1,), (100, 3, 3), (20000,)]
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
@@ -154,9 +154,7 @@ def test_against_float64(dtype, run):
         assert ((ours[0].double() - p).abs() <= EPSILON[dtype] * p.abs() + 8 * wide).all()
         for value, exact in ((ours[1], m), (ours[2], v)):
             assert ((value.double() - exact).abs() <= state_slack * wide * (exact.abs() + 1e-4)).all()
-        assert (
-            (ours[3].double() - e).abs() <= 0.1 * EPSILON[dtype] * p.abs() + 8 * wide * (1 + e.abs())
-        ).all()
+        assert ((ours[3].double() - e).abs() <= 0.1 * EPSILON[dtype] * p.abs() + 8 * wide * (1 + e.abs())).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -174,9 +172,7 @@ def test_skips_when_the_norm_is_not_finite(value):
 def test_float32_norm_does_not_overflow_where_it_fits():
     """Squares of 1e25 overflow float32; the sum is float64, so the norm is right and the step is taken."""
     params, grads = [torch.ones(8)], [torch.full((8,), 1e25)]
-    norm = dbkernels.adamw_ema_step(
-        params, grads, *state_of(params)[:2], None, step=1, max_norm=1.0, **SETTINGS
-    )
+    norm = dbkernels.adamw_ema_step(params, grads, *state_of(params)[:2], None, step=1, max_norm=1.0, **SETTINGS)
     assert norm.item() == pytest.approx(1e25 * math.sqrt(8), rel=1e-6)
     assert torch.isfinite(params[0]).all() and (params[0] < 1).all()
 
@@ -213,12 +209,8 @@ def test_any_shapes_agree_with_the_definition(shapes, with_ema):
     if not with_ema:
         lists[4], twin[4] = None, []
     decay = 0.9 if with_ema else None
-    norm = dbkernels.adamw_ema_step(
-        *lists, step=1, weight_decay=0.1, max_norm=1.0, ema_decay=decay, **SETTINGS
-    )
-    expected = dbkernels.adamw_ema_step_reference(
-        *twin, 1, 1e-2, 0.9, 0.95, 1e-8, [0.1] * len(shapes), 1.0, decay
-    )
+    norm = dbkernels.adamw_ema_step(*lists, step=1, weight_decay=0.1, max_norm=1.0, ema_decay=decay, **SETTINGS)
+    expected = dbkernels.adamw_ema_step_reference(*twin, 1, 1e-2, 0.9, 0.95, 1e-8, [0.1] * len(shapes), 1.0, decay)
     torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
     for a, b in zip(sum((part or [] for part in lists), []), sum(twin, []), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import EPSILON, assert_as_good_as_eager
 
 import dbkernels
 from dbkernels.philox import normal_reference
+from numerics import EPSILON, assert_as_good_as_eager
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [((), ()), ((7,), (7,)), ((5, 3, 7), (5,)), ((5, 3, 7), (5, 3)), ((2, 3, 64), (2, 3)), ((3, 5), ()),
@@ -171,15 +171,11 @@ def test_compiles_whole_and_once_over_changing_sigma():
         sigma = torch.rand(6) + 0.1
         expected = dbkernels.inject_noise(y, sigma, sigma_data=0.5, seed=2**63 + 1, offset=step).square()
         assert torch.equal(compiled(y, sigma, step), expected)
-    assert (
-        counter.frame_count <= 2
-    )  # once with the first step as a constant, once with the step as a variable
+    assert counter.frame_count <= 2  # once with the first step as a constant, once with the step as a variable
 
 
 def test_meta_and_fake():
-    z = torch.ops.dbkernels.inject_noise(
-        torch.empty(5, 6, device="meta"), torch.empty(5, device="meta"), 0.5, 1, 0
-    )
+    z = torch.ops.dbkernels.inject_noise(torch.empty(5, 6, device="meta"), torch.empty(5, device="meta"), 0.5, 1, 0)
     assert z.shape == (5, 6) and z.device.type == "meta"
 
 

@@ -34,7 +34,6 @@ def test_interpreted():
 @pytest.mark.parametrize("mode", [0, 1, 2, 3])
 def test_compiles_without_spills(arch, mode):
     import aot
-
     from dbkernels.triton.inject_noise import GROUPS, inject_noise_kernel
 
     # Without c_in a kernel is the scaled one less a few instructions: once a dtype is enough.
@@ -62,7 +61,6 @@ def test_compiles_without_spills(arch, mode):
 
 def test_compiles_for_more_than_32_bits_of_elements():
     import aot
-
     from dbkernels.triton.inject_noise import GROUPS, inject_noise_kernel
 
     signature = ["*bf16:16", "*fp32:16", "*bf16:16", "i64:16", "i64", "fp32", "i32", "i32", "i32"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import ulps
 
 import dbkernels
 from dbkernels import philox
+from numerics import ulps
 
 # Random123's known-answer vectors for philox4x32-10: counter, key, result.
 KNOWN = [
@@ -129,10 +129,7 @@ def test_seeds_offsets_and_streams_are_unrelated():
     """Changing one bit of seed or offset, or the stream, leaves no correlation (five standard errors)."""
     n = 200_000
     base = dbkernels.philox_normal(n, seed=1, offset=0)
-    others = [
-        dbkernels.philox_normal(n, seed=s, offset=o)
-        for s, o in ((2, 0), (1, 1), (1 + 2**32, 0), (1 + 2**63, 0))
-    ]
+    others = [dbkernels.philox_normal(n, seed=s, offset=o) for s, o in ((2, 0), (1, 1), (1 + 2**32, 0), (1 + 2**63, 0))]
     others.append(torch.special.ndtri(dbkernels.philox_uniform(n, seed=1, offset=0).double()).float())
     for other in others:
         assert abs((base * other).mean()) < 5 / math.sqrt(n)

@@ -138,9 +138,7 @@ def huggingface_vit(
     cond = cond or width // 4
     encoder = network.vit
     layers = encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer
-    ends = Ends(
-        HuggingFaceStem(encoder.embeddings, cond), HuggingFaceHead(encoder.layernorm, network.classifier)
-    )
+    ends = Ends(HuggingFaceStem(encoder.embeddings, cond), HuggingFaceHead(encoder.layernorm, network.classifier))
     target = class_target(codebook(network.config.num_labels, width))
     partition = make_partition(noise_density(target), len(layers), blocks, overlap=overlap)
     return DiffusionBlocks(

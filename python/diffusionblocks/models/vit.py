@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-
 _SIZES = ("image_size", "channels", "classes", "patch", "dim", "layers", "heads", "mlp", "cond")
 
 
@@ -126,11 +125,15 @@ class Stem(nn.Module):
         self.noise = NoiseEmbedding(config.cond) if conditioned else None
         self.cls = None if conditioned else nn.Parameter(torch.randn(1, 1, config.dim) * 0.02)
 
-    def forward(self, x: Tensor, z: Tensor | None = None, c_noise: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, z: Tensor | None = None, c_noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         patches = self.patch(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        first = self.cls.expand(len(x), -1, -1) if self.cls is not None else z.unsqueeze(1).to(patches.dtype)
-        cond = self.noise(c_noise) if self.noise is not None else None
-        return torch.cat([first, patches], dim=1) + self.position, cond
+        if self.cls is not None:
+            return torch.cat([self.cls.expand(len(x), -1, -1), patches], dim=1) + self.position, None
+        assert self.noise is not None and z is not None
+        tokens = torch.cat([z.unsqueeze(1).to(patches.dtype), patches], dim=1)
+        return tokens + self.position, self.noise(c_noise)
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError unless `x` is a non-empty floating batch of this model's images."""
