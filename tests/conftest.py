@@ -15,4 +15,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    # Tests run beside each other, and more threads than cores wait for one another: tens of times slower.
+    torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -64,4 +64,4 @@ def test_other_sizes_are_refused(text):
 
 
 def test_readable():
-    assert [readable(n) for n in (5, 2048, 3 * 2**20, 5000 * 2**30)] == ["5 B", "2.00 KiB", "3.00 MiB", "5000.00 GiB"]
+    assert [readable(n) for n in (5, 2048, 3 * 2**20, 5000 * 2**30)] == ["5 B", "2.0 KiB", "3.0 MiB", "5000.0 GiB"]

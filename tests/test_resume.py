@@ -83,7 +83,7 @@ def test_killed_at_random_points_a_run_ends_with_the_same_bits(server, tmp_path)
     expected = everything(tmp_path / "whole")
     dice, kills, folder = random.Random(0), 0, tmp_path / "killed"
     steps = set()
-    while run(server, folder, kill_after=dice.uniform(0.1, 0.9) * whole_run if kills < 12 else None) != 0:
+    while run(server, folder, kill_after=dice.uniform(0.05, 0.5) * whole_run if kills < 12 else None) != 0:
         kills += 1
         if (folder / "checkpoint/manifest.json").exists():
             steps.add(checkpoint.read_state(folder / "checkpoint").state["step"])

@@ -170,7 +170,7 @@ def test_optimizer_equals_torchs():
 def test_learning_rate_rises_then_falls_to_zero():
     rates = [learning_rate(step, steps=100, peak=2.0, warmup=10) for step in range(101)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == rates[9] == rates[10] == 2.0
-    assert all(a > b for a, b in itertools.pairwise(rates)) and rates[100] == pytest.approx(0)
+    assert all(a > b for a, b in itertools.pairwise(rates[10:])) and rates[100] == pytest.approx(0)
 
 
 @pytest.mark.parametrize(

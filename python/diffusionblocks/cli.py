@@ -121,7 +121,8 @@ def show_plan(config: Annotated[Run, tyro.conf.arg(name="")], memory: str | None
         fit = smallest_fit(rows, parse_bytes(memory))
         least = min(usage.total for usage in rows.values())
         print(f"B = {fit} fits in {memory}" if fit else f"nothing fits in {memory}: the least is {readable(least)}")
-        sys.exit(0 if fit else 1)
+        if not fit:
+            sys.exit(1)
 
 
 def open_run(folder: Path) -> tuple[Session, ImageData]:

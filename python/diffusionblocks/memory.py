@@ -84,9 +84,9 @@ def parse_bytes(text: str) -> int:
 
 
 def readable(count: float) -> str:
-    """Bytes as 1.5 MiB."""
+    """Bytes as "1.5 MiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError

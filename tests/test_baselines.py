@@ -1,0 +1,115 @@
+"""The baselines: tuned on the validation split alone, and what they claim about memory is so."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from diffusionblocks import baselines
+from diffusionblocks.baselines import end_to_end, forward
+from diffusionblocks.data import ImageData, Split
+from diffusionblocks.forward_forward import ForwardForward, forward_forward, goodness, train_layers, wrong_labels
+from diffusionblocks.models import ViT
+from diffusionblocks.training import NonFiniteLoss
+
+CPU = torch.device("cpu")
+
+
+def blobs(count: int, seed: int) -> Split:
+    """Images whose upper half's brightness is their label: plain, but not given away by one pixel."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 10
+    noise = torch.randint(-8, 8, (count, 1, 8, 8), generator=generator)
+    images = torch.full((count, 1, 8, 8), 60)
+    images[:, :, :4] = 30 + 20 * labels.view(-1, 1, 1, 1)
+    return Split((images + noise).to(torch.uint8), labels)
+
+
+DATA = ImageData("blobs", blobs(200, 0), blobs(60, 1), blobs(60, 2), 10, (0.4,), (0.25,))
+
+
+def settings(tmp_path, **changes):
+    return tiny.config(tmp_path, **{"steps": 60, "tune_lr": (1e-2,), "tune_warmup": (0.1,), "batch_size": 32, **changes})
+
+
+def test_end_to_end_learns_and_repeats(tmp_path):
+    rows: list = []
+    one, same = (end_to_end(settings(tmp_path, steps=150), DATA, CPU, on_log=rows.append) for _ in range(2))
+    assert one.test_accuracy > 60 and one.val_accuracy > 60
+    assert (one.val_accuracy, one.test_accuracy, one.memory) == (same.val_accuracy, same.test_accuracy, same.memory)
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"] and {row["run"] for row in rows} == {"end-to-end"}
+
+
+def test_the_choice_is_made_on_validation_and_every_try_is_recorded(tmp_path, monkeypatch):
+    read = []
+    original = baselines.score
+    monkeypatch.setattr(
+        baselines, "score", lambda net, data, split, device: read.append(split) or original(net, data, split, device)
+    )
+    config = settings(tmp_path, tune_lr=(1e-5, 1e-2), tune_warmup=(0.1, 0.3))
+    result = end_to_end(config, DATA, CPU, on_log=lambda row: None)
+    tried = [(t["lr"], t["warmup"]) for t in result.tried]
+    assert tried == [(1e-5, 0.1), (1e-2, 0.1), (1e-2, 0.3)], "all rates, then the other warm-ups at the best rate"
+    best = max(result.tried, key=lambda t: t["val_accuracy"])
+    assert result.choice == {"lr": best["lr"], "warmup": best["warmup"]}
+    assert result.val_accuracy == best["val_accuracy"]
+    assert [split is DATA.test for split in read] == [False, False, False, True], "test is read once, at the end"
+
+
+def test_a_given_choice_is_not_searched(tmp_path):
+    choice = {"lr": 3e-3, "warmup": 0.2}
+    result = end_to_end(settings(tmp_path), DATA, CPU, on_log=lambda row: None, choice=choice)
+    assert result.tried == [{**choice, "val_accuracy": result.val_accuracy}] and result.choice == choice
+
+
+def test_checkpointing_changes_memory_and_nothing_else(tmp_path):
+    plain, saved = (
+        end_to_end(settings(tmp_path), DATA, CPU, on_log=lambda row: None, checkpointing=c) for c in (False, True)
+    )
+    assert saved.name == "checkpointing" and saved.test_accuracy == plain.test_accuracy
+    assert saved.memory["activations"] < 0.7 * plain.memory["activations"]
+    torch.manual_seed(0)
+    network, x = ViT(tiny.MODEL, conditioned=False), torch.randn(4, 1, 8, 8)
+    gradients = []
+    for checkpointing in (False, True):
+        network.zero_grad()
+        forward(network, x, checkpointing).square().sum().backward()
+        gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+    # the same operations in the same order: no rounding differs
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
+    with pytest.raises(NonFiniteLoss, match="end-to-end: .* at or before step"):
+        end_to_end(settings(tmp_path, tune_lr=(1e30,)), DATA, CPU, on_log=lambda row: None)
+
+
+def test_forward_forward_beats_chance(tmp_path):
+    result = forward_forward(settings(tmp_path, steps=400), DATA, CPU, on_log=lambda row: None)
+    assert result.test_accuracy > 25  # ten classes
+
+
+def test_no_gradient_crosses_layers_of_forward_forward(tmp_path):
+    network = ForwardForward(settings(tmp_path))
+    x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
+    for i, out in enumerate(network.outputs(network.embed(x, y))):
+        network.zero_grad()
+        goodness(out).sum().backward()
+        touched = [j for j, layer in enumerate(network.layers) if any(p.grad is not None for p in layer.parameters())]
+        assert touched == [i]
+        assert (network.patch.weight.grad is not None) == (i == 0), "the stem is the first layer's"
+
+
+def test_forward_forward_holds_one_layers_activations(tmp_path):
+    network = ForwardForward(settings(tmp_path))
+    x, y = torch.randn(32, 1, 8, 8), torch.arange(32) % 10
+    loss, most = train_layers(network, x, y)
+    result = end_to_end(settings(tmp_path), DATA, CPU, on_log=lambda row: None)
+    assert loss > 0 and most < 0.7 * result.memory["activations"]
+
+
+def test_wrong_labels_are_wrong_and_all_of_them_come():
+    y = torch.arange(10).repeat(200)
+    wrong = wrong_labels(y, 10, torch.Generator().manual_seed(0))
+    assert not (wrong == y).any() and wrong.min() >= 0 and wrong.max() < 10
+    assert len(set((wrong - y).remainder(10).tolist())) == 9
