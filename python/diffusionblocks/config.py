@@ -31,12 +31,12 @@ class TrainConfig:
     blocks: int = 3
     shared: Literal["shared", "per_block", "frozen"] = "shared"
     overlap: float = 0.05
-    steps: int = 600
+    steps: int = 1000
     visit: int = 25
     """Steps a block stays active before the next one's turn."""
-    batch_size: int = 64
+    batch_size: int = 32
     accumulate: int = 1
-    lr: float = 4e-3
+    lr: float = 3e-3
     warmup: float = 0.05
     """Share of the steps."""
     weight_decay: float = 0.01
@@ -49,7 +49,7 @@ class TrainConfig:
     compile: bool = False
     store: Literal["auto", "host", "disk"] = "auto"
     """Where waiting blocks are; auto: the host's memory, or disk where the host itself trains."""
-    checkpoint_every: int = 300
+    checkpoint_every: int = 500
     """Steps between checkpoints."""
     baseline: tuple[Baseline, ...] = ("end-to-end",)
     tune_lr: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
