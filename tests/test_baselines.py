@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from diffusionblocks import baselines
 from diffusionblocks.baselines import end_to_end, forward
 from diffusionblocks.data import ImageData, Split
@@ -29,7 +30,9 @@ DATA = ImageData("blobs", blobs(200, 0), blobs(60, 1), blobs(60, 2), 10, (0.4,),
 
 
 def settings(tmp_path, **changes):
-    return tiny.config(tmp_path, **{"steps": 60, "tune_lr": (1e-2,), "tune_warmup": (0.1,), "batch_size": 32, **changes})
+    return tiny.config(
+        tmp_path, **{"steps": 60, "tune_lr": (1e-2,), "tune_warmup": (0.1,), "batch_size": 32, **changes}
+    )
 
 
 def test_end_to_end_learns_and_repeats(tmp_path):
@@ -80,7 +83,7 @@ def test_checkpointing_changes_memory_and_nothing_else(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
-    with pytest.raises(NonFiniteLoss, match="end-to-end: .* at or before step"):
+    with pytest.raises(NonFiniteLoss, match=r"end-to-end: .* at or before step"):
         end_to_end(settings(tmp_path, tune_lr=(1e30,)), DATA, CPU, on_log=lambda row: None)
 
 
