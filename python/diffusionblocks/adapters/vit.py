@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,12 +135,13 @@ def huggingface_vit(
 
     if not isinstance(network, ViTForImageClassification):
         raise TypeError(f"network must be a transformers ViTForImageClassification, got {type(network).__name__}")
-    width = network.config.hidden_size
+    config: Any = network.config
+    width = config.hidden_size
     cond = cond or width // 4
     encoder = network.vit
     layers = encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer
     ends = Ends(HuggingFaceStem(encoder.embeddings, cond), HuggingFaceHead(encoder.layernorm, network.classifier))
-    target = class_target(codebook(network.config.num_labels, width))
+    target = class_target(codebook(config.num_labels, width))
     partition = make_partition(noise_density(target), len(layers), blocks, overlap=overlap)
     return DiffusionBlocks(
         [copy.deepcopy(ends) for _ in range(blocks)] if shared == "per_block" else ends,
