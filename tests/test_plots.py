@@ -180,7 +180,7 @@ def test_memory_bars_add_up_and_tell_the_ratio(tmp_path):
     assert len(left.get_lines()) == 4
     widths = [round(sum(bar.get_width() for bar in bars), 2) for bars in zip(*right.containers, strict=True)]
     assert widths == [11.72, 11.72, 30.47, 30.47, 30.47]
-    assert [text.get_text() for text in right.texts][2] == "30.47 MiB, 2.6x"
+    assert [text.get_text() for text in right.texts][2] == "30.5 MiB, 2.6x"
 
 
 def test_the_partition_is_drawn_over_a_density_of_mass_one(tmp_path):

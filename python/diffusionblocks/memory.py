@@ -72,8 +72,8 @@ def allocated(device: torch.device) -> tuple[int, int]:
 def parse_bytes(text: str) -> int:
     """ "24GiB", "512MB", "1e9" -> bytes. Raises: ValueError on anything else."""
     units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-    number = text.strip().rstrip("KMGTibB")
-    unit = text.strip()[len(number) :].lower()
+    unit = text.strip().lower().lstrip("0123456789.e+- ")
+    number = text.strip()[: len(text.strip()) - len(unit)]
     try:
         value = float(number)
     except ValueError:
