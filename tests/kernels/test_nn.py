@@ -56,7 +56,7 @@ def test_wrong_arguments():
     for make in (AdaLayerNorm, AdaRMSNorm, GatedResidualNorm):
         with pytest.raises(ValueError, match="dim=0 must be at least 1"):
             make(0)
-        with pytest.raises(ValueError, match="eps=-1.0 must be zero or positive"):
+        with pytest.raises(ValueError, match=r"eps=-1\.0 must be zero or positive"):
             make(4, eps=-1.0)
     with pytest.raises(ValueError, match="norm must be"):
         GatedResidualNorm(4, norm="batch")

@@ -114,7 +114,7 @@ def test_nothing_changes_when_one_op_matches_nothing():
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match="model must be an nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
         replace(3)
     for ops in (["edm_loss"], []):
         with pytest.raises(ValueError, match="ops must name some of ada_layer_norm, ada_rms_norm"):
