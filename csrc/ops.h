@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
@@ -14,6 +15,25 @@ using Tensors = std::vector<Tensor>;
 
 Tensor inject_noise_cpu(const Tensor& y, const Tensor& sigma, std::optional<double> sigma_data, int64_t seed,
                         int64_t offset);
+
+// x, branch, h and gradients (O, I, D); shift, scale, gate (O, 1, D); weight, bias (D,). -> out, mean, rstd
+std::tuple<Tensor, Tensor, Tensor> ada_norm_cpu(const Tensor& x, std::optional<Tensor> shift,
+                                                std::optional<Tensor> scale, std::optional<Tensor> weight,
+                                                std::optional<Tensor> bias, double eps, bool rms);
+
+// -> dx, sums (2, O, D)
+std::tuple<Tensor, Tensor> ada_norm_backward_cpu(const Tensor& grad, const Tensor& x, std::optional<Tensor> scale,
+                                                 std::optional<Tensor> weight, const Tensor& mean, const Tensor& rstd);
+
+// -> h, out, mean, rstd
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_cpu(
+    const Tensor& x, const Tensor& branch, const Tensor& gate, std::optional<Tensor> shift, std::optional<Tensor> scale,
+    std::optional<Tensor> weight, std::optional<Tensor> bias, double eps, bool rms);
+
+// -> dx, dbranch, sums (3, O, D)
+std::tuple<Tensor, Tensor, Tensor> gated_residual_norm_backward_cpu(
+    const Tensor& grad, std::optional<Tensor> grad_h, const Tensor& h, const Tensor& branch, const Tensor& gate,
+    std::optional<Tensor> scale, std::optional<Tensor> weight, const Tensor& mean, const Tensor& rstd);
 
 // All tensors contiguous; params and grads of one dtype, the others float32 (float64 for float64).
 Tensor adamw_ema_step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,

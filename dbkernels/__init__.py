@@ -2,7 +2,9 @@
 hand."""
 
 from dbkernels._library import backend, compiled, kernels, load_compiled
+from dbkernels.ada_norm import ada_layer_norm, ada_rms_norm
 from dbkernels.adamw_ema import adamw_ema_step, adamw_ema_step_reference
+from dbkernels.gated_residual_norm import gated_residual_norm, gated_residual_norm_reference
 from dbkernels.inject_noise import inject_noise, inject_noise_reference, philox_normal
 from dbkernels.philox import philox_uniform
 
@@ -10,10 +12,14 @@ load_compiled()
 
 __version__ = "0.1.0"
 __all__ = [
+    "ada_layer_norm",
+    "ada_rms_norm",
     "adamw_ema_step",
     "adamw_ema_step_reference",
     "backend",
     "compiled",
+    "gated_residual_norm",
+    "gated_residual_norm_reference",
     "inject_noise",
     "inject_noise_reference",
     "kernels",
