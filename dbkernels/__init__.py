@@ -7,11 +7,13 @@ from dbkernels.adamw_ema import adamw_ema_step, adamw_ema_step_reference
 from dbkernels.gated_residual_norm import gated_residual_norm, gated_residual_norm_reference
 from dbkernels.inject_noise import inject_noise, inject_noise_reference, philox_normal
 from dbkernels.philox import philox_uniform
+from dbkernels.replace import Replacement, replace
 
 load_compiled()
 
 __version__ = "0.1.0"
 __all__ = [
+    "Replacement",
     "ada_layer_norm",
     "ada_rms_norm",
     "adamw_ema_step",
@@ -25,4 +27,5 @@ __all__ = [
     "kernels",
     "philox_normal",
     "philox_uniform",
+    "replace",
 ]

@@ -80,9 +80,7 @@ class _AdaNorm(torch.autograd.Function):
         return dx, *gradients, None, None
 
 
-def _norm(
-    x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float, rms: bool
-) -> Tensor:
+def _norm(x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float, rms: bool) -> Tensor:
     modulation.check_x("x", x)
     modulation.check_eps(eps)
     modulation.check_affine("weight", weight, x)
