@@ -84,7 +84,7 @@ def _check_floating(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def per_row(name: str, tensor: Tensor, x: Tensor) -> Tensor:
-    """A modulation with x's number of dimensions: (B, D) of a (B, N, D) becomes (B, 1, D). Raises if it doesn't fit x."""
+    """A modulation with as many dimensions as x: (B, D) of a (B, N, D) becomes (B, 1, D). Raises if it doesn't fit."""
     _check_floating(name, tensor, x)
     if tensor.dim() == 2 and x.dim() > 2 and tensor.shape == (x.shape[0], x.shape[-1]):
         return tensor.reshape(len(tensor), *[1] * (x.dim() - 2), tensor.shape[-1])
@@ -101,14 +101,17 @@ def one_form(x: Tensor, modulation: list[Tensor | None]) -> tuple[Tensor, list[T
     """x as (O, I, D) and the modulation as (O, 1, D), by views where their strides allow it."""
     given = [m for m in modulation if m is not None]
     B, D = x.shape[0], x.shape[-1]
+    rows = math.prod(x.shape[:-1])  # never -1 in a shape: an empty tensor has any number of rows
     if not given:
-        return (x if x.dim() == 3 else x.reshape(1, -1, D)), modulation
+        return (x if x.dim() == 3 else x.reshape(1, rows, D)), modulation
     if any(size != 1 for m in given for size in m.shape[1:-1]):  # per token
-        whole = [m if m is None else m.expand(x.shape).reshape(-1, 1, D) for m in modulation]
-        return x.reshape(-1, 1, D), whole
+        whole = [m if m is None else m.expand(x.shape).reshape(rows, 1, D) for m in modulation]
+        return x.reshape(rows, 1, D), whole
     if x.dim() == 3:
         return x, [m if m is None or m.shape[0] == B else m.expand(B, 1, D) for m in modulation]
-    return x.reshape(B, -1, D), [m if m is None else m.reshape(-1, 1, D).expand(B, 1, D) for m in modulation]
+    inner = math.prod(x.shape[1:-1])
+    shared = [m if m is None else m.reshape(m.shape[0], 1, D).expand(B, 1, D) for m in modulation]
+    return x.reshape(B, inner, D), shared
 
 
 def statistics(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
@@ -129,8 +132,8 @@ def fake_statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
 def backward_definition(
     grad: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, in the arithmetic's dtype, and the sums (2, O, 1, D) over each sample's rows of grad and of grad
-    times the normalised row, which all other gradients are made of."""
+    """The gradient of x, in the arithmetic's dtype, and the two sums (2, O, 1, D) that all other gradients are made of:
+    over each sample's rows, of grad and of grad times the normalised row."""
     wide, g = x.to(rstd.dtype), grad.to(rstd.dtype)
     normal = (wide if mean.numel() == 0 else wide - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     scaled = g if weight is None else g * weight.to(g.dtype)

@@ -1,4 +1,4 @@
-"""ada_layer_norm, ada_rms_norm: normalise each row, then ·weight + bias, then AdaLN's ·(1 + scale) + shift, in one pass.
+"""ada_layer_norm, ada_rms_norm: normalise each row, ·weight + bias, then AdaLN's ·(1 + scale) + shift, in one pass.
 
 The definition is `_modulation.definition`. The kernels are csrc/cpu/ada_norm.cpp and dbkernels/triton/ada_norm.py.
 """
