@@ -87,9 +87,8 @@ def main(path: Path) -> None:
     """Print all tables of a study."""
     groups = gather(path)
     seeds = sorted({row["seed"] for rows in groups.values() for row in rows})
-    print(
-        f"Seeds {seeds} (ablations: the first three); mean ± standard deviation; machine: {next(iter(groups.values()))[0]['machine']}\n"
-    )
+    machine = next(iter(groups.values()))[0]["machine"]
+    print(f"Seeds {seeds} (ablations: the first three); mean ± standard deviation; machine: {machine}\n")
     print("\n".join(main_table(groups)), "\n")
     print("\n".join(memory_table(groups)), "\n")
     for base, name in (("B=3", "corrected"), ("published", "published")):
