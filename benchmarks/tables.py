@@ -51,9 +51,27 @@ def by_block(rows: list[Row]) -> list[float]:
     return [statistics.mean(last[b] for last in lasts) for b in sorted(lasts[0])]
 
 
+def memory_table(groups: dict[str, list[Row]]) -> list[str]:
+    """Peak bytes by category, in MB, and their ratio to end to end and to one conditioned block."""
+    names = [name for name in groups if name == "end-to-end" or name in {f"B={b}" for b in (1, 2, 3, 6)}]
+    memory = {name: groups[name][0]["memory"] for name in names}
+    total = {name: sum(by_category.values()) for name, by_category in memory.items()}
+    categories = list(memory[names[0]])
+    lines = [
+        f"| training | {' | '.join(categories)} | total | against end-to-end | against B=1 |",
+        "|---" * (len(categories) + 4) + "|",
+    ]
+    for name in names:
+        cells = [f"{memory[name][category] / 1e6:.2f}" for category in categories]
+        ratios = [f"{total[name] / total[base]:.3f}" for base in ("end-to-end", "B=1")]
+        lines.append(f"| {name} | {' | '.join(cells)} | {total[name] / 1e6:.2f} | {' | '.join(ratios)} |")
+    return lines
+
+
 def ablation_table(groups: dict[str, list[Row]], base: str, name: str) -> list[str]:
     """One line for each field of `name` switched to the other recipe, against `base`."""
-    whole = statistics.mean(row["test"]["accuracy"] for row in groups[base])
+    seeds = {row["seed"] for rows in groups.values() for row in rows if rows[0]["variant"].startswith(f"{name}, ")}
+    whole = statistics.mean(row["test"]["accuracy"] for row in groups[base] if row["seed"] in seeds)
     lines = [f"| {name}, but | test accuracy % | difference | bound, bits |", "|---|---|---|---|"]
     for variant, rows in groups.items():
         if not variant.startswith(f"{name}, "):
@@ -69,8 +87,10 @@ def main(path: Path) -> None:
     """Print all tables of a study."""
     groups = gather(path)
     seeds = sorted({row["seed"] for rows in groups.values() for row in rows})
-    print(f"Seeds {seeds}; mean ± standard deviation; machine: {next(iter(groups.values()))[0]['machine']}\n")
+    machine = next(iter(groups.values()))[0]["machine"]
+    print(f"Seeds {seeds} (ablations: the first three); mean ± standard deviation; machine: {machine}\n")
     print("\n".join(main_table(groups)), "\n")
+    print("\n".join(memory_table(groups)), "\n")
     for base, name in (("B=3", "corrected"), ("published", "published")):
         if any(variant.startswith(f"{name}, ") for variant in groups) and base in groups:
             print("\n".join(ablation_table(groups, base, name)), "\n")
