@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+import dbkernels
+
 _SIZES = ("image_size", "channels", "classes", "patch", "dim", "layers", "heads", "mlp", "cond")
 
 
@@ -98,8 +100,10 @@ class Layer(nn.Module):
             h = h + self.attend(self.norm1(h))
             return h + self.mlp(self.norm2(h))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond)
-        h = h + (self.gate_start + gate1) * self.attend(modulate(self.norm1(h), shift1, scale1))
-        return h + (self.gate_start + gate2) * self.mlp(modulate(self.norm2(h), shift2, scale2))
+        branch = self.attend(dbkernels.ada_layer_norm(h, shift1, scale1, eps=self.norm1.eps))
+        gate1, gate2 = self.gate_start + gate1, self.gate_start + gate2
+        h, normed = dbkernels.gated_residual_norm(h, branch, gate1, shift2, scale2, eps=self.norm2.eps)
+        return torch.addcmul(h, gate2, self.mlp(normed))
 
     def attend(self, h: Tensor) -> Tensor:
         B, N, D = h.shape
