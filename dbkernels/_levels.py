@@ -50,15 +50,15 @@ def _check_tensor(sigma: Tensor, name: str, x: Tensor) -> Tensor:
         raise TypeError(f"sigma must be floating point, got {sigma.dtype}: cast it with .float()")
     if sigma.device != x.device:
         raise ValueError(f"sigma is on {sigma.device} and {name} on {x.device}: move sigma to {name}'s device first")
-    shape = tuple(sigma.shape)
-    while len(shape) > 2 and shape[-1] == 1:
+    if sigma.dim() <= min(2, x.dim()) and sigma.shape == x.shape[: sigma.dim()]:
+        return sigma
+    if sigma.numel() == 1:
+        return sigma.reshape(())
+    shape = sigma.shape
+    while len(shape) > 1 and shape[-1] == 1:
         shape = shape[:-1]
-    fits = len(shape) <= min(2, x.dim()) and shape == tuple(x.shape[: len(shape)])
-    trailing = all(size == 1 for size in shape[1:]) and shape[:1] == tuple(x.shape[:1])
-    if fits:
+    if len(shape) <= min(2, x.dim()) and shape == x.shape[: len(shape)]:
         return sigma.reshape(shape)
-    if trailing or sigma.numel() == 1:
-        return sigma.reshape(shape[:1] if trailing else ())
     raise ValueError(
         f"sigma has shape {tuple(sigma.shape)}, which fits {name} of shape {tuple(x.shape)} neither as a scalar "
         f"nor per sample {tuple(x.shape[:1])} nor per token {tuple(x.shape[:2])}: give it one of these shapes"

@@ -6,21 +6,31 @@ csrc/cpu/inject_noise.cpp and dbkernels/triton/inject_noise.py.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dbkernels._library import NAMESPACE, backend, define, lib, register
-from dbkernels._levels import broadcast, check_floating, check_sigma, check_sigma_data, compute_dtype
 from dbkernels.philox import check_address, normal_reference, signed
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Arithmetic is float32 whatever the storage, but float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _broadcast(sigma: Tensor, dims: int) -> Tensor:
+    """sigma (), (B,) or (B, N) with size-1 dimensions appended, to broadcast over `dims` dimensions."""
+    return sigma.reshape(sigma.shape + (1,) * (dims - sigma.dim()))
 
 
 def inject_noise_reference(y: Tensor, sigma: Tensor, sigma_data: float | None, seed: int, offset: int) -> Tensor:
     """The definition, differentiable in y and sigma. sigma: (), (B,) or (B, N), in y's compute dtype."""
-    dtype = compute_dtype(y.dtype)
+    dtype = _compute_dtype(y.dtype)
     eps = normal_reference(y.shape, seed=seed % 2**64, offset=offset, device=y.device).to(dtype)
-    sigma = broadcast(sigma, y.dim())
+    sigma = _broadcast(sigma, y.dim())
     z = y.to(dtype) + sigma * eps
     if sigma_data is not None:
         z = z * torch.rsqrt(sigma * sigma + sigma_data * sigma_data)
@@ -72,7 +82,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     sigma, y = ctx.saved_tensors
-    level = broadcast(sigma, ctx.dims)
+    level = _broadcast(sigma, ctx.dims)
     c_in = None
     if ctx.sigma_data is not None:
         c_in = torch.rsqrt(level * level + ctx.sigma_data * ctx.sigma_data)
@@ -91,6 +101,54 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(f"{NAMESPACE}::inject_noise", _backward, setup_context=_setup_context, lib=lib)
+
+
+def _check_y(y: Tensor) -> None:
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a torch.Tensor, got {type(y).__name__}")
+    if not y.is_floating_point() or y.dtype.itemsize < 2:
+        raise TypeError(f"y must be float16, bfloat16, float32 or float64, got {y.dtype}: cast it first")
+
+
+def _check_sigma(sigma: float | Tensor, y: Tensor) -> Tensor:
+    """sigma as a tensor of shape (), (B,) or (B, N), in the compute dtype and on y's device."""
+    dtype = _compute_dtype(y.dtype)
+    if isinstance(sigma, Tensor):
+        return _check_sigma_tensor(sigma, y).to(dtype)
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"sigma must be a float or a tensor, got {type(sigma).__name__}")
+    if not 0.0 <= sigma < math.inf:
+        raise ValueError(f"sigma={sigma} must be finite and not negative: it is a standard deviation")
+    return torch.full((), sigma, dtype=dtype, device=y.device)
+
+
+def _check_sigma_tensor(sigma: Tensor, y: Tensor) -> Tensor:
+    if not sigma.is_floating_point():
+        raise TypeError(f"sigma must be floating point, got {sigma.dtype}: cast it with .float()")
+    if sigma.device != y.device:
+        raise ValueError(f"sigma is on {sigma.device} and y on {y.device}: move sigma to y's device first")
+    shape = tuple(sigma.shape)
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    fits = len(shape) <= min(2, y.dim()) and shape == tuple(y.shape[: len(shape)])
+    trailing = all(size == 1 for size in shape[1:]) and shape[:1] == tuple(y.shape[:1])
+    if fits:
+        return sigma.reshape(shape)
+    if trailing or sigma.numel() == 1:
+        return sigma.reshape(shape[:1] if trailing else ())
+    raise ValueError(
+        f"sigma has shape {tuple(sigma.shape)}, which fits y of shape {tuple(y.shape)} neither as a scalar "
+        f"nor per sample {tuple(y.shape[:1])} nor per token {tuple(y.shape[:2])}: give it one of these shapes"
+    )
+
+
+def _check_sigma_data(sigma_data: float | None) -> None:
+    if sigma_data is None:
+        return
+    if isinstance(sigma_data, bool) or not isinstance(sigma_data, (int, float)):
+        raise TypeError(f"sigma_data must be a float or None, got {type(sigma_data).__name__}")
+    if not 0.0 < sigma_data < math.inf:
+        raise ValueError(f"sigma_data={sigma_data} must be positive and finite: it is the target's std")
 
 
 def inject_noise(
@@ -123,11 +181,10 @@ def inject_noise(
 
     Source: Karras et al. 2022 (EDM), table 1; Salmon et al. 2011 (Philox4x32-10).
     """
-    check_floating("y", y)
-    if sigma_data is not None:
-        check_sigma_data(sigma_data)
+    _check_y(y)
+    _check_sigma_data(sigma_data)
     check_address(seed, offset)
-    level = check_sigma(sigma, "y", y, compute_dtype(y.dtype))
+    level = _check_sigma(sigma, y)
     if backend() == "reference" and not torch.compiler.is_compiling():
         return inject_noise_reference(y, level, sigma_data, seed, offset)
     return torch.ops.dbkernels.inject_noise(y, level, sigma_data, signed(seed), offset)

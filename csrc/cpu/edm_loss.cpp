@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -132,7 +131,11 @@ DBK_INLINE double sum_of_squares(const C* values, int64_t count) {
     for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane] * values[i + lane];
   }
   for (int lane = 0; i < count; ++i, ++lane) lanes[lane] += values[i] * values[i];
-  return std::accumulate(lanes, lanes + kLanes, 0.0);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma omp simd
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
 }
 
 template <bool kAvx2, typename C>
@@ -297,7 +300,8 @@ void edm_loss_scale_cpu(Tensor x, const Tensor& by_in) {
   switch (x.scalar_type()) {
     case ScalarType::Float: return wide ? scale<float, double>(x, by) : scale<float, float>(x, by);
     case ScalarType::BFloat16: return wide ? scale<BFloat16, double>(x, by) : scale<BFloat16, float>(x, by);
-    default: return scale<double, double>(x, by);
+    case ScalarType::Double: return scale<double, double>(x, by);
+    default: STD_TORCH_CHECK(false, "edm_loss_scale_: x must be bfloat16, float32 or float64");
   }
 }
 

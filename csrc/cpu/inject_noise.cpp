@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "cpu/draw.h"
+#include "cpu/draw_avx2.h"
 #include "cpu/simd.h"
 #include "ops.h"
 
@@ -17,7 +17,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 64;  // blocks a thread takes at least: some 20 us of work
+constexpr int kGroups = 16;             // groups of four normals drawn together: two vectors of AVX2
+constexpr int kBlock = 4 * kGroups;     // elements of a block
+constexpr int64_t kGrain = 64;          // blocks a thread takes at least: some 20 us of work
 
 template <typename T, typename C>
 struct Args {
@@ -30,6 +32,21 @@ struct Args {
   uint64_t seed;
   uint32_t offset;
 };
+
+template <bool kAvx2>
+DBK_INLINE void draw(float* eps, uint64_t first_group, uint64_t seed, uint32_t offset) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if constexpr (kAvx2) return draw_avx2<kGroups>(eps, first_group, seed, offset);
+#endif
+  float n[4][kGroups];
+#pragma omp simd
+  for (int lane = 0; lane < kGroups; ++lane) {
+    normals_of_group<kPlainFma>(first_group + lane, seed, offset, n[0][lane], n[1][lane], n[2][lane], n[3][lane]);
+  }
+  for (int lane = 0; lane < kGroups; ++lane) {
+    for (int word = 0; word < 4; ++word) eps[4 * lane + word] = n[word][lane];
+  }
+}
 
 // One run of elements under one noise level.
 template <bool kHardware, typename T, typename C>
