@@ -5,6 +5,7 @@ from dbkernels._library import backend, compiled, kernels, load_compiled
 from dbkernels.adamw_ema import adamw_ema_step, adamw_ema_step_reference
 from dbkernels.inject_noise import inject_noise, inject_noise_reference, philox_normal
 from dbkernels.philox import philox_uniform
+from dbkernels.sample_sigma import sample_sigma, sample_sigma_reference
 
 load_compiled()
 
@@ -19,4 +20,6 @@ __all__ = [
     "kernels",
     "philox_normal",
     "philox_uniform",
+    "sample_sigma",
+    "sample_sigma_reference",
 ]
