@@ -46,6 +46,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edm_loss_cpu(const Tensor& F, std::op
 // x *= by, in place: a factor for each equal run of elements. x: contiguous.
 void edm_loss_scale_cpu(Tensor x, const Tensor& by);
 
+// out: float32, contiguous.
+void philox_uniform_cpu(Tensor out, int64_t seed, int64_t offset);
+
+// out: float32, contiguous; plan: what dbkernels.sample_sigma.plan says.
+void sample_sigma_cpu(Tensor out, Tensor plan, int64_t seed, int64_t offset);
+
 // All tensors contiguous; params and grads of one dtype, the others float32 (float64 for float64).
 Tensor adamw_ema_step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,
                           int64_t step, double lr, double beta1, double beta2, double eps,

@@ -8,6 +8,7 @@ from dbkernels.edm_loss import edm_loss, edm_loss_reference
 from dbkernels.gated_residual_norm import gated_residual_norm, gated_residual_norm_reference
 from dbkernels.inject_noise import inject_noise, inject_noise_reference, philox_normal
 from dbkernels.philox import philox_uniform
+from dbkernels.sample_sigma import sample_sigma, sample_sigma_reference
 
 load_compiled()
 
@@ -28,4 +29,6 @@ __all__ = [
     "kernels",
     "philox_normal",
     "philox_uniform",
+    "sample_sigma",
+    "sample_sigma_reference",
 ]

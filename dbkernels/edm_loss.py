@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dbkernels._levels import broadcast, check_floating, check_sigma, check_sigma_data, compute_dtype
-from dbkernels._library import backend, define, register
+from dbkernels._library import backend, define, register_triton
 from dbkernels.philox import check_address, normal_reference, signed
 
 REDUCTIONS = ("mean", "sum", "none", "sample")
@@ -124,27 +124,20 @@ define(
 )
 
 
-def _register_triton() -> None:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return
+def _triton_forward(*arguments: Any) -> Four:
+    from dbkernels.triton.edm_loss import forward
 
-    def forward(*args: Any) -> Four:
-        from dbkernels.triton.edm_loss import forward
-
-        return forward(*args)
-
-    def scale(x: Tensor, by: Tensor) -> None:
-        from dbkernels.triton.edm_loss import scale
-
-        scale(x, by)
-
-    register("edm_loss", "CUDA", forward, "Triton")
-    register("edm_loss_scale_", "CUDA", scale, "Triton")
+    return forward(*arguments)
 
 
-_register_triton()
+def _triton_scale(x: Tensor, by: Tensor) -> None:
+    from dbkernels.triton.edm_loss import scale
+
+    scale(x, by)
+
+
+register_triton("edm_loss", _triton_forward)
+register_triton("edm_loss_scale_", _triton_scale)
 
 
 class _EDMLoss(torch.autograd.Function):

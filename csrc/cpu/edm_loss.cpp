@@ -22,9 +22,10 @@ using torch::stable::Tensor;
 
 // Elements that stay in the first-level cache while they are worked on. Sums are taken chunk by chunk, so that their bits
 // don't depend on the number of threads.
-constexpr int64_t kChunk = 16 * kBlock;
+constexpr int64_t kChunk = 1024;
 constexpr int64_t kGrain = 16;  // chunks a thread takes at least: some 10 us of work
 constexpr int kLanes = 32;
+constexpr int kGroups = 16;  // groups of four normals drawn together: two vectors of AVX2
 
 struct Array {
   void* data = nullptr;
@@ -140,7 +141,9 @@ DBK_INLINE double sum_of_squares(const C* values, int64_t count) {
 
 template <bool kAvx2, typename C>
 DBK_INLINE const C* draw_chunk(const Args<C>& a, int64_t first, int64_t count, float* eps, C* room) {
-  for (int64_t i = 0; i < count; i += kBlock) draw<kAvx2>(eps + i, static_cast<uint64_t>(first + i) / 4, a.seed, a.offset);
+  for (int64_t i = 0; i < count; i += 4 * kGroups) {
+    draw_normals<kAvx2, kGroups>(eps + i, static_cast<uint64_t>(first + i) / 4, a.seed, a.offset);
+  }
   return widen(eps, count, room);
 }
 
