@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor> ada_norm_cpu(const Tensor& x, std::optional<T
                                                 std::optional<Tensor> scale, std::optional<Tensor> weight,
                                                 std::optional<Tensor> bias, double eps, bool rms);
 
-// -> dx, sums (2, O, D)
+// -> dx, sums (2, O, 1, D)
 std::tuple<Tensor, Tensor> ada_norm_backward_cpu(const Tensor& grad, const Tensor& x, std::optional<Tensor> scale,
                                                  std::optional<Tensor> weight, const Tensor& mean, const Tensor& rstd);
 
@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_cpu(
     const Tensor& x, const Tensor& branch, const Tensor& gate, std::optional<Tensor> shift, std::optional<Tensor> scale,
     std::optional<Tensor> weight, std::optional<Tensor> bias, double eps, bool rms);
 
-// -> dx, dbranch, sums (3, O, D)
+// -> dx, dbranch, sums (3, O, 1, D)
 std::tuple<Tensor, Tensor, Tensor> gated_residual_norm_backward_cpu(
     const Tensor& grad, std::optional<Tensor> grad_h, const Tensor& h, const Tensor& branch, const Tensor& gate,
     std::optional<Tensor> scale, std::optional<Tensor> weight, const Tensor& mean, const Tensor& rstd);

@@ -8,12 +8,14 @@ from dbkernels.edm_loss import edm_loss, edm_loss_reference
 from dbkernels.gated_residual_norm import gated_residual_norm, gated_residual_norm_reference
 from dbkernels.inject_noise import inject_noise, inject_noise_reference, philox_normal
 from dbkernels.philox import philox_uniform
+from dbkernels.replace import Replacement, replace
 from dbkernels.sample_sigma import sample_sigma, sample_sigma_reference
 
 load_compiled()
 
 __version__ = "0.1.0"
 __all__ = [
+    "Replacement",
     "ada_layer_norm",
     "ada_rms_norm",
     "adamw_ema_step",
@@ -29,6 +31,7 @@ __all__ = [
     "kernels",
     "philox_normal",
     "philox_uniform",
+    "replace",
     "sample_sigma",
     "sample_sigma_reference",
 ]

@@ -129,7 +129,7 @@ def fake_statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
 def backward_definition(
     grad: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, in the arithmetic's dtype, and the sums (2, O, D) over each sample's rows of grad and of grad
+    """The gradient of x, in the arithmetic's dtype, and the sums (2, O, 1, D) over each sample's rows of grad and of grad
     times the normalised row, which all other gradients are made of."""
     wide, g = x.to(rstd.dtype), grad.to(rstd.dtype)
     normal = (wide if mean.numel() == 0 else wide - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
@@ -138,7 +138,7 @@ def backward_definition(
     dx = scaled - normal * (scaled * normal).mean(-1, keepdim=True)
     if mean.numel():
         dx = dx - scaled.mean(-1, keepdim=True)
-    return dx * rstd.unsqueeze(-1), torch.stack([g.sum(1), (g * normal).sum(1)])
+    return dx * rstd.unsqueeze(-1), torch.stack([g.sum(1, keepdim=True), (g * normal).sum(1, keepdim=True)])
 
 
 def from_sums(
@@ -150,20 +150,24 @@ def from_sums(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of shift, scale (O, 1, D), weight, bias (D,), each in its own dtype; None where not needed."""
-    grad, normal = sums[0], sums[1]
+    grad, normal, *_ = sums.unbind(0)  # each (O, 1, D)
     d_shift = d_scale = d_weight = d_bias = None
     if needs[0] and shift_dtype is not None:
-        d_shift = grad.unsqueeze(1).to(shift_dtype)
+        d_shift = _cast(grad, shift_dtype)
     if needs[1] and scale is not None:
         d_scale = normal if weight is None else normal * weight
-        d_scale = d_scale if bias is None else d_scale + grad * bias
-        d_scale = d_scale.unsqueeze(1).to(scale.dtype)
-    factor = None if scale is None else 1 + scale.squeeze(1).to(sums.dtype)
+        d_scale = _cast(d_scale if bias is None else d_scale + grad * bias, scale.dtype)
+    affine = needs[2] or needs[3]
+    factor = 1 + scale.to(sums.dtype) if affine and scale is not None else 1
     if needs[2] and weight is not None:
-        d_weight = (normal if factor is None else normal * factor).sum(0).to(weight.dtype)
+        d_weight = _cast((normal * factor).sum((0, 1)), weight.dtype)
     if needs[3] and bias is not None:
-        d_bias = (grad if factor is None else grad * factor).sum(0).to(bias.dtype)
+        d_bias = _cast((grad * factor).sum((0, 1)), bias.dtype)
     return d_shift, d_scale, d_weight, d_bias
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def register_triton(op: str, launcher: str) -> None:

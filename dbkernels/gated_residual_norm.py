@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dbkernels import _modulation as modulation
-from dbkernels._library import NAMESPACE, backend, define, lib
+from dbkernels._library import backend, define
 
 Maybe = Tensor | None
 NORMS = ("layer", "rms")
@@ -57,13 +58,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, sums = modulation.backward_definition(grad, h, scale, weight, mean, rstd)
     dx = dx if grad_h is None else dx + grad_h.to(dx.dtype)
-    gated = (dx * branch.to(dx.dtype)).sum(1)
+    gated = (dx * branch.to(dx.dtype)).sum(1, keepdim=True)
     dbranch = (dx * gate.to(dx.dtype)).to(h.dtype)
     return dx.to(h.dtype).contiguous(), dbranch.contiguous(), torch.cat([sums, gated.unsqueeze(0)])
 
 
 def _backward_fake(grad: Tensor, grad_h: Maybe, h: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return h.new_empty(h.shape), h.new_empty(h.shape), rest[-1].new_empty(3, h.shape[0], h.shape[2])
+    return h.new_empty(h.shape), h.new_empty(h.shape), rest[-1].new_empty(3, h.shape[0], 1, h.shape[2])
 
 
 define(
@@ -82,29 +83,34 @@ modulation.register_triton("gated_residual_norm", "gated_forward")
 modulation.register_triton("gated_residual_norm_backward", "gated_backward")
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, gate, shift, scale, weight, bias, _, _ = inputs
-    h, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.shift_dtype = None if shift is None else shift.dtype
-    # h, not x: it lives on as the next residual, so keeping it costs nothing
-    ctx.save_for_backward(h, branch, gate, scale, weight, bias, mean, rstd)
+class _GatedResidualNorm(torch.autograd.Function):
+    """The op with its gradient."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor, gate: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe,
+        eps: float, rms: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        h, out, mean, rstd = torch.ops.dbkernels.gated_residual_norm.default(
+            x, branch, gate, shift, scale, weight, bias, eps, rms
+        )
+        ctx.set_materialize_grads(False)
+        ctx.shift_dtype = None if shift is None else shift.dtype
+        # h, not x: it lives on as the next residual, so keeping it costs nothing
+        ctx.save_for_backward(h, branch, gate, scale, weight, bias, mean, rstd)
+        return h, out
 
-def _gradients(ctx: Any, grad_h: Maybe, grad: Maybe, *_: Any) -> tuple[Maybe, ...]:
-    h, branch, gate, scale, weight, bias, mean, rstd = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(h)
-    dx, dbranch, sums = torch.ops.dbkernels.gated_residual_norm_backward(
-        grad, grad_h, h, branch, gate, scale, weight, mean, rstd
-    )
-    dgate = sums[2].unsqueeze(1).to(gate.dtype) if ctx.needs_input_grad[2] else None
-    rest = modulation.from_sums(sums, ctx.shift_dtype, scale, weight, bias, ctx.needs_input_grad[3:7])
-    return dx, dbranch, dgate, *rest, None, None
-
-
-torch.library.register_autograd(f"{NAMESPACE}::gated_residual_norm", _gradients, setup_context=_setup_context, lib=lib)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_h: Maybe, grad: Maybe) -> tuple[Maybe, ...]:
+        h, branch, gate, scale, weight, bias, mean, rstd = ctx.saved_tensors
+        grad = torch.zeros_like(h) if grad is None else grad
+        dx, dbranch, sums = torch.ops.dbkernels.gated_residual_norm_backward.default(
+            grad, grad_h, h, branch, gate, scale, weight, mean, rstd
+        )
+        dgate = sums[2].to(gate.dtype) if ctx.needs_input_grad[2] else None
+        rest = modulation.from_sums(sums, ctx.shift_dtype, scale, weight, bias, ctx.needs_input_grad[3:7])
+        return dx, dbranch, dgate, *rest, None, None
 
 
 def gated_residual_norm(
@@ -155,7 +161,7 @@ def gated_residual_norm(
     if backend() == "reference" and not torch.compiler.is_compiling():
         return gated_residual_norm_reference(x, branch, gate, shift, scale, weight, bias, eps, norm == "rms")
     rows, (gate, shift, scale) = modulation.one_form(x, [gate, shift, scale])
-    h, out, _, _ = torch.ops.dbkernels.gated_residual_norm(
+    h, out = _GatedResidualNorm.apply(
         rows, branch if rows is x else branch.reshape(rows.shape), gate, shift, scale, weight, bias, eps, norm == "rms"
     )
     return (h, out) if rows is x else (h.view(x.shape), out.view(x.shape))

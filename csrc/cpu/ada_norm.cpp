@@ -179,10 +179,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const May
   return {h, out, mean, rstd};
 }
 
-// Adds the tiles of each sample in their order: (tiles of all samples, kinds, D) -> (kinds, O, D).
+// Adds the tiles of each sample in their order: (tiles of all samples, kinds, D) -> (kinds, O, 1, D).
 template <typename C>
 Tensor total(const std::vector<C>& partial, const Tiling& tiling, int64_t kinds, const Tensor& like) {
-  Tensor result = torch::stable::new_zeros(like, {kinds, tiling.outer, tiling.dim}, scalar_type<C>());
+  Tensor result = torch::stable::new_zeros(like, {kinds, tiling.outer, 1, tiling.dim}, scalar_type<C>());
   C* to = data<C>(result);
   for (int64_t tile = 0; tile < tiling.count(); ++tile) {
     for (int64_t kind = 0; kind < kinds; ++kind) {
