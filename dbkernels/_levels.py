@@ -1,4 +1,4 @@
-"""Noise levels: what the ops that take a sigma share. Their checks, their form for the kernels, the arithmetic's dtype."""
+"""What the ops that take a noise level share: checks, sigma's form for the kernels, the arithmetic's dtype."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_sigma_data(sigma_data: float) -> None:
 
 
 def check_sigma(sigma: float | Tensor, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """sigma as a tensor of shape (), (B,) or (B, N) in `dtype`, on the device of `x`, whose name in messages is `name`."""
+    """sigma as a tensor of shape (), (B,) or (B, N) in `dtype`, on the device of `x`, called `name` in messages."""
     if isinstance(sigma, Tensor):
         return _check_tensor(sigma, name, x).to(dtype)
     if isinstance(sigma, bool) or not isinstance(sigma, (int, float, torch.SymFloat, torch.SymInt)):

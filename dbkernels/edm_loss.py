@@ -3,14 +3,14 @@
 The definition first, then the ops, the gradient and the public function. The kernels are csrc/cpu/edm_loss.cpp and
 dbkernels/triton/edm_loss.py.
 
-With s = sigma_data, target = (y − c_skip·z) / c_out, and 1 / c_out² is the weight (Karras et al. 2022, table 1 and eq. 8).
-By the angle whose tangent is sigma / s it is
+With s = sigma_data, target = (y − c_skip·z) / c_out and weight = 1 / c_out² (Karras et al. 2022, table 1 and eq. 8). By
+the angle whose tangent is sigma / s it is
 
     target = sin/s · y − cos/sigma · (z − y)        sin = sigma/root, cos = s/root, root = sqrt(sigma² + s²)
 
-in which nothing overflows, and nothing cancels but z − y, which is exact where z is close to y. What z lost when it was
-rounded is magnified by cos/sigma, though: at sigma = 0.002 a float32 z of about 1 gives the target to 3e-5, a bfloat16 z
-hardly at all. Where z = y + sigma·eps is drawn again instead of read, target = sin/s · y − cos · eps loses nothing.
+in which nothing overflows, and nothing cancels but z − y, which is exact where z is close to y. What z lost when it
+was rounded is magnified by cos/sigma, though: at sigma = 0.002 a float32 z of about 1 gives the target to 3e-5, a
+bfloat16 z hardly at all. Where z = y + sigma·eps is drawn again, target = sin/s · y − cos · eps loses nothing.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def _reduce(square: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return square
     if reduction == "sample":
-        return square.reshape(len(square), _per_sample(square, reduction)).mean(1)
+        return square.reshape(len(square), mean_over(square.shape, reduction)).mean(1)
     return square.mean() if reduction == "mean" else square.sum()
 
 
-def _per_sample(x: Tensor, reduction: str) -> int:
+def mean_over(shape: torch.Size, reduction: str) -> int:
     """How many elements a mean is taken over; 1 where none is."""
     if reduction == "sample":
-        return x.shape[1:].numel()
-    return x.numel() if reduction == "mean" else 1
+        return shape[1:].numel()
+    return shape.numel() if reduction == "mean" else 1
 
 
 def edm_loss_reference(
@@ -76,9 +76,17 @@ def edm_loss_reference(
     return _reduce(_residual(F, z, y, *coefficients, seed, offset).square(), reduction)
 
 
-def _kept(dtype: torch.dtype) -> torch.dtype:
-    """What a gradient is kept in: float16 can't hold a mean's small ones before a loss scale is applied."""
-    return torch.float32 if dtype == torch.float16 else dtype
+def empty_gradients(
+    F: Tensor, z: Tensor | None, y: Tensor, want_F: bool, want_z: bool, want_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients; nothing where one isn't wanted."""
+    return _room(F, want_F), _room(y if z is None else z, want_z), _room(y, want_y)
+
+
+def _room(x: Tensor, wanted: bool) -> Tensor:
+    # float16 can't hold a mean's small gradients before a loss scale is applied.
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    return torch.empty(x.shape if wanted else (0,), dtype=dtype, device=x.device)
 
 
 def _definition(
@@ -87,16 +95,14 @@ def _definition(
 ) -> Four:  # fmt: skip
     of_y, of_noise = _coefficients(broadcast(sigma, F.dim()), sigma_data, z is None)
     residual = _residual(F, z, y, of_y, of_noise, seed, offset)
-    slope = 2 * residual / max(1, _per_sample(F, reduction))
-
-    def kept(wanted: bool, like: Tensor | None, factor: Tensor | float) -> Tensor:
-        if not wanted or like is None:
-            return F.new_empty(0)
-        return (slope * factor).to(_kept(like.dtype)).contiguous()
-
+    slope = 2 * residual / max(1, mean_over(F.shape, reduction))
     loss = _reduce(residual.square(), reduction).contiguous()
+    grads = empty_gradients(F, z, y, want_F, want_z, want_y)
     at_y = -of_y if z is None else -(of_y + of_noise)
-    return loss, kept(want_F, F, 1.0), kept(want_z, z, of_noise), kept(want_y, y, at_y)
+    for grad, wanted, factor in zip(grads, (want_F, want_z, want_y), (1, of_noise, at_y), strict=True):
+        if wanted:
+            grad.copy_(slope * factor)
+    return loss, *grads
 
 
 def _fake(
@@ -104,28 +110,28 @@ def _fake(
     want_F: bool, want_z: bool, want_y: bool,
 ) -> Four:  # fmt: skip
     shape = {"none": F.shape, "sample": F.shape[:1]}.get(reduction, ())
-    wanted = ((F, want_F), (z, want_z), (y, want_y))
-    grads = [F.new_empty(F.shape if want else 0, dtype=_kept(F.dtype if t is None else t.dtype)) for t, want in wanted]
-    return F.new_empty(shape, dtype=sigma.dtype), grads[0], grads[1], grads[2]
+    return F.new_empty(shape, dtype=sigma.dtype), *empty_gradients(F, z, y, want_F, want_z, want_y)
 
 
 define(
-    "edm_loss(Tensor F, Tensor? z, Tensor y, Tensor sigma, float sigma_data, str reduction, SymInt seed, SymInt offset, "
-    "bool want_F, bool want_z, bool want_y) -> (Tensor, Tensor, Tensor, Tensor)",
+    "edm_loss(Tensor F, Tensor? z, Tensor y, Tensor sigma, float sigma_data, str reduction, SymInt seed, "
+    "SymInt offset, bool want_F, bool want_z, bool want_y) -> (Tensor, Tensor, Tensor, Tensor)",
     _definition,
     _fake,
 )
-define(
-    "edm_loss_scale_(Tensor(a!) x, Tensor by) -> ()",
-    lambda x, by: x.copy_(x * broadcast(by, x.dim())) and None,
-    lambda x, by: None,
-)
 
 
-def _triton_forward(*arguments: Any) -> Four:
+def _scale(x: Tensor, by: Tensor) -> None:
+    x.copy_(x * broadcast(by, x.dim()))
+
+
+define("edm_loss_scale_(Tensor(a!) x, Tensor by) -> ()", _scale, lambda x, by: None)
+
+
+def _triton_forward(F: Tensor, *arguments: Any) -> Four:
     from dbkernels.triton.edm_loss import forward
 
-    return forward(*arguments)
+    return forward(F, *arguments) if F.numel() else _definition(F, *arguments)
 
 
 def _triton_scale(x: Tensor, by: Tensor) -> None:
@@ -164,8 +170,8 @@ class _EDMLoss(torch.autograd.Function):
 
 
 def _times(kept: Tensor, upstream: Tensor) -> Tensor:
-    """kept·upstream. In place, and no pass at all where upstream is 1, if this is the graph's last backward: then nobody
-    needs `kept` any more. Otherwise a copy, as whoever gets the gradient may write into it."""
+    """kept·upstream. In place, and no pass at all where upstream is 1, if this is the graph's last backward: then
+    nobody needs `kept` any more. Otherwise a copy, as whoever gets the gradient may write into it."""
     if torch.compiler.is_compiling():
         return kept * broadcast(upstream, kept.dim())
     if torch._C._autograd._get_current_graph_task_keep_graph():
@@ -235,7 +241,7 @@ def edm_loss(
             float32: what z lost when it was rounded is divided by sigma here.
         y: clean target, F's shape, any of these dtypes.
         sigma: noise std in y's units: a float, a 0-dim tensor, one per sample (B,) or one per token (B, N), broadcast
-            over the trailing dimensions. Positive; the values of a tensor aren't checked, as that would stop the device.
+            over the trailing dimensions. Positive; a tensor's values aren't checked, as that would stop the device.
         sigma_data: the target's std in the same units.
         reduction: "mean" over all elements, "sum", "none" (one loss an element), or "sample", the mean over each
             sample's elements, (B,).
