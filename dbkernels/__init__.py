@@ -4,10 +4,12 @@ hand."""
 from dbkernels._library import backend, compiled, kernels, load_compiled
 from dbkernels.ada_norm import ada_layer_norm, ada_rms_norm
 from dbkernels.adamw_ema import adamw_ema_step, adamw_ema_step_reference
+from dbkernels.edm_loss import edm_loss, edm_loss_reference
 from dbkernels.gated_residual_norm import gated_residual_norm, gated_residual_norm_reference
 from dbkernels.inject_noise import inject_noise, inject_noise_reference, philox_normal
 from dbkernels.philox import philox_uniform
 from dbkernels.replace import Replacement, replace
+from dbkernels.sample_sigma import sample_sigma, sample_sigma_reference
 
 load_compiled()
 
@@ -20,6 +22,8 @@ __all__ = [
     "adamw_ema_step_reference",
     "backend",
     "compiled",
+    "edm_loss",
+    "edm_loss_reference",
     "gated_residual_norm",
     "gated_residual_norm_reference",
     "inject_noise",
@@ -28,4 +32,6 @@ __all__ = [
     "philox_normal",
     "philox_uniform",
     "replace",
+    "sample_sigma",
+    "sample_sigma_reference",
 ]

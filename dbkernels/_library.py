@@ -10,6 +10,7 @@ hand.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -77,6 +78,12 @@ def register(name: str, key: str, kernel: Callable[..., Any], label: str) -> Non
         return
     lib.impl(name, kernel, key)
     _kernels[name][key] = label
+
+
+def register_triton(name: str, launcher: Callable[..., Any]) -> None:
+    """Give op `name` its Triton launcher on CUDA, where Triton can be imported."""
+    if importlib.util.find_spec("triton") is not None:
+        register(name, "CUDA", launcher, "Triton")
 
 
 def load_compiled() -> None:

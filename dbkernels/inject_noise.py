@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbkernels._library import NAMESPACE, backend, define, lib, register
+from dbkernels._library import NAMESPACE, backend, define, lib, register_triton
 from dbkernels.philox import check_address, normal_reference, signed
 
 
@@ -60,15 +60,7 @@ def _triton_kernel(y: Tensor, sigma: Tensor, sigma_data: float | None, seed: int
     return z
 
 
-def _register_triton() -> None:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return
-    register("inject_noise", "CUDA", _triton_kernel, "Triton")
-
-
-_register_triton()
+register_triton("inject_noise", _triton_kernel)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dbkernels._library import define
+from dbkernels._library import define, register_triton
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -95,26 +95,42 @@ def normal_reference(
     return torch.stack(lanes, dim=-1).flatten()[:numel].view(tuple(shape))
 
 
-def _uniform(size: Sequence[int], seed: int, offset: int, device: torch.device | None) -> Tensor:
-    numel = math.prod(size)
+def uniform_reference(
+    shape: Sequence[int], *, seed: int, offset: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """Uniforms in (0, 1) by address, float32: the definition of `philox_uniform`."""
+    numel = math.prod(shape)
     words = random_words(_groups(numel, device), seed, offset, UNIFORM_STREAM)
     # 23 bits and a half fit float32 exactly, so no rounding can reach 0 or 1.
     lanes = [((word >> 9).to(torch.float32) + 0.5) * 2.0**-23 for word in words]
-    return torch.stack(lanes, dim=-1).flatten()[:numel].view(tuple(size))
+    return torch.stack(lanes, dim=-1).flatten()[:numel].view(tuple(shape))
 
 
-def _fake_uniform(size: Sequence[int], seed: int, offset: int, device: torch.device | None) -> Tensor:
-    return torch.empty(tuple(size), dtype=torch.float32, device=device)
+def _fill(out: Tensor, seed: int, offset: int) -> None:
+    out.copy_(uniform_reference(out.shape, seed=seed, offset=offset, device=out.device))
 
 
 # An op and not a bare chain of them: torch.compile must neither bake the seed in nor rearrange integer
-# arithmetic (Inductor 2.13 miscompiles its 64-bit shifts on the CPU).
-define(
-    "philox_uniform(SymInt[] size, SymInt seed, SymInt offset, Device? device) -> Tensor",
-    _uniform,
-    _fake_uniform,
-    has_kernels=False,
-)
+# arithmetic (Inductor 2.13 miscompiles its 64-bit shifts on the CPU). It fills a tensor, because the dispatcher
+# picks the kernel by one.
+define("philox_uniform(Tensor(a!) out, SymInt seed, SymInt offset) -> ()", _fill, lambda out, seed, offset: None)
+
+
+def _triton_kernel(out: Tensor, seed: int, offset: int) -> None:
+    from dbkernels.triton.philox_uniform import launch
+
+    launch(out, seed, offset)
+
+
+register_triton("philox_uniform", _triton_kernel)
+
+
+def sizes_of(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """`shape` as a tuple. Raises: ValueError if a size is negative."""
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"shape={sizes} has a negative size: pass sizes of 0 or more")
+    return sizes
 
 
 def signed(seed: int) -> int:
@@ -141,8 +157,6 @@ def philox_uniform(
     Source: Salmon et al. 2011.
     """
     check_address(seed, offset)
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    if any(size < 0 for size in sizes):
-        raise ValueError(f"shape={sizes} has a negative size: pass sizes of 0 or more")
-    place = None if device is None else torch.device(device)
-    return torch.ops.dbkernels.philox_uniform(sizes, signed(seed), offset, place)
+    out = torch.empty(sizes_of(shape), dtype=torch.float32, device=device)
+    torch.ops.dbkernels.philox_uniform(out, signed(seed), offset)
+    return out

@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "cpu/draw_avx2.h"
+#include "cpu/draw.h"
 #include "cpu/simd.h"
 #include "ops.h"
 
@@ -33,21 +33,6 @@ struct Args {
   uint32_t offset;
 };
 
-template <bool kAvx2>
-DBK_INLINE void draw(float* eps, uint64_t first_group, uint64_t seed, uint32_t offset) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if constexpr (kAvx2) return draw_avx2<kGroups>(eps, first_group, seed, offset);
-#endif
-  float n[4][kGroups];
-#pragma omp simd
-  for (int lane = 0; lane < kGroups; ++lane) {
-    normals_of_group<kPlainFma>(first_group + lane, seed, offset, n[0][lane], n[1][lane], n[2][lane], n[3][lane]);
-  }
-  for (int lane = 0; lane < kGroups; ++lane) {
-    for (int word = 0; word < 4; ++word) eps[4 * lane + word] = n[word][lane];
-  }
-}
-
 // One run of elements under one noise level.
 template <bool kHardware, typename T, typename C>
 DBK_INLINE void apply(const T* y, const float* eps, T* z, int64_t count, C sigma, C scale) {
@@ -67,7 +52,7 @@ template <bool kAvx2, typename T, typename C>
 DBK_INLINE void blocks(const Args<T, C>& a, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     float eps[kBlock];
-    draw<kAvx2>(eps, static_cast<uint64_t>(block) * kGroups, a.seed, a.offset);
+    draw_normals<kAvx2, kGroups>(eps, static_cast<uint64_t>(block) * kGroups, a.seed, a.offset);
     const int64_t first = block * kBlock, last = std::min(first + kBlock, a.numel);
     for (int64_t at = first; at < last;) {
       const int64_t row = at / a.inner, stop = std::min(last, (row + 1) * a.inner);

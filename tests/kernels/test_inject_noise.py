@@ -155,7 +155,7 @@ def test_saves_no_noise():
 def test_opcheck(dtype):
     y, sigma = example((3, 4, 5), (3,), dtype)
     torch.library.opcheck(torch.ops.dbkernels.inject_noise.default, (y.requires_grad_(), sigma, 0.5, 7, 1))
-    torch.library.opcheck(torch.ops.dbkernels.philox_uniform.default, ((3, 4), 7, 1, torch.device("cpu")))
+    torch.library.opcheck(torch.ops.dbkernels.philox_uniform.default, (torch.empty(3, 4), 7, 1))
 
 
 def test_compiles_whole_and_once_over_changing_sigma():

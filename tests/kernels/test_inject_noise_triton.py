@@ -2,15 +2,12 @@
 is."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
-HERE = Path(__file__).parent
+from interpreter import run_interpreted
+
 # What 16 elements a thread may cost, prologue included: at 40 to 79 instructions an element, memory and
 # arithmetic take the same time on an H100 (the row's kind of noise level adds a division).
 LONGEST = {0: 60 * 16, 1: 60 * 16, 2: 75 * 16, 3: 110 * 16}
@@ -18,16 +15,7 @@ SHORTEST = 400  # a stub is shorter
 
 
 def test_interpreted():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
-    environment.pop("DBKERNELS_BACKEND", None)
-    run = subprocess.run(
-        [sys.executable, str(HERE / "interpreted_inject_noise.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0 and "interpreted: ok" in run.stdout, run.stdout + run.stderr
+    run_interpreted("interpreted_inject_noise.py")
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -46,7 +34,7 @@ def test_compiles_without_spills(arch, mode):
             f"*{dtype}:16",
             "i32:16",
             "i32",
-            "fp32",
+            "fp64",
             "i32",
             "i32",
             "i32",
@@ -63,7 +51,7 @@ def test_compiles_for_more_than_32_bits_of_elements():
     import aot
     from dbkernels.triton.inject_noise import GROUPS, inject_noise_kernel
 
-    signature = ["*bf16:16", "*fp32:16", "*bf16:16", "i64:16", "i64", "fp32", "i32", "i32", "i32"]
+    signature = ["*bf16:16", "*fp32:16", "*bf16:16", "i64:16", "i64", "fp64", "i32", "i32", "i32"]
     for mode in (0, 3):
         constants = {"SCALED": True, "MODE": mode, "GROUPS": GROUPS}
         assert aot.report(inject_noise_kernel, signature, constants, 90).spilled_bytes == 0

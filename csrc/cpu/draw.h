@@ -1,20 +1,23 @@
-// What GCC doesn't vectorise well by itself, in AVX2: the block cipher on 64-bit lanes and the 4 x 8 transpose.
+// Random words of a run of groups, word by word, and the way back into element order. What GCC doesn't vectorise well by
+// itself is written in AVX2: the block cipher on 64-bit lanes and the 4 x 8 transpose.
 #pragma once
 
 #include "cpu/simd.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
+#endif
 
 namespace dbk {
 
+#if defined(__x86_64__) && defined(__GNUC__)
 // Words of groups first .. first + 3, each in the low half of a 64-bit lane. vpmuludq reads only the low halves, so what
 // the rounds leave in the upper halves needs no clearing: 8 instructions a round for 16 numbers.
-DBK_AVX2 inline void words_of_four(uint64_t first, uint64_t seed, uint32_t offset, __m128i out[4]) {
+DBK_AVX2 inline void words_of_four(uint64_t first, uint64_t seed, uint32_t offset, uint32_t stream, __m128i out[4]) {
   const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
   __m256i x0 = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first)), _mm256_setr_epi64x(0, 1, 2, 3));
   __m256i x1 = _mm256_srli_epi64(x0, 32);
-  __m256i x2 = _mm256_set1_epi64x(offset), x3 = _mm256_set1_epi64x(kNormalStream);
+  __m256i x2 = _mm256_set1_epi64x(offset), x3 = _mm256_set1_epi64x(stream);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
@@ -48,23 +51,60 @@ DBK_AVX2 inline void store_interleaved(const float* n0, const float* n1, const f
   _mm256_storeu_ps(to + 24, _mm256_permute2f128_ps(r2, r3, 0x31));
 }
 
-// The normals of kGroups groups (a multiple of 8), in element order.
 template <int kGroups>
-DBK_AVX2 inline void draw_avx2(float* eps, uint64_t first, uint64_t seed, uint32_t offset) {
-  alignas(32) uint32_t x[4][kGroups];
-  alignas(32) float n[4][kGroups];
+DBK_AVX2 inline void words_avx2(uint32_t (&x)[4][kGroups], uint64_t first, uint64_t seed, uint32_t offset,
+                                uint32_t stream) {
   for (int g = 0; g < kGroups; g += 4) {
     __m128i words[4];
-    words_of_four(first + g, seed, offset, words);
-    for (int w = 0; w < 4; ++w) _mm_store_si128(reinterpret_cast<__m128i*>(&x[w][g]), words[w]);
+    words_of_four(first + g, seed, offset, stream, words);
+    for (int w = 0; w < 4; ++w) _mm_storeu_si128(reinterpret_cast<__m128i*>(&x[w][g]), words[w]);
   }
+}
+#endif
+
+// x[w][g]: word w of group first + g. kGroups: a multiple of 8.
+template <bool kAvx2, int kGroups>
+DBK_INLINE void draw_words(uint32_t (&x)[4][kGroups], uint64_t first, uint64_t seed, uint32_t offset, uint32_t stream) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if constexpr (kAvx2) return words_avx2(x, first, seed, offset, stream);
+#endif
 #pragma omp simd
   for (int g = 0; g < kGroups; ++g) {
-    box_muller<true>(x[0][g], x[1][g], n[0][g], n[1][g]);
-    box_muller<true>(x[2][g], x[3][g], n[2][g], n[3][g]);
+    const Words w = words_of_group(first + g, seed, offset, stream);
+    x[0][g] = w.x0;
+    x[1][g] = w.x1;
+    x[2][g] = w.x2;
+    x[3][g] = w.x3;
   }
-  for (int g = 0; g < kGroups; g += 8) store_interleaved(&n[0][g], &n[1][g], &n[2][g], &n[3][g], eps + 4 * g);
+}
+
+// to[4·g + w] = n[w][g].
+template <bool kAvx2, int kGroups>
+DBK_INLINE void interleave(const float (&n)[4][kGroups], float* to) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if constexpr (kAvx2) {
+    for (int g = 0; g < kGroups; g += 8) store_interleaved(&n[0][g], &n[1][g], &n[2][g], &n[3][g], to + 4 * g);
+    return;
+  }
+#endif
+  for (int g = 0; g < kGroups; ++g) {
+    for (int w = 0; w < 4; ++w) to[4 * g + w] = n[w][g];
+  }
+}
+
+// The normals of kGroups groups, in element order.
+template <bool kAvx2, int kGroups>
+DBK_INLINE void draw_normals(float* eps, uint64_t first, uint64_t seed, uint32_t offset) {
+  constexpr bool kHardware = kAvx2 || kPlainFma;
+  uint32_t x[4][kGroups];
+  float n[4][kGroups];
+  draw_words<kAvx2>(x, first, seed, offset, kNormalStream);
+#pragma omp simd
+  for (int g = 0; g < kGroups; ++g) {
+    box_muller<kHardware>(x[0][g], x[1][g], n[0][g], n[1][g]);
+    box_muller<kHardware>(x[2][g], x[3][g], n[2][g], n[3][g]);
+  }
+  interleave<kAvx2>(n, eps);
 }
 
 }  // namespace dbk
-#endif

@@ -1,0 +1,138 @@
+"""Run by test_edm_loss_triton.py in a process with TRITON_INTERPRET=1: the kernels on the CPU against the definition."""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+
+from dbkernels import edm_loss_reference, philox_normal
+from dbkernels.philox import NORMAL_STREAM, box_muller, random_words
+from dbkernels.triton.edm_loss import BLOCK, forward, normals_from, scale
+from dbkernels.triton.philox import address_words
+from numerics import EPSILON, ulps
+
+torch.manual_seed(0)
+SEED, OFFSET = 2**63 + 5, 2**32 - 1
+# Each way to find a level (the row's, by groups of four, by element), and rows that are no multiple of four or of a
+# program.
+SHAPES = {
+    "one level": ((3, 50), ()),
+    "a level a row, two programs": ((2, BLOCK + 4), (2,)),
+    "rows not of fours": ((3, 7, 3), (3,)),
+    "a level a group": ((2, 3, 8), (2, 3)),
+    "a level an element": ((2, 3, 5), (2, 3)),
+    "long levels of tokens": ((2, 2, BLOCK), (2, 2)),
+}
+
+
+def poisoned(launch, *arguments):
+    """What a kernel doesn't write shows: new memory holds NaN."""
+    empty = torch.empty
+    torch.empty = lambda *sizes, **options: empty(*sizes, **options).fill_(float("nan"))
+    try:
+        return launch(*arguments)
+    finally:
+        torch.empty = empty
+
+
+def exactly(inputs, sigma, reduction):
+    """Loss, and the gradients of its sum, in float64."""
+    leaves = [None if t is None else t.double().requires_grad_() for t in inputs]
+    loss = edm_loss_reference(*leaves, sigma.double(), 0.5, reduction, SEED, OFFSET)
+    loss.sum().backward()
+    return loss.detach(), [None if t is None else t.grad for t in leaves]
+
+
+def assert_close(ours, exact, unit, case):
+    error = (ours.double() - exact).abs()
+    assert (error <= unit * (exact.abs() + exact.abs().max())).all(), (case, error.max())
+
+
+def losses():
+    """Float32 arithmetic over some 2000 terms, and float32 normals even in float64: 2^-18. The interpreter truncates
+    where a GPU rounds to bfloat16: a whole unit."""
+    cases = itertools.product(SHAPES.items(), ("read", "drawn"), ("mean", "sum", "none", "sample"))
+    for index, ((name, (shape, levels)), source, reduction) in enumerate(cases):
+        dtype = list(EPSILON)[(index + index // 4) % 4]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        sigma = (torch.rand(levels) + 0.1).to(wide)
+        F, y = torch.randn(2, *shape).to(dtype)
+        z = None if source == "drawn" else y + sigma.view(*levels, *[1] * (y.dim() - len(levels))).to(dtype)
+        wanted = (True, z is not None, True) if index % 5 else (False, False, False)
+        loss, *grads = poisoned(forward, F, z, y, sigma, 0.5, reduction, SEED, OFFSET, *wanted)
+        exact, exact_grads = exactly((F, z, y), sigma, reduction)
+        case = (name, dtype, source, reduction)
+        assert loss.dtype == wide and loss.shape == exact.shape, case
+        assert_close(loss, exact, 2.0**-18, case)
+        for grad, wish, expected in zip(grads, wanted, exact_grads, strict=True):
+            if wish:
+                assert_close(grad, expected, 2.0**-18 + (2.0**-7 if dtype == torch.bfloat16 else 0), case)
+            else:
+                assert grad.numel() == 0, case
+
+
+def mixed():
+    """F in a half type, z and y in float32."""
+    F, y, z = torch.randn(5, 6).bfloat16(), torch.randn(5, 6), torch.randn(5, 6)
+    sigma = torch.rand(5) + 0.1
+    loss, *grads = poisoned(forward, F, z, y, sigma, 0.5, "mean", 0, 0, True, True, True)
+    exact, exact_grads = exactly((F, z, y), sigma, "mean")
+    assert_close(loss, exact, 2.0**-18, "mixed")
+    for grad, like, expected in zip(grads, (F, z, y), exact_grads, strict=True):
+        assert grad.dtype == like.dtype
+        assert_close(grad, expected, 2.0**-7 if like is F else 2.0**-18, "mixed")
+
+
+def noise():
+    """With F = y = 0 and hardly any noise, the gradient of F in a sum is 2·eps: inject_noise's eps, up to the 2 ulp
+    that the interpreter's fma, which rounds twice, adds to each of the two kernels."""
+    for shape in ((2, BLOCK), (3, 7)):
+        zero = torch.zeros(shape)
+        sigma = torch.full(shape[:1], 1e-30)
+        _, grad, _, _ = forward(zero, None, zero, sigma, 0.5, "sum", SEED, OFFSET, True, False, False)
+        assert ulps(grad / 2, philox_normal(shape, seed=SEED, offset=OFFSET)).max() <= 4
+
+
+@triton.jit
+def far_kernel(out_ptr, first, seed_low, seed_high, offset, DRAW: tl.constexpr, BLOCK: tl.constexpr):
+    first = first.to(tl.int64)
+    tl.store(out_ptr + tl.arange(0, BLOCK), normals_from(first, seed_low, seed_high, offset, DRAW, BLOCK))
+
+
+def far():
+    """Elements across 2^34, where a group's number gets a second word."""
+    for draw, first in ((1, 2**34 - 32), (2, 2**34 - 31)):
+        out = torch.full((64,), float("nan"))
+        far_kernel[(1,)](out, first, *address_words(SEED, OFFSET), DRAW=draw, BLOCK=64)
+        groups = torch.arange(first // 4, (first + 64) // 4 + 1)
+        x0, x1, x2, x3 = random_words(groups, SEED, OFFSET, NORMAL_STREAM)
+        expected = torch.stack(box_muller(x0, x1) + box_muller(x2, x3), dim=-1).flatten()
+        assert ulps(out, expected[first % 4 :][:64]).max() <= 4, draw
+
+
+def scales():
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for shape, factors in (
+            ((3, BLOCK + 5), ()),
+            ((3, BLOCK + 5), (3,)),
+            ((4, 5), (4, 5)),
+            ((1,), (1,)),
+            ((0, 2), (0,)),
+        ):
+            x, by = torch.randn(shape).to(dtype), torch.randn(factors).to(wide)
+            if factors == (3,):
+                by[1] = 1.0  # a row that is left alone
+            expected = x.double() * by.double().view(*factors, *[1] * (x.dim() - len(factors)))
+            scale(x, by)
+            if x.numel():
+                assert_close(x, expected, 2 * EPSILON[dtype], (dtype, shape, factors))
+
+
+losses()
+mixed()
+noise()
+far()
+scales()
+print("interpreted: ok")

@@ -1,0 +1,17 @@
+"""Run a script of this folder with Triton's interpreter, which must be chosen before a kernel is decorated."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def run_interpreted(script):
+    """`script` prints "interpreted: ok" where all its checks held."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
+    environment.pop("DBKERNELS_BACKEND", None)
+    command = [sys.executable, str(HERE / script)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0 and "interpreted: ok" in run.stdout, run.stdout + run.stderr

@@ -1,0 +1,100 @@
+"""edm_loss's Triton kernels without a GPU: interpreted, and compiled ahead of time."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import aot
+from dbkernels.triton.edm_loss import BLOCK, BY_ELEMENT, BY_GROUP, READ, edm_loss_kernel, layout, scale_kernel
+from interpreter import run_interpreted
+
+# dtype of F, of z and y, the source of the noise, elements that share a level, and instructions an element, prologue
+# included. At 9.6 instructions a byte an H100's arithmetic and memory take the same time: 153 an element in float32 and
+# 76 in bfloat16 (115 and 57 with z drawn again, which is 40 of them; a coefficient for each four elements is 20).
+COMMON = [
+    ("fp32", "fp32", READ, BLOCK, 24), ("fp32", "fp32", READ, 4, 48), ("fp32", "fp32", BY_GROUP, BLOCK, 70),
+    ("bf16", "bf16", READ, BLOCK, 28), ("bf16", "bf16", BY_GROUP, 4, 95), ("bf16", "fp32", READ, BLOCK, 28),
+]  # fmt: skip
+# What odd shapes take; all gradients in float64 need the most registers.
+RARE = [
+    ("fp64", "fp64", READ, 1), ("fp64", "fp64", BY_GROUP, 1), ("fp64", "fp64", BY_ELEMENT, 1),
+    ("fp16", "fp16", READ, 1), ("fp32", "fp32", BY_ELEMENT, 4), ("bf16", "bf16", BY_ELEMENT, BLOCK),
+]  # fmt: skip
+SHORTEST = 15  # a stub is shorter
+
+
+def built(F, y, draw, unit, arch, *, every, whole=False, sizes="i32"):
+    """every: all gradients, not F's alone; whole: a loss of each element."""
+    wide = "fp64" if F == "fp64" else "fp32"
+    kept = [f"*{'fp32' if dtype == 'fp16' else dtype}:16" for dtype in (F, y, y)]
+    inputs = [f"*{dtype}:16" for dtype in (F, y, y, wide, wide)]
+    per_row = sizes if draw == BY_ELEMENT else f"{sizes}:16"
+    numbers = [per_row, "i32", "i32", sizes, "fp64", "fp64", "i32", "i32", "i32"]
+    constants = dict(DRAW=draw, UNIT=unit, ELEMENTWISE=whole, WANT_F=True, WANT_Z=every and draw == READ, WANT_Y=every)
+    report = aot.report(edm_loss_kernel, inputs + kept + numbers, {**constants, "BLOCK": BLOCK}, arch)
+    assert report.spilled_bytes == 0, report.spilled_bytes
+    return report.instructions / (BLOCK / 128)
+
+
+def test_interpreted():
+    run_interpreted("interpreted_edm_loss.py")
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("F,y,draw,unit,longest", COMMON)
+def test_compiles_within_its_budget(F, y, draw, unit, longest, arch):
+    assert SHORTEST < built(F, y, draw, unit, arch, every=False) <= longest
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("F,y,draw,unit", RARE)
+def test_compiles_without_spills(F, y, draw, unit, arch):
+    assert SHORTEST < built(F, y, draw, unit, arch, every=True, whole=unit == 1)
+
+
+def test_compiles_for_more_than_32_bits_of_elements():
+    for draw, unit in ((READ, BLOCK), (BY_GROUP, 4)):
+        assert SHORTEST < built("bf16", "bf16", draw, unit, 90, every=False, sizes="i64")
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("x,by", [("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")])
+def test_scaling_compiles(x, by, arch):
+    for elementwise, per_row in ((False, "i64:16"), (True, "i32")):
+        signature, constants = [f"*{x}:16", f"*{by}:16", per_row, "i32"], dict(ELEMENTWISE=elementwise, BLOCK=BLOCK)
+        report = aot.report(scale_kernel, signature, constants, arch)
+        assert report.spilled_bytes == 0 and 80 < report.instructions < 250, report.instructions
+
+
+@pytest.mark.parametrize(
+    "shape,levels,reduction,rows,unit",
+    [
+        ((2**17, 2**17), (), "mean", 1, BLOCK),
+        ((8, 2**31), (), "sample", 8, BLOCK),
+        ((8, 2**31), (8,), "mean", 8, BLOCK),
+        ((4, 2**20, 4096), (4, 2**20), "sample", 2**22, BLOCK),
+        ((4, 2**22, 768), (4, 2**22), "sample", 4, 4),
+        ((4, 2**22, 768), (4, 2**22), "none", 1, 4),
+        ((4, 2**22, 767), (4, 2**22), "mean", 1, 1),
+        ((5,), (5,), "sample", 5, BLOCK),
+    ],
+)
+def test_every_element_finds_its_level_and_sample(shape, levels, reduction, rows, unit):
+    """By arithmetic, past 2^31 elements too, as the kernel does it: 64 bits once a program, 32 within it."""
+    shape, levels = torch.Size(shape), torch.Size(levels)
+    found, step, per_level, shared = layout(shape, levels, reduction)
+    numel, count = shape.numel(), levels.numel()
+    assert (found, shared) == (rows, unit) and per_level == numel // count
+    per_row = numel // rows
+    for element in {0, numel // 2, numel // count - 1, (numel // count) % numel, numel - 5, numel - 1}:
+        row, within = divmod(element, per_row)
+        first = row * per_row + within // BLOCK * BLOCK
+        if unit == BLOCK:
+            level = row * step
+        else:
+            level, narrow = first // per_level, first % per_level + (element - first) // unit * unit
+            assert narrow < 2**31
+            level += narrow // per_level
+        assert level == element // (numel // count)
+        if reduction == "sample":
+            assert row * shape[0] // rows == element // (numel // shape[0])
