@@ -5,7 +5,7 @@ The definition is `_modulation.definition`. The kernels are csrc/cpu/ada_norm.cp
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from dbkernels import _modulation as modulation
 from dbkernels._library import backend, define
 
-Maybe = Tensor | None
+Maybe: TypeAlias = Tensor | None
 
 
 def _forward(

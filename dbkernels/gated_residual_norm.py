@@ -6,7 +6,7 @@ dbkernels/triton/ada_norm.py.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from dbkernels import _modulation as modulation
 from dbkernels._library import backend, define
 
-Maybe = Tensor | None
+Maybe: TypeAlias = Tensor | None
 NORMS = ("layer", "rms")
 
 

@@ -141,8 +141,8 @@ def test_the_backward_definition_is_the_kernels():
     weight = torch.randn(17)
     for rms in (False, True):
         mean, rstd = dbkernels._modulation.statistics(h, 1e-6, rms)
-        for given in (grad_h, None):
-            arguments = grad, given, h, branch, gate, scale, weight, mean, rstd
+        for upstream in (grad_h, None):
+            arguments = grad, upstream, h, branch, gate, scale, weight, mean, rstd
             ours = torch.ops.dbkernels.gated_residual_norm_backward(*arguments)
             for a, b in zip(ours, _backward(*arguments), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
