@@ -1,0 +1,9 @@
+"""ada_layer_norm, forward and backward: eager PyTorch, torch.compile, ours, in the layers of five models.
+
+python benchmarks/bench_ada_layer_norm.py [--device cuda] [--threads N] [--seconds S] [--out FOLDER]
+"""
+
+import norms
+
+if __name__ == "__main__":
+    norms.bench("ada_layer_norm", __doc__)
