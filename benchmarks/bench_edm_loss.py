@@ -2,7 +2,7 @@
 
 python benchmarks/bench_edm_loss.py [--device cuda] [--threads N] [--seconds S] [--out FOLDER]
 
-"drawn" is ours with z drawn again instead of read. "sample" is followed by a mean over the samples, as the trainer does.
+"drawn" is ours with z drawn again instead of read. "sample" is followed by a mean over the samples, as in the trainer.
 """
 
 import harness

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dbkernels._levels import broadcast, check_floating, check_sigma, check_sigma_data, compute_dtype
 from dbkernels._library import backend, define, register_triton
@@ -161,8 +160,10 @@ class _EDMLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # Not once_differentiable: where upstream is a constant, it would let the gradient pass for a constant too.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("edm_loss has no second derivative: drop create_graph=True, or use edm_loss_reference")
         needs = ctx.needs_input_grad[:3]
         saved = zip(needs, ctx.saved_tensors, ctx.dtypes, strict=True)
         grads = [_times(kept, upstream).to(dtype) if need else None for need, kept, dtype in saved]
@@ -230,7 +231,7 @@ def edm_loss(
 
     Sums are taken in a fixed order, so a loss repeats bit for bit for any number of threads. Gradients are found with
     the loss and kept in their input's dtype (float32 for float16). Backward multiplies them by the upstream gradient:
-    in place, and not at all where it is 1, unless the graph is retained. No second derivatives.
+    in place, and not at all where it is 1, unless the graph is retained. There is no second derivative.
 
     Args:
         F: the network's raw output, any shape, float16, bfloat16, float32 or float64. Arithmetic is float32 (float64 if

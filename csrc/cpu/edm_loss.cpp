@@ -231,48 +231,8 @@ Tensor empty_loss(const Tensor& F, const std::string& reduction, ScalarType type
 
 // float16 can't hold the small gradients of a mean before a loss scale is applied.
 Tensor empty_gradient(const Tensor& input, bool wanted) {
-  if (!wanted) return torch::stable::new_empty(input, {0});
   const ScalarType type = input.scalar_type() == ScalarType::Half ? ScalarType::Float : input.scalar_type();
-  return torch::stable::new_empty(input, input.sizes(), type);
-}
-
-// One run of rows of `per_row` elements, each times its factor.
-template <typename T, typename C>
-DBK_INLINE void scale_rows(T* x, const C* by, int64_t per_row, int64_t first, int64_t last) {
-  if (per_row == 1) {
-#pragma omp simd
-    for (int64_t i = first; i < last; ++i) store_as(x[i], load_as<C>(x[i]) * by[i]);
-    return;
-  }
-  while (first < last) {
-    const int64_t row = first / per_row, stop = std::min(last, (row + 1) * per_row);
-    if (by[row] != C(1)) {
-#pragma omp simd
-      for (int64_t i = first; i < stop; ++i) store_as(x[i], load_as<C>(x[i]) * by[row]);
-    }
-    first = stop;
-  }
-}
-
-template <typename T, typename C>
-DBK_AVX2 void scale_rows_avx2(T* x, const C* by, int64_t per_row, int64_t first, int64_t last) {
-  scale_rows(x, by, per_row, first, last);
-}
-
-template <typename T, typename C>
-void scale_rows_portable(T* x, const C* by, int64_t per_row, int64_t first, int64_t last) {
-  scale_rows(x, by, per_row, first, last);
-}
-
-template <typename T, typename C>
-void scale(Tensor& x, const Tensor& by) {
-  T* data = static_cast<T*>(x.data_ptr());
-  const C* factors = static_cast<const C*>(by.data_ptr());
-  if (by.numel() == 1 && *factors == C(1)) return;
-  const auto body = use_avx2() ? scale_rows_avx2<T, C> : scale_rows_portable<T, C>;
-  torch::stable::parallel_for(0, x.numel(), kGrain * kChunk, [&, per_row = share(x, by)](int64_t begin, int64_t end) {
-    body(data, factors, per_row, begin, end);
-  });
+  return wanted ? torch::stable::new_empty(input, input.sizes(), type) : torch::stable::new_empty(input, {0}, type);
 }
 
 }  // namespace
@@ -295,17 +255,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edm_loss_cpu(const Tensor& F_in, std:
   };
   sigma.scalar_type() == ScalarType::Double ? call(0.0) : call(0.0f);
   return {loss, grad_F, grad_z, grad_y};
-}
-
-void edm_loss_scale_cpu(Tensor x, const Tensor& by_in) {
-  const Tensor by = torch::stable::contiguous(by_in);
-  const bool wide = by.scalar_type() == ScalarType::Double;
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return wide ? scale<float, double>(x, by) : scale<float, float>(x, by);
-    case ScalarType::BFloat16: return wide ? scale<BFloat16, double>(x, by) : scale<BFloat16, float>(x, by);
-    case ScalarType::Double: return scale<double, double>(x, by);
-    default: STD_TORCH_CHECK(false, "edm_loss_scale_: x must be bfloat16, float32 or float64");
-  }
 }
 
 }  // namespace dbk

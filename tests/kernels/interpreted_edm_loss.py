@@ -1,4 +1,5 @@
-"""Run by test_edm_loss_triton.py in a process with TRITON_INTERPRET=1: the kernels on the CPU against the definition."""
+"""Run by test_edm_loss_triton.py in a process with TRITON_INTERPRET=1: the kernels on the CPU, against the
+definition."""
 
 import itertools
 

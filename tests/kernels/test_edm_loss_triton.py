@@ -1,12 +1,15 @@
-"""edm_loss's Triton kernels without a GPU: interpreted, and compiled ahead of time."""
+"""edm_loss's Triton kernels without a GPU, interpreted and compiled ahead of time; and on one."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 import aot
+from dbkernels import edm_loss, edm_loss_reference
 from dbkernels.triton.edm_loss import BLOCK, BY_ELEMENT, BY_GROUP, READ, edm_loss_kernel, layout, scale_kernel
 from interpreter import run_interpreted
+from numerics import EPSILON
+from test_edm_loss import DTYPES, REDUCTIONS, SHAPES, S, example, graded, wide
 
 # dtype of F, of z and y, the source of the noise, elements that share a level, and instructions an element, prologue
 # included. At 9.6 instructions a byte an H100's arithmetic and memory take the same time: 153 an element in float32 and
@@ -98,3 +101,35 @@ def test_every_element_finds_its_level_and_sample(shape, levels, reduction, rows
         assert level == element // (numel // count)
         if reduction == "sample":
             assert row * shape[0] // rows == element // (numel // shape[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape,levels", SHAPES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_gpu_against_float64(dtype, shape, levels, reduction, drawn):
+    F, z, y, sigma = example(shape, levels, dtype, "cuda")
+    source = dict(z=None, seed=2**63 + 11, offset=2) if drawn else dict(z=z)
+    ours = graded(lambda F, y: edm_loss(F, y=y, sigma=sigma, sigma_data=S, reduction=reduction, **source), F, y)
+    address = (2**63 + 11, 2) if drawn else (0, 0)
+    wide_z = None if drawn else z.double()
+    exact = graded(
+        lambda F, y: edm_loss_reference(F, wide_z, y, sigma.double(), S, reduction, *address), F.double(), y.double()
+    )
+    for a, b, own in zip((ours[0], *ours[1]), (exact[0], *exact[1]), (wide(dtype), dtype, dtype), strict=True):
+        unit = 16 * EPSILON[torch.float32] + (0 if own == torch.float64 else EPSILON[own])
+        assert a.dtype == own and ((a.double() - b).abs() <= unit * b.abs().max()).all()
+
+
+@pytest.mark.gpu
+def test_gpu_repeats_and_keeps_what_a_retained_graph_needs():
+    F, z, y, sigma = example((33, 65, 32), (33,), torch.float32, "cuda")
+    F.requires_grad_()
+    losses = [edm_loss(F, z, y, sigma, sigma_data=S, reduction="sample") for _ in range(2)]
+    assert torch.equal(*losses)
+    upstream = torch.randn(33, device="cuda")
+    (first,) = torch.autograd.grad(losses[0], F, upstream, retain_graph=True)
+    expected = first.clone()
+    first.zero_()
+    assert torch.equal(torch.autograd.grad(losses[0], F, upstream)[0], expected)
