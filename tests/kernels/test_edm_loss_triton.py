@@ -63,7 +63,7 @@ def test_compiles_for_more_than_32_bits_of_elements():
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("x,by", [("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")])
 def test_scaling_compiles(x, by, arch):
-    for elementwise, per_row in ((False, "i64:16"), (True, "i32")):
+    for elementwise, per_row in ((False, "i64:16"), (True, "i32:16")):
         signature, constants = [f"*{x}:16", f"*{by}:16", per_row, "i32"], dict(ELEMENTWISE=elementwise, BLOCK=BLOCK)
         report = aot.report(scale_kernel, signature, constants, arch)
         assert report.spilled_bytes == 0 and 80 < report.instructions < 250, report.instructions
