@@ -7,20 +7,16 @@ modulation of (B, N, D) is O = B; per-token modulation is O = B·N with one row 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dbkernels._library import register
+from dbkernels._levels import compute_dtype
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_DIM = 16384
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Arithmetic is float32 whatever the storage, but float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def definition(
@@ -173,16 +169,12 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def register_triton(op: str, launcher: str) -> None:
-    """Serve `op` on CUDA by `launcher` of dbkernels.triton.ada_norm, imported at the first call, if Triton is there."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return
+def triton_launcher(name: str) -> Callable[..., Any]:
+    """Launcher `name` of dbkernels.triton.ada_norm, which is imported at the first call."""
 
-    def kernel(*args: object) -> object:
+    def launch(*args: Any) -> Any:
         from dbkernels.triton import ada_norm
 
-        return getattr(ada_norm, launcher)(*args)
+        return getattr(ada_norm, name)(*args)
 
-    register(op, "CUDA", kernel, "Triton")
+    return launch

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dbkernels import _modulation as modulation
-from dbkernels._library import backend, define
+from dbkernels._library import backend, define, register_triton
 
 Maybe: TypeAlias = Tensor | None
 
@@ -55,8 +55,8 @@ define(
     _backward,
     _backward_fake,
 )
-modulation.register_triton("ada_norm", "forward")
-modulation.register_triton("ada_norm_backward", "backward")
+register_triton("ada_norm", modulation.triton_launcher("forward"))
+register_triton("ada_norm_backward", modulation.triton_launcher("backward"))
 
 
 class _AdaNorm(torch.autograd.Function):

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dbkernels import _modulation as modulation
-from dbkernels._library import backend, define
+from dbkernels._levels import compute_dtype
+from dbkernels._library import backend, define, register_triton
 
 Maybe: TypeAlias = Tensor | None
 NORMS = ("layer", "rms")
@@ -31,7 +32,7 @@ def gated_residual_norm_reference(
     rms: bool,
 ) -> tuple[Tensor, Tensor]:
     """The definition: h, rounded to x's dtype, and its norm; gate, shift and scale broadcast against x."""
-    dtype = modulation.compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     h = (x.to(dtype) + gate.to(dtype) * branch.to(dtype)).to(x.dtype)
     return h, modulation.definition(h, shift, scale, weight, bias, eps, rms)
 
@@ -79,8 +80,8 @@ define(
     _backward,
     _backward_fake,
 )
-modulation.register_triton("gated_residual_norm", "gated_forward")
-modulation.register_triton("gated_residual_norm_backward", "gated_backward")
+register_triton("gated_residual_norm", modulation.triton_launcher("gated_forward"))
+register_triton("gated_residual_norm_backward", modulation.triton_launcher("gated_backward"))
 
 
 class _GatedResidualNorm(torch.autograd.Function):
