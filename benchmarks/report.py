@@ -60,7 +60,7 @@ def _memory(rows: list[dict[str, Any]]) -> str:
     peaks: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         peaks.setdefault((row["case"], row["dtype"]), {})[row["contender"]] = row["peak_mib"]
-    ratios = [case["ours"] / case["eager"] for case in peaks.values() if case.get("eager", 0) > 0.01]
+    ratios = [case["ours"] / case["eager"] for case in peaks.values() if (case.get("eager") or 0) > 0.01]
     return f"{statistics.geometric_mean([max(r, 1e-3) for r in ratios]):.2f}x" if ratios else ""
 
 
