@@ -8,6 +8,7 @@ repeated.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import report
 import torch
 
 import dbkernels
@@ -37,47 +39,46 @@ class Row:
     ms_80: float
     gb_per_s: float
     of_copy: float  # share of the bandwidth of a copy of as many bytes
-    peak_mib: float | None  # above what was allocated before; None on the CPU
+    peak_mib: float  # above what was allocated before the call
 
 
-def _sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(call: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
-    """Milliseconds of single calls, after warm-up, for about `seconds`; at least 10 of them."""
-    for _ in range(3):
-        call()
-    _sync(device)
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 10 or (time.perf_counter() < end and len(times) < 1000):
-        _sync(device)
-        start = time.perf_counter()
-        call()
-        _sync(device)
-        times.append(1e3 * (time.perf_counter() - start))
+def timed(calls: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of single calls, after warm-up: the contenders take turns, so that what else the machine does falls
+    on all of them. About `seconds` for each, at least 10 calls and at most 1000."""
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    clock = _timed_cuda if device.type == "cuda" else _timed_cpu
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds * len(calls)
+    for turn in range(1000):
+        if turn >= 10 and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            times[name].append(clock(call))
     return times
 
 
-def timed_cuda(call: Callable[[], object], seconds: float) -> list[float]:
-    """The same by CUDA events with the L2 cache flushed between calls, so that each call reads memory."""
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    for _ in range(5):
-        call()
+def _timed_cpu(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _timed_cuda(call: Callable[[], object]) -> float:
+    """By CUDA events, with the L2 cache flushed before, so that each call reads memory."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    _flush().zero_()
+    start.record()
+    call()
+    stop.record()
     torch.cuda.synchronize()
-    pairs = []
-    end = time.perf_counter() + seconds
-    while len(pairs) < 20 or (time.perf_counter() < end and len(pairs) < 500):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        start.record()
-        call()
-        stop.record()
-        pairs.append((start, stop))
-        torch.cuda.synchronize()
-    return [start.elapsed_time(stop) for start, stop in pairs]
+    return start.elapsed_time(stop)
+
+
+@functools.cache
+def _flush() -> torch.Tensor:
+    return torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
 
 
 def percentiles(times: list[float]) -> tuple[float, float, float]:
@@ -85,26 +86,34 @@ def percentiles(times: list[float]) -> tuple[float, float, float]:
     return cut[1], statistics.median(times), cut[7]
 
 
-def copy_bandwidth(bytes_moved: int, device: torch.device, seconds: float) -> float:
-    """GB/s of a plain copy that reads and writes `bytes_moved` in all."""
-    source = torch.empty(max(1, bytes_moved // 2), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    times = (
-        timed_cuda(lambda: target.copy_(source), seconds)
-        if device.type == "cuda"
-        else timed(lambda: target.copy_(source), device, seconds)
-    )
-    return bytes_moved / percentiles(times)[1] / 1e6
+def _copy(bytes_moved: int, device: torch.device) -> Callable[[], object]:
+    """A plain copy that reads and writes `bytes_moved` in all."""
+    source = torch.zeros(max(1, bytes_moved // 2), dtype=torch.int8, device=device)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
 
 
-def _peak(call: Callable[[], object], device: torch.device) -> float | None:
+def _peak(call: Callable[[], object], device: torch.device) -> float:
+    """MiB above what was allocated before the call, at its highest."""
     if device.type != "cuda":
-        return None
+        return _peak_cpu(call)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _peak_cpu(call: Callable[[], object]) -> float:
+    """By the profiler's record of every allocation, which sees inside compiled ops too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak / 2**20
 
 
 def measure(
@@ -116,17 +125,17 @@ def measure(
     seconds: float,
 ) -> list[Row]:
     """Time each contender on one case. Call it only after the case's correctness check has passed."""
-    copy = copy_bandwidth(bytes_moved, device, seconds)
+    times_of = timed({"copy": _copy(bytes_moved, device), **contenders}, device, seconds)
+    copy = bytes_moved / percentiles(times_of.pop("copy"))[1] / 1e6
     rows = []
-    for name, call in contenders.items():
-        times = timed_cuda(call, seconds) if device.type == "cuda" else timed(call, device, seconds)
+    for name, times in times_of.items():
         low, middle, high = percentiles(times)
         rate = bytes_moved / middle / 1e6
+        peak = _peak(contenders[name], device)
         name_of_dtype = str(dtype).removeprefix("torch.")
-        times_of = (low, middle, high)
-        rows.append(Row(case, name_of_dtype, name, bytes_moved, *times_of, rate, rate / copy, _peak(call, device)))
-        print(f"{case:<28} {rows[-1].dtype:<9} {name:<9} {middle:9.3f} ms [{low:.3f}, {high:.3f}] "
-              f"{rate:8.1f} GB/s  {rate / copy:5.2f} of copy", flush=True)  # fmt: skip
+        rows.append(Row(case, name_of_dtype, name, bytes_moved, low, middle, high, rate, rate / copy, peak))
+        print(f"{case:<28} {name_of_dtype:<9} {name:<9} {middle:9.3f} ms [{low:.3f}, {high:.3f}] "
+              f"{rate:8.1f} GB/s  {rate / copy:5.2f} of copy  {peak:7.1f} MiB", flush=True)  # fmt: skip
     return rows
 
 
@@ -194,5 +203,6 @@ def save(op: str, rows: list[Row], device: torch.device, folder: Path | None, no
     document = {"op": op, "note": note, "machine": machine_facts(device), "speedup": gains}
     document["rows"] = [asdict(row) for row in rows]
     path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"wrote {path}")
+    report.draw(document, path.with_suffix(".png"))
+    print(f"wrote {path} and its picture")
     return path

@@ -42,6 +42,16 @@ def variants(base: TrainConfig) -> dict[str, TrainConfig]:
     return sizes | independent | published | switched | restored
 
 
+def choices(base: TrainConfig) -> dict[str, TrainConfig]:
+    """The learning rates and warm-ups to choose from on the validation split, by number of blocks."""
+    return {
+        f"B={b}, lr {lr:g}, warm-up {warmup:g}": replace(base, blocks=b, lr=lr, warmup=warmup)
+        for b in (1, 2, 3, 6)
+        for lr in base.tune_lr
+        for warmup in base.tune_warmup
+    }
+
+
 def block_wise(config: TrainConfig, data: ImageData) -> Row:
     """Train and evaluate one config, without a run folder."""
     began = time.perf_counter()
@@ -85,6 +95,8 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     only: tuple[str, ...] = ()
     """Variants to run; all by default."""
+    choose: bool = False
+    """Train with every learning rate and warm-up instead, to choose from: give it seeds that no table uses."""
     part: str = "0/1"
     """This process's share of the work: i/n."""
     threads: int = 1
@@ -97,7 +109,7 @@ def main(study: Study) -> None:
         "end-to-end": end_to_end,
         "forward-forward": forward_forward,
     }
-    configs = dict.fromkeys(jobs_, base) | variants(base)
+    configs = choices(base) if study.choose else dict.fromkeys(jobs_, base) | variants(base)
     chosen = [name for name in configs if not study.only or name in study.only]
     tables = [(name, seed) for name in chosen if " as " not in name for seed in study.seeds]
     ablations = [(name, seed) for seed in study.seeds for name in chosen if " as " in name]

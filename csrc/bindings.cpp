@@ -11,14 +11,22 @@ STABLE_TORCH_LIBRARY_IMPL(dbkernels, CPU, m) {
   m.impl("inject_noise", TORCH_BOX(&dbk::inject_noise_cpu));
   m.impl("philox_uniform", TORCH_BOX(&dbk::philox_uniform_cpu));
   m.impl("sample_sigma", TORCH_BOX(&dbk::sample_sigma_cpu));
+  m.impl("ada_norm", TORCH_BOX(&dbk::ada_norm_cpu));
+  m.impl("ada_norm_backward", TORCH_BOX(&dbk::ada_norm_backward_cpu));
+  m.impl("gated_residual_norm", TORCH_BOX(&dbk::gated_residual_norm_cpu));
+  m.impl("gated_residual_norm_backward", TORCH_BOX(&dbk::gated_residual_norm_backward_cpu));
   m.impl("adamw_ema_step", TORCH_BOX(&dbk::adamw_ema_step_cpu));
 }
 
 namespace dbk {
 
+constexpr const char* kOps =
+    "inject_noise,philox_uniform,sample_sigma,"
+    "ada_norm,ada_norm_backward,gated_residual_norm,gated_residual_norm_backward,adamw_ema_step";
+
 Facts facts() {
   const char* plain = kPlainFma ? "portable with FMA" : "portable";
-  return {"inject_noise,philox_uniform,sample_sigma,adamw_ema_step", "C++", use_avx2() ? "AVX2" : plain, __VERSION__};
+  return {kOps, "C++", use_avx2() ? "AVX2" : plain, __VERSION__};
 }
 
 }  // namespace dbk

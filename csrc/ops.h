@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/tensor.h>
@@ -20,6 +21,25 @@ void philox_uniform_cpu(Tensor out, int64_t seed, int64_t offset);
 
 // out: float32, contiguous; plan: what dbkernels.sample_sigma.plan says.
 void sample_sigma_cpu(Tensor out, Tensor plan, int64_t seed, int64_t offset);
+
+// x, branch, h and gradients (O, I, D); shift, scale, gate (O, 1, D); weight, bias (D,). -> out, mean, rstd
+std::tuple<Tensor, Tensor, Tensor> ada_norm_cpu(const Tensor& x, std::optional<Tensor> shift,
+                                                std::optional<Tensor> scale, std::optional<Tensor> weight,
+                                                std::optional<Tensor> bias, double eps, bool rms);
+
+// -> dx, sums (2, O, 1, D)
+std::tuple<Tensor, Tensor> ada_norm_backward_cpu(const Tensor& grad, const Tensor& x, std::optional<Tensor> scale,
+                                                 std::optional<Tensor> weight, const Tensor& mean, const Tensor& rstd);
+
+// -> h, out, mean, rstd
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_cpu(
+    const Tensor& x, const Tensor& branch, const Tensor& gate, std::optional<Tensor> shift, std::optional<Tensor> scale,
+    std::optional<Tensor> weight, std::optional<Tensor> bias, double eps, bool rms);
+
+// -> dx, dbranch, sums (3, O, 1, D)
+std::tuple<Tensor, Tensor, Tensor> gated_residual_norm_backward_cpu(
+    const Tensor& grad, std::optional<Tensor> grad_h, const Tensor& h, const Tensor& branch, const Tensor& gate,
+    std::optional<Tensor> scale, std::optional<Tensor> weight, const Tensor& mean, const Tensor& rstd);
 
 // All tensors contiguous; params and grads of one dtype, the others float32 (float64 for float64).
 Tensor adamw_ema_step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,

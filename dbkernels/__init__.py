@@ -2,24 +2,33 @@
 hand."""
 
 from dbkernels._library import backend, compiled, kernels, load_compiled
+from dbkernels.ada_norm import ada_layer_norm, ada_rms_norm
 from dbkernels.adamw_ema import adamw_ema_step, adamw_ema_step_reference
+from dbkernels.gated_residual_norm import gated_residual_norm, gated_residual_norm_reference
 from dbkernels.inject_noise import inject_noise, inject_noise_reference, philox_normal
 from dbkernels.philox import philox_uniform
+from dbkernels.replace import Replacement, replace
 from dbkernels.sample_sigma import sample_sigma, sample_sigma_reference
 
 load_compiled()
 
 __version__ = "0.1.0"
 __all__ = [
+    "Replacement",
+    "ada_layer_norm",
+    "ada_rms_norm",
     "adamw_ema_step",
     "adamw_ema_step_reference",
     "backend",
     "compiled",
+    "gated_residual_norm",
+    "gated_residual_norm_reference",
     "inject_noise",
     "inject_noise_reference",
     "kernels",
     "philox_normal",
     "philox_uniform",
+    "replace",
     "sample_sigma",
     "sample_sigma_reference",
 ]

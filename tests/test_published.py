@@ -30,6 +30,7 @@ CONFIG = ViTConfig(
     mlp=40,
     cond=2,
     gate_start=0,
+    z_gain=1,
     silu_after=True,
 )
 SIGMA_DATA, SEED, STEP, N = 0.5, 3, 17, 9

@@ -113,7 +113,7 @@ def test_the_first_token_is_z_and_patches_follow_in_reading_order():
     tokens, cond = stem(x, z, torch.zeros(3))
     assert tokens.shape == (3, 1 + config.tokens, 8) and cond.shape == (3, 6)
     tokens = tokens - stem.position
-    assert torch.allclose(tokens[:, 0], z, atol=1e-6)
+    assert torch.allclose(tokens[:, 0], config.z_gain * z, atol=1e-6)
     for i, (row, column) in enumerate([(0, 0), (0, 2), (2, 0), (2, 2)]):
         patch = x[:, :, row : row + 2, column : column + 2].flatten(1)
         want = patch @ stem.patch.weight.flatten(1).T + stem.patch.bias

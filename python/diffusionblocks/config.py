@@ -36,8 +36,8 @@ class TrainConfig:
     """Steps a block stays active before the next one's turn."""
     batch_size: int = 32
     accumulate: int = 1
-    lr: float = 3e-3
-    warmup: float = 0.05
+    lr: float = 2e-3
+    warmup: float = 0.2
     """Share of the steps."""
     weight_decay: float = 0.01
     clip: float = 1.0

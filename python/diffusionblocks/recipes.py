@@ -21,6 +21,7 @@ class Recipe:
       block that most of it belongs to.
     context: share of a batch drawn at sigma_max, where the answer must come from x alone.
     gate_start: what AdaLN's gates start from.
+    z_gain: what c_in z is multiplied by as it enters the network.
     silu_after: SiLU behind AdaLN's linear layer instead of before it.
     remainder: layers that don't divide by B are "spread" or "dropped".
     walk_start: the walk starts at "mean" (z = 0, the centre of the noise) or at a draw of "noise".
@@ -36,6 +37,7 @@ class Recipe:
     block_choice: str = "balanced"
     context: float = 0.5
     gate_start: float = 1.0
+    z_gain: float = 0.1
     silu_after: bool = False
     remainder: str = "spread"
     walk_start: str = "mean"
@@ -53,6 +55,7 @@ PUBLISHED = Recipe(
     block_choice="vote",
     context=0.0,
     gate_start=0.0,
+    z_gain=1.0,
     silu_after=True,
     remainder="dropped",
     walk_start="noise",

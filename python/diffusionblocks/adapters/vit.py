@@ -1,4 +1,4 @@
-"""Vision Transformers as diffusion blocks: the label's embedding is denoised in the place of the [CLS] token."""
+"""Vision Transformers as diffusion blocks: the label's embedding is denoised at the [CLS] token."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def vit_blocks(
 
     Raises: ValueError if blocks exceeds the layers, or independent blocks get a learned codebook.
     """
-    config = replace(config, gate_start=recipe.gate_start, silu_after=recipe.silu_after)
+    config = replace(config, gate_start=recipe.gate_start, z_gain=recipe.z_gain, silu_after=recipe.silu_after)
     kept = config.layers - config.layers % blocks if recipe.remainder == "dropped" else config.layers
     torch.manual_seed(stream(seed, "init") % 2**63)
     norm_eps = 1e-12 if recipe.readout == "edm" else None
@@ -97,7 +97,7 @@ class Conditioned(nn.Module):
 
 
 class HuggingFaceStem(nn.Module):
-    """The patch and position embeddings of transformers' ViT; z takes the [CLS] token's place."""
+    """The patch and position embeddings of transformers' ViT; z is added to the [CLS] token."""
 
     def __init__(self, embeddings: nn.Module, cond: int):
         super().__init__()
@@ -105,7 +105,8 @@ class HuggingFaceStem(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
         patches = self.embeddings.patch_embeddings(x)
-        tokens = torch.cat([z.unsqueeze(1).to(patches.dtype), patches], dim=1)
+        token = self.embeddings.cls_token + (CORRECTED.z_gain * z).unsqueeze(1)
+        tokens = torch.cat([token.to(patches.dtype), patches], dim=1)
         return tokens + self.embeddings.position_embeddings, self.noise(c_noise)
 
 

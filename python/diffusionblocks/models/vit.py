@@ -17,6 +17,7 @@ class ViTConfig:
     """Sizes of a Vision Transformer. mlp, cond: widths of the MLP and of the noise conditioning.
 
     gate_start: what AdaLN's gates start from: 0 is AdaLN-Zero; from 1 a shallow block learns sooner (docs/method.md).
+    z_gain: what c_in z is multiplied by as it enters the first token, where it is noise to the classifier's features.
     silu_after: put SiLU after AdaLN's linear layer, as the published code does, not before it.
     """
 
@@ -31,6 +32,7 @@ class ViTConfig:
     cond: int = 16
     norm_eps: float = 1e-6
     gate_start: float = 1.0
+    z_gain: float = 0.1
     silu_after: bool = False
 
     def __post_init__(self) -> None:
@@ -112,7 +114,7 @@ def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Stem(nn.Module):
-    """Images (B, C, S, S) -> tokens (B, 1 + N, D). The first token is z, scaled by c_in, or a learned one without it.
+    """Images (B, C, S, S) -> tokens (B, 1 + N, D). The first token is a learned one, plus z_gain c_in z.
 
     Returns the tokens and the conditioning (B, cond), None where there is no noise.
     """
@@ -132,7 +134,8 @@ class Stem(nn.Module):
         if self.cls is not None:
             return torch.cat([self.cls.expand(len(x), -1, -1), patches], dim=1) + self.position, None
         assert self.noise is not None and z is not None
-        tokens = torch.cat([z.unsqueeze(1).to(patches.dtype), patches], dim=1)
+        token = (self.config.z_gain * z).unsqueeze(1).to(patches.dtype)
+        tokens = torch.cat([token, patches], dim=1)  # position 0 is learned: it is the [CLS] token
         return tokens + self.position, self.noise(c_noise)
 
     def check(self, x: Tensor) -> None:

@@ -1,0 +1,185 @@
+"""What the modulated norms share: their arguments checked and brought to one form, their definition, their sums.
+
+One form for the kernels: x is (O, I, D), and the modulation of sample o, (O, 1, D), serves its I rows. Per-sample
+modulation of (B, N, D) is O = B; per-token modulation is O = B·N with one row each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dbkernels._library import register
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST_DIM = 16384
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Arithmetic is float32 whatever the storage, but float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def definition(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> Tensor:
+    """Normalise the rows of x, then ·weight + bias, then ·(1 + scale) + shift; all broadcast against x."""
+    dtype = compute_dtype(x.dtype)
+    wide = x.to(dtype)
+    centred = wide if rms else wide - wide.mean(-1, keepdim=True)
+    out = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    out = out if weight is None else out * weight.to(dtype)
+    out = out if bias is None else out + bias.to(dtype)
+    out = out if scale is None else out * (1 + scale.to(dtype))
+    out = out if shift is None else out + shift.to(dtype)
+    return out.to(x.dtype)
+
+
+def check_x(name: str, x: Tensor, like: Tensor | None = None) -> None:
+    """Raise unless x is a floating tensor of two dimensions or more, or one that fits `like` (the residual)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}: cast it first")
+    if x.dim() < 2 or not 1 <= x.shape[-1] <= LARGEST_DIM:
+        raise ValueError(f"{name} must be (..., D) with D from 1 to {LARGEST_DIM}, got {tuple(x.shape)}")
+    if like is not None and (x.shape != like.shape or x.device != like.device):
+        raise ValueError(
+            f"{name} is {tuple(x.shape)} on {x.device}, x is {tuple(like.shape)} on {like.device}: they must be alike"
+        )
+
+
+def check_affine(name: str, tensor: Tensor | None, x: Tensor) -> None:
+    """Raise unless `tensor` is None or a floating (D,) on x's device."""
+    if tensor is None:
+        return
+    _check_floating(name, tensor, x)
+    if tensor.shape != x.shape[-1:]:
+        raise ValueError(f"{name} must be ({x.shape[-1]},) as x is {tuple(x.shape)}, got {tuple(tensor.shape)}")
+
+
+def check_eps(eps: float) -> None:
+    """Raise unless eps is a finite number, zero or more."""
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a float, got {type(eps).__name__}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps={eps} must be zero or positive, and finite")
+
+
+def _check_floating(name: str, tensor: Tensor, x: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
+        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a floating tensor or None, got {got}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move it to x's device first")
+
+
+def per_row(name: str, tensor: Tensor, x: Tensor) -> Tensor:
+    """A modulation with x's number of dimensions: (B, D) of a (B, N, D) becomes (B, 1, D). Raises if it doesn't fit x."""
+    _check_floating(name, tensor, x)
+    if tensor.dim() == 2 and x.dim() > 2 and tensor.shape == (x.shape[0], x.shape[-1]):
+        return tensor.reshape(len(tensor), *[1] * (x.dim() - 2), tensor.shape[-1])
+    fits = tensor.dim() == x.dim() and tensor.shape[-1] == x.shape[-1]
+    if not fits or any(t not in (1, size) for t, size in zip(tensor.shape, x.shape, strict=True)):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, which fits x of shape {tuple(x.shape)} neither per sample "
+            f"{(x.shape[0], x.shape[-1])} nor per token {tuple(x.shape)}: give it one of these shapes"
+        )
+    return tensor
+
+
+def one_form(x: Tensor, modulation: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+    """x as (O, I, D) and the modulation as (O, 1, D), by views where their strides allow it."""
+    given = [m for m in modulation if m is not None]
+    B, D = x.shape[0], x.shape[-1]
+    if not given:
+        return (x if x.dim() == 3 else x.reshape(1, -1, D)), modulation
+    if any(size != 1 for m in given for size in m.shape[1:-1]):  # per token
+        whole = [m if m is None else m.expand(x.shape).reshape(-1, 1, D) for m in modulation]
+        return x.reshape(-1, 1, D), whole
+    if x.dim() == 3:
+        return x, [m if m is None or m.shape[0] == B else m.expand(B, 1, D) for m in modulation]
+    return x.reshape(B, -1, D), [m if m is None else m.reshape(-1, 1, D).expand(B, 1, D) for m in modulation]
+
+
+def statistics(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
+    """Mean (empty for RMS) and reciprocal standard deviation of each row of (O, I, D)."""
+    wide = x.to(compute_dtype(x.dtype))
+    if rms:
+        return wide.new_empty(0), torch.rsqrt(wide.square().mean(-1) + eps)
+    mean = wide.mean(-1)
+    return mean, torch.rsqrt((wide - mean.unsqueeze(-1)).square().mean(-1) + eps)
+
+
+def fake_statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
+    """Their shapes."""
+    dtype = compute_dtype(x.dtype)
+    return x.new_empty(0 if rms else x.shape[:2], dtype=dtype), x.new_empty(x.shape[:2], dtype=dtype)
+
+
+def backward_definition(
+    grad: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, in the arithmetic's dtype, and the sums (2, O, 1, D) over each sample's rows of grad and of grad
+    times the normalised row, which all other gradients are made of."""
+    wide, g = x.to(rstd.dtype), grad.to(rstd.dtype)
+    normal = (wide if mean.numel() == 0 else wide - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
+    scaled = g if weight is None else g * weight.to(g.dtype)
+    scaled = scaled if scale is None else scaled * (1 + scale.to(g.dtype))
+    dx = scaled - normal * (scaled * normal).mean(-1, keepdim=True)
+    if mean.numel():
+        dx = dx - scaled.mean(-1, keepdim=True)
+    return dx * rstd.unsqueeze(-1), torch.stack([g.sum(1, keepdim=True), (g * normal).sum(1, keepdim=True)])
+
+
+def from_sums(
+    sums: Tensor,
+    shift_dtype: torch.dtype | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of shift, scale (O, 1, D), weight, bias (D,), each in its own dtype; None where not needed."""
+    grad, normal, *_ = sums.unbind(0)  # each (O, 1, D)
+    d_shift = d_scale = d_weight = d_bias = None
+    if needs[0] and shift_dtype is not None:
+        d_shift = _cast(grad, shift_dtype)
+    if needs[1] and scale is not None:
+        d_scale = normal if weight is None else normal * weight
+        d_scale = _cast(d_scale if bias is None else d_scale + grad * bias, scale.dtype)
+    affine = needs[2] or needs[3]
+    factor = 1 + scale.to(sums.dtype) if affine and scale is not None else 1
+    if needs[2] and weight is not None:
+        d_weight = _cast((normal * factor).sum((0, 1)), weight.dtype)
+    if needs[3] and bias is not None:
+        d_bias = _cast((grad * factor).sum((0, 1)), bias.dtype)
+    return d_shift, d_scale, d_weight, d_bias
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def register_triton(op: str, launcher: str) -> None:
+    """Serve `op` on CUDA by `launcher` of dbkernels.triton.ada_norm, imported at the first call, if Triton is there."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return
+
+    def kernel(*args: object) -> object:
+        from dbkernels.triton import ada_norm
+
+        return getattr(ada_norm, launcher)(*args)
+
+    register(op, "CUDA", kernel, "Triton")

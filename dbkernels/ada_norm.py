@@ -1,0 +1,143 @@
+"""ada_layer_norm, ada_rms_norm: normalise each row, then ·weight + bias, then AdaLN's ·(1 + scale) + shift, in one pass.
+
+The definition is `_modulation.definition`. The kernels are csrc/cpu/ada_norm.cpp and dbkernels/triton/ada_norm.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dbkernels import _modulation as modulation
+from dbkernels._library import backend, define
+
+Maybe = Tensor | None
+
+
+def _forward(
+    x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float, rms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = modulation.definition(x, shift, scale, weight, bias, eps, rms).contiguous()
+    return out, *modulation.statistics(x, eps, rms)
+
+
+def _forward_fake(
+    x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float, rms: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *modulation.fake_statistics(x, rms)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, scale: Maybe, weight: Maybe, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    dx, sums = modulation.backward_definition(grad, x, scale, weight, mean, rstd)
+    return dx.to(x.dtype).contiguous(), sums
+
+
+def _backward_fake(
+    grad: Tensor, x: Tensor, scale: Maybe, weight: Maybe, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), rstd.new_empty(2, x.shape[0], 1, x.shape[2])
+
+
+define(
+    "ada_norm(Tensor x, Tensor? shift, Tensor? scale, Tensor? weight, Tensor? bias, float eps, bool rms)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+define(
+    "ada_norm_backward(Tensor grad, Tensor x, Tensor? scale, Tensor? weight, Tensor mean, Tensor rstd)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+modulation.register_triton("ada_norm", "forward")
+modulation.register_triton("ada_norm_backward", "backward")
+
+
+class _AdaNorm(torch.autograd.Function):
+    """The op with its gradient. Not register_autograd, whose calls take twice as long: small models feel it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float, rms: bool
+    ) -> Tensor:
+        out, mean, rstd = torch.ops.dbkernels.ada_norm.default(x, shift, scale, weight, bias, eps, rms)
+        ctx.shift_dtype = None if shift is None else shift.dtype
+        ctx.save_for_backward(x, scale, weight, bias, mean, rstd)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
+        x, scale, weight, bias, mean, rstd = ctx.saved_tensors
+        dx, sums = torch.ops.dbkernels.ada_norm_backward.default(grad, x, scale, weight, mean, rstd)
+        gradients = modulation.from_sums(sums, ctx.shift_dtype, scale, weight, bias, ctx.needs_input_grad[1:5])
+        return dx, *gradients, None, None
+
+
+def _norm(x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float, rms: bool) -> Tensor:
+    modulation.check_x("x", x)
+    modulation.check_eps(eps)
+    modulation.check_affine("weight", weight, x)
+    modulation.check_affine("bias", bias, x)
+    shift = None if shift is None else modulation.per_row("shift", shift, x)
+    scale = None if scale is None else modulation.per_row("scale", scale, x)
+    if backend() == "reference" and not torch.compiler.is_compiling():
+        return modulation.definition(x, shift, scale, weight, bias, eps, rms)
+    rows, (shift, scale) = modulation.one_form(x, [shift, scale])
+    out = _AdaNorm.apply(rows, shift, scale, weight, bias, eps, rms)
+    return out if rows is x else out.view(x.shape)
+
+
+def ada_layer_norm(
+    x: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """LayerNorm over the last dimension, modulated: (norm(x)·weight + bias)·(1 + scale) + shift.
+
+    For the backward pass only the inputs and two numbers a row are kept. The sums over rows behind the gradients of
+    shift, scale, weight and bias are taken in a fixed order, so they repeat bit for bit.
+
+    Args:
+        x: (..., D), two dimensions or more, D up to 16384; float16, bfloat16, float32 or float64. Arithmetic is float32
+            (float64 for float64). Any strides; no copy where the last one is 1.
+        shift, scale: per sample, (B, D) or (B, 1, D), or per token, x's shape; any floating dtype; or None.
+        weight, bias: (D,), any floating dtype; or None.
+        eps: added to the variance.
+
+    Returns:
+        x's shape and dtype, contiguous.
+
+    Raises:
+        TypeError: an argument isn't a floating tensor. ValueError: a shape or device doesn't fit x's; eps is negative.
+
+    Source: Ba et al. 2016 (LayerNorm); Peebles and Xie 2023, section 3.2 (AdaLN).
+    """
+    return _norm(x, shift, scale, weight, bias, eps, False)
+
+
+def ada_rms_norm(
+    x: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """RMSNorm over the last dimension, modulated: x / rms(x)·weight·(1 + scale) + shift.
+
+    Args, Returns, Raises: as for `ada_layer_norm`, with eps added to the mean square.
+
+    Source: Zhang and Sennrich 2019 (RMSNorm); Peebles and Xie 2023, section 3.2 (AdaLN).
+    """
+    return _norm(x, shift, scale, weight, None, eps, True)
