@@ -9,6 +9,8 @@
 
 STABLE_TORCH_LIBRARY_IMPL(dbkernels, CPU, m) {
   m.impl("inject_noise", TORCH_BOX(&dbk::inject_noise_cpu));
+  m.impl("inject_noise_table", TORCH_BOX(&dbk::inject_noise_table_cpu));
+  m.impl("inject_noise_table_grad", TORCH_BOX(&dbk::inject_noise_table_grad_cpu));
   m.impl("philox_uniform", TORCH_BOX(&dbk::philox_uniform_cpu));
   m.impl("sample_sigma", TORCH_BOX(&dbk::sample_sigma_cpu));
   m.impl("ada_norm", TORCH_BOX(&dbk::ada_norm_cpu));
@@ -21,7 +23,7 @@ STABLE_TORCH_LIBRARY_IMPL(dbkernels, CPU, m) {
 namespace dbk {
 
 constexpr const char* kOps =
-    "inject_noise,philox_uniform,sample_sigma,"
+    "inject_noise,inject_noise_table,inject_noise_table_grad,philox_uniform,sample_sigma,"
     "ada_norm,ada_norm_backward,gated_residual_norm,gated_residual_norm_backward,adamw_ema_step";
 
 Facts facts() {

@@ -16,6 +16,12 @@ using Tensors = std::vector<Tensor>;
 Tensor inject_noise_cpu(const Tensor& y, const Tensor& sigma, std::optional<double> sigma_data, int64_t seed,
                         int64_t offset);
 
+// indices: int64; sigma: in the arithmetic's type.
+Tensor inject_noise_table_cpu(const Tensor& indices, const Tensor& table, const Tensor& sigma,
+                              std::optional<double> sigma_data, bool normalize, int64_t seed, int64_t offset);
+Tensor inject_noise_table_grad_cpu(const Tensor& grad, const Tensor& indices, const Tensor& table, const Tensor& sigma,
+                                   std::optional<double> sigma_data, bool normalize);
+
 // out: float32, contiguous.
 void philox_uniform_cpu(Tensor out, int64_t seed, int64_t offset);
 

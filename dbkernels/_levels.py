@@ -1,0 +1,65 @@
+"""Noise levels: what the ops that take a sigma share. Their checks, their form for the kernels, the arithmetic's dtype."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Arithmetic is float32 whatever the storage, but float64 where an input is float64."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def broadcast(sigma: Tensor, dims: int) -> Tensor:
+    """sigma (), (B,) or (B, N) with size-1 dimensions appended, to broadcast over `dims` dimensions."""
+    return sigma.reshape(sigma.shape + (1,) * (dims - sigma.dim()))
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless `tensor` is a tensor of 16, 32 or 64-bit floats."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}: cast it first")
+
+
+def check_sigma_data(sigma_data: float) -> None:
+    """Raise unless the target's std is a positive number."""
+    if isinstance(sigma_data, bool) or not isinstance(sigma_data, (int, float)):
+        raise TypeError(f"sigma_data must be a float, got {type(sigma_data).__name__}")
+    if not 0.0 < sigma_data < math.inf:
+        raise ValueError(f"sigma_data={sigma_data} must be positive and finite: it is the target's std")
+
+
+def check_sigma(sigma: float | Tensor, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """sigma as a tensor of shape (), (B,) or (B, N) in `dtype`, on the device of `x`, whose name in messages is `name`."""
+    if isinstance(sigma, Tensor):
+        return _check_tensor(sigma, name, x).to(dtype)
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"sigma must be a float or a tensor, got {type(sigma).__name__}")
+    if not 0.0 <= sigma < math.inf:
+        raise ValueError(f"sigma={sigma} must be finite and not negative: it is a standard deviation")
+    return torch.full((), sigma, dtype=dtype, device=x.device)
+
+
+def _check_tensor(sigma: Tensor, name: str, x: Tensor) -> Tensor:
+    if not sigma.is_floating_point():
+        raise TypeError(f"sigma must be floating point, got {sigma.dtype}: cast it with .float()")
+    if sigma.device != x.device:
+        raise ValueError(f"sigma is on {sigma.device} and {name} on {x.device}: move sigma to {name}'s device first")
+    if sigma.dim() <= min(2, x.dim()) and sigma.shape == x.shape[: sigma.dim()]:
+        return sigma
+    if sigma.numel() == 1:
+        return sigma.reshape(())
+    shape = sigma.shape
+    while len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) <= min(2, x.dim()) and shape == x.shape[: len(shape)]:
+        return sigma.reshape(shape)
+    raise ValueError(
+        f"sigma has shape {tuple(sigma.shape)}, which fits {name} of shape {tuple(x.shape)} neither as a scalar "
+        f"nor per sample {tuple(x.shape[:1])} nor per token {tuple(x.shape[:2])}: give it one of these shapes"
+    )
