@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -46,6 +47,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm_cpu(
 std::tuple<Tensor, Tensor, Tensor> gated_residual_norm_backward_cpu(
     const Tensor& grad, std::optional<Tensor> grad_h, const Tensor& h, const Tensor& branch, const Tensor& gate,
     std::optional<Tensor> scale, std::optional<Tensor> weight, const Tensor& mean, const Tensor& rstd);
+
+// F, z and y alike in shape; sigma in the arithmetic's type, one level for each equal run of elements. z: none to draw it
+// again. -> loss, and the gradients of F, z and y at an upstream gradient of 1, each empty unless wanted
+std::tuple<Tensor, Tensor, Tensor, Tensor> edm_loss_cpu(const Tensor& F, std::optional<Tensor> z, const Tensor& y,
+                                                        const Tensor& sigma, double sigma_data, std::string reduction,
+                                                        int64_t seed, int64_t offset, bool want_F, bool want_z,
+                                                        bool want_y);
+
+// x *= by, in place: a factor for each equal run of elements. x: contiguous.
+void edm_loss_scale_cpu(Tensor x, const Tensor& by);
 
 // All tensors contiguous; params and grads of one dtype, the others float32 (float64 for float64).
 Tensor adamw_ema_step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,

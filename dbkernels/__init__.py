@@ -5,6 +5,7 @@ import dbkernels.inject_noise_table  # noqa: F401  (registers its op)
 from dbkernels._library import backend, compiled, kernels, load_compiled
 from dbkernels.ada_norm import ada_layer_norm, ada_rms_norm
 from dbkernels.adamw_ema import adamw_ema_step, adamw_ema_step_reference
+from dbkernels.edm_loss import edm_loss, edm_loss_reference
 from dbkernels.gated_residual_norm import gated_residual_norm, gated_residual_norm_reference
 from dbkernels.inject_noise import inject_noise, inject_noise_reference, inject_noise_table_reference, philox_normal
 from dbkernels.philox import philox_uniform
@@ -22,6 +23,8 @@ __all__ = [
     "adamw_ema_step_reference",
     "backend",
     "compiled",
+    "edm_loss",
+    "edm_loss_reference",
     "gated_residual_norm",
     "gated_residual_norm_reference",
     "inject_noise",
