@@ -37,9 +37,7 @@ def _coefficients(sigma: Tensor, sigma_data: float, drawn: bool) -> tuple[Tensor
     return sigma / root / sigma_data, cos if drawn else cos / sigma
 
 
-def _residual(
-    F: Tensor, z: Tensor | None, y: Tensor, of_y: Tensor, of_noise: Tensor, seed: int, offset: int
-) -> Tensor:
+def _residual(F: Tensor, z: Tensor | None, y: Tensor, of_y: Tensor, of_noise: Tensor, seed: int, offset: int) -> Tensor:
     dtype = of_y.dtype
     if z is None:
         noise = normal_reference(y.shape, seed=seed % 2**64, offset=offset, device=y.device).to(dtype)

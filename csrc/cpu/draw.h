@@ -10,9 +10,6 @@
 
 namespace dbk {
 
-constexpr int kGroups = 16;          // groups of four numbers drawn together: two vectors of AVX2
-constexpr int kBlock = 4 * kGroups;  // their elements
-
 #if defined(__x86_64__) && defined(__GNUC__)
 // Words of groups first .. first + 3, each in the low half of a 64-bit lane. vpmuludq reads only the low halves, so what
 // the rounds leave in the upper halves needs no clearing: 8 instructions a round for 16 numbers.
@@ -54,6 +51,7 @@ DBK_AVX2 inline void store_interleaved(const float* n0, const float* n1, const f
   _mm256_storeu_ps(to + 24, _mm256_permute2f128_ps(r2, r3, 0x31));
 }
 
+template <int kGroups>
 DBK_AVX2 inline void words_avx2(uint32_t (&x)[4][kGroups], uint64_t first, uint64_t seed, uint32_t offset,
                                 uint32_t stream) {
   for (int g = 0; g < kGroups; g += 4) {
@@ -64,8 +62,8 @@ DBK_AVX2 inline void words_avx2(uint32_t (&x)[4][kGroups], uint64_t first, uint6
 }
 #endif
 
-// x[w][g]: word w of group first + g.
-template <bool kAvx2>
+// x[w][g]: word w of group first + g. kGroups: a multiple of 8.
+template <bool kAvx2, int kGroups>
 DBK_INLINE void draw_words(uint32_t (&x)[4][kGroups], uint64_t first, uint64_t seed, uint32_t offset, uint32_t stream) {
 #if defined(__x86_64__) && defined(__GNUC__)
   if constexpr (kAvx2) return words_avx2(x, first, seed, offset, stream);
@@ -81,7 +79,7 @@ DBK_INLINE void draw_words(uint32_t (&x)[4][kGroups], uint64_t first, uint64_t s
 }
 
 // to[4·g + w] = n[w][g].
-template <bool kAvx2>
+template <bool kAvx2, int kGroups>
 DBK_INLINE void interleave(const float (&n)[4][kGroups], float* to) {
 #if defined(__x86_64__) && defined(__GNUC__)
   if constexpr (kAvx2) {
@@ -94,13 +92,13 @@ DBK_INLINE void interleave(const float (&n)[4][kGroups], float* to) {
   }
 }
 
-// The kBlock normals from element 4·first_group on.
-template <bool kAvx2>
-DBK_INLINE void draw(float* eps, uint64_t first_group, uint64_t seed, uint32_t offset) {
+// The normals of kGroups groups, in element order.
+template <bool kAvx2, int kGroups>
+DBK_INLINE void draw_normals(float* eps, uint64_t first, uint64_t seed, uint32_t offset) {
   constexpr bool kHardware = kAvx2 || kPlainFma;
   uint32_t x[4][kGroups];
   float n[4][kGroups];
-  draw_words<kAvx2>(x, first_group, seed, offset, kNormalStream);
+  draw_words<kAvx2>(x, first, seed, offset, kNormalStream);
 #pragma omp simd
   for (int g = 0; g < kGroups; ++g) {
     box_muller<kHardware>(x[0][g], x[1][g], n[0][g], n[1][g]);

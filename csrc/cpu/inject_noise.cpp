@@ -32,7 +32,7 @@ void run(const Tensor& y, const Tensor& sigma, Tensor& z, std::optional<double> 
   const Noising<T, C> args = noising<T, C>(sigma, z, sigma_data, seed, offset);
   const Dense<T, C> dense{static_cast<const T*>(y.data_ptr()), args.numel};
   const auto body = use_avx2() ? blocks_avx2<T, C> : blocks_portable<T, C>;
-  torch::stable::parallel_for(0, (args.numel + kBlock - 1) / kBlock, kNoiseGrain,
+  torch::stable::parallel_for(0, (args.numel + kNoiseBlock - 1) / kNoiseBlock, kNoiseGrain,
                               [&](int64_t begin, int64_t end) { body(args, dense, begin, end); });
 }
 

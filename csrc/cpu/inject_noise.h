@@ -13,7 +13,9 @@
 
 namespace dbk {
 
-constexpr int64_t kNoiseGrain = 64;  // blocks a thread takes at least: some 20 us of work
+constexpr int kNoiseGroups = 16;               // groups of four normals drawn together: two vectors of AVX2
+constexpr int kNoiseBlock = 4 * kNoiseGroups;  // elements of a block
+constexpr int64_t kNoiseGrain = 64;            // blocks a thread takes at least: some 20 us of work
 
 // The noise levels, and the z they go to. inner: consecutive elements that share a level.
 template <typename T, typename C>
@@ -74,9 +76,9 @@ DBK_INLINE void noise_run(const T* y, C factor, const float* eps, T* z, int64_t 
 template <bool kAvx2, typename T, typename C, typename Rows>
 DBK_INLINE void noise_blocks(const Noising<T, C>& a, Rows& rows, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
-    float eps[kBlock];
-    draw<kAvx2>(eps, static_cast<uint64_t>(block) * kGroups, a.seed, a.offset);
-    const int64_t first = block * kBlock, last = std::min(first + kBlock, a.numel);
+    float eps[kNoiseBlock];
+    draw_normals<kAvx2, kNoiseGroups>(eps, static_cast<uint64_t>(block) * kNoiseGroups, a.seed, a.offset);
+    const int64_t first = block * kNoiseBlock, last = std::min(first + kNoiseBlock, a.numel);
     for (int64_t at = first; at < last;) {
       const Run<T, C> run = rows(at);
       const int64_t level = at / a.inner, stop = std::min({last, run.stop, (level + 1) * a.inner});

@@ -78,7 +78,7 @@ void run(const Tensor& indices, const Tensor& table, const Tensor& sigma, Tensor
   const Noising<T, C> args = noising<T, C>(sigma, z, sigma_data, seed, offset);
   const Gathered<T, C> rows{table_of<T>(indices, table, normalize)};
   const auto body = use_avx2() ? blocks_avx2<T, C> : blocks_portable<T, C>;
-  torch::stable::parallel_for(0, (args.numel + kBlock - 1) / kBlock, kNoiseGrain,
+  torch::stable::parallel_for(0, (args.numel + kNoiseBlock - 1) / kNoiseBlock, kNoiseGrain,
                               [&](int64_t begin, int64_t end) { body(args, rows, begin, end); });
 }
 

@@ -15,7 +15,8 @@
 namespace dbk {
 namespace {
 
-constexpr int64_t kGrain = 32;  // blocks a thread takes at least: some 20 us of work
+constexpr int kGroups = 16;         // groups of four levels computed together
+constexpr int64_t kGrain = 32;      // such blocks a thread takes at least: some 20 us of work
 constexpr double kLn2 = 0.6931471805599453, kShift = 0x1.8p52;
 
 // What dbkernels.sample_sigma.plan makes of a range: the probability below, inside and above it, the density, and its
@@ -105,21 +106,21 @@ DBK_INLINE float level(double u, const Plan& plan) {
   return static_cast<float>(within(exp_of<kHardware>(y), plan.low, plan.high));
 }
 
-// Blocks [begin, end) of kBlock levels.
+// Blocks [begin, end) of 4·kGroups levels.
 template <bool kAvx2>
 DBK_INLINE void blocks(float* out, int64_t numel, const Plan& plan, uint64_t seed, uint32_t offset, int64_t begin,
                        int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     uint32_t x[4][kGroups];
-    float n[4][kGroups], sigma[kBlock];
+    float n[4][kGroups], sigma[4 * kGroups];
     draw_words<kAvx2>(x, static_cast<uint64_t>(block) * kGroups, seed, offset, kUniformStream);
     for (int w = 0; w < 4; ++w) {
 #pragma omp simd
       for (int g = 0; g < kGroups; ++g) n[w][g] = level<kAvx2 || kPlainFma>(uniform_of_word(x[w][g]), plan);
     }
     interleave<kAvx2>(n, sigma);
-    const int64_t first = block * kBlock;
-    std::copy_n(sigma, std::min<int64_t>(kBlock, numel - first), out + first);
+    const int64_t first = block * 4 * kGroups;
+    std::copy_n(sigma, std::min<int64_t>(4 * kGroups, numel - first), out + first);
   }
 }
 
@@ -141,7 +142,7 @@ void sample_sigma_cpu(Tensor out, Tensor plan, int64_t seed, int64_t offset) {
   float* to = static_cast<float*>(out.data_ptr());
   const int64_t numel = out.numel();
   const auto body = use_avx2() ? blocks_avx2 : blocks_portable;
-  torch::stable::parallel_for(0, (numel + kBlock - 1) / kBlock, kGrain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, (numel + 4 * kGroups - 1) / (4 * kGroups), kGrain, [&](int64_t begin, int64_t end) {
     body(to, numel, given, static_cast<uint64_t>(seed), static_cast<uint32_t>(offset), begin, end);
   });
 }
