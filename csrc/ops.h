@@ -58,15 +58,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edm_loss_cpu(const Tensor& F, std::op
 // x *= by, in place: a factor for each equal run of elements. x: contiguous.
 void edm_loss_scale_cpu(Tensor x, const Tensor& by);
 
-// All tensors contiguous; params and grads of one dtype, the others float32 (float64 for float64).
+// All tensors contiguous; params and grads of one dtype, the others float32 (float64 for float64). masters: empty, or one a
+// parameter.
 Tensor adamw_ema_step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,
                           int64_t step, double lr, double beta1, double beta2, double eps,
                           std::vector<double> weight_decay, std::optional<double> max_norm,
-                          std::optional<double> ema_decay);
+                          std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding, int64_t seed,
+                          int64_t offset);
 
 Tensor adamw_ema_step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,
                            int64_t step, double lr, double beta1, double beta2, double eps,
                            std::vector<double> weight_decay, std::optional<double> max_norm,
-                           std::optional<double> ema_decay);
+                           std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding, int64_t seed,
+                          int64_t offset);
 
 }  // namespace dbk
