@@ -9,21 +9,24 @@
 
 STABLE_TORCH_LIBRARY_IMPL(dbkernels, CPU, m) {
   m.impl("inject_noise", TORCH_BOX(&dbk::inject_noise_cpu));
+  m.impl("inject_noise_table", TORCH_BOX(&dbk::inject_noise_table_cpu));
+  m.impl("inject_noise_table_grad", TORCH_BOX(&dbk::inject_noise_table_grad_cpu));
+  m.impl("philox_uniform", TORCH_BOX(&dbk::philox_uniform_cpu));
+  m.impl("sample_sigma", TORCH_BOX(&dbk::sample_sigma_cpu));
   m.impl("edm_loss", TORCH_BOX(&dbk::edm_loss_cpu));
   m.impl("edm_loss_scale_", TORCH_BOX(&dbk::edm_loss_scale_cpu));
   m.impl("ada_norm", TORCH_BOX(&dbk::ada_norm_cpu));
   m.impl("ada_norm_backward", TORCH_BOX(&dbk::ada_norm_backward_cpu));
   m.impl("gated_residual_norm", TORCH_BOX(&dbk::gated_residual_norm_cpu));
   m.impl("gated_residual_norm_backward", TORCH_BOX(&dbk::gated_residual_norm_backward_cpu));
-  m.impl("philox_uniform", TORCH_BOX(&dbk::philox_uniform_cpu));
-  m.impl("sample_sigma", TORCH_BOX(&dbk::sample_sigma_cpu));
   m.impl("adamw_ema_step", TORCH_BOX(&dbk::adamw_ema_step_cpu));
 }
 
 namespace dbk {
 
 constexpr const char* kOps =
-    "inject_noise,edm_loss,edm_loss_scale_,philox_uniform,sample_sigma,"
+    "inject_noise,inject_noise_table,inject_noise_table_grad,philox_uniform,sample_sigma,"
+    "edm_loss,edm_loss_scale_,"
     "ada_norm,ada_norm_backward,gated_residual_norm,gated_residual_norm_backward,adamw_ema_step";
 
 Facts facts() {

@@ -17,6 +17,18 @@ using Tensors = std::vector<Tensor>;
 Tensor inject_noise_cpu(const Tensor& y, const Tensor& sigma, std::optional<double> sigma_data, int64_t seed,
                         int64_t offset);
 
+// indices: int64; sigma: in the arithmetic's type.
+Tensor inject_noise_table_cpu(const Tensor& indices, const Tensor& table, const Tensor& sigma,
+                              std::optional<double> sigma_data, bool normalize, int64_t seed, int64_t offset);
+Tensor inject_noise_table_grad_cpu(const Tensor& grad, const Tensor& indices, const Tensor& table, const Tensor& sigma,
+                                   std::optional<double> sigma_data, bool normalize);
+
+// out: float32, contiguous.
+void philox_uniform_cpu(Tensor out, int64_t seed, int64_t offset);
+
+// out: float32, contiguous; plan: what dbkernels.sample_sigma.plan says.
+void sample_sigma_cpu(Tensor out, Tensor plan, int64_t seed, int64_t offset);
+
 // x, branch, h and gradients (O, I, D); shift, scale, gate (O, 1, D); weight, bias (D,). -> out, mean, rstd
 std::tuple<Tensor, Tensor, Tensor> ada_norm_cpu(const Tensor& x, std::optional<Tensor> shift,
                                                 std::optional<Tensor> scale, std::optional<Tensor> weight,
@@ -46,21 +58,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edm_loss_cpu(const Tensor& F, std::op
 // x *= by, in place: a factor for each equal run of elements. x: contiguous.
 void edm_loss_scale_cpu(Tensor x, const Tensor& by);
 
-// out: float32, contiguous.
-void philox_uniform_cpu(Tensor out, int64_t seed, int64_t offset);
-
-// out: float32, contiguous; plan: what dbkernels.sample_sigma.plan says.
-void sample_sigma_cpu(Tensor out, Tensor plan, int64_t seed, int64_t offset);
-
-// All tensors contiguous; params and grads of one dtype, the others float32 (float64 for float64).
+// All tensors contiguous; params and grads of one dtype, the others float32 (float64 for float64). masters: empty, or one a
+// parameter.
 Tensor adamw_ema_step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,
                           int64_t step, double lr, double beta1, double beta2, double eps,
                           std::vector<double> weight_decay, std::optional<double> max_norm,
-                          std::optional<double> ema_decay);
+                          std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding, int64_t seed,
+                          int64_t offset);
 
 Tensor adamw_ema_step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,
                            int64_t step, double lr, double beta1, double beta2, double eps,
                            std::vector<double> weight_decay, std::optional<double> max_norm,
-                           std::optional<double> ema_decay);
+                           std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding, int64_t seed,
+                          int64_t offset);
 
 }  // namespace dbk

@@ -1,12 +1,13 @@
 """Kernels of DiffusionBlocks, as drop-in autograd functions. Works without CUDA, Triton or a compiler at
 hand."""
 
+import dbkernels.inject_noise_table  # noqa: F401  (registers its op)
 from dbkernels._library import backend, compiled, kernels, load_compiled
 from dbkernels.ada_norm import ada_layer_norm, ada_rms_norm
 from dbkernels.adamw_ema import adamw_ema_step, adamw_ema_step_reference
 from dbkernels.edm_loss import edm_loss, edm_loss_reference
 from dbkernels.gated_residual_norm import gated_residual_norm, gated_residual_norm_reference
-from dbkernels.inject_noise import inject_noise, inject_noise_reference, philox_normal
+from dbkernels.inject_noise import inject_noise, inject_noise_reference, inject_noise_table_reference, philox_normal
 from dbkernels.philox import philox_uniform
 from dbkernels.replace import Replacement, replace
 from dbkernels.sample_sigma import sample_sigma, sample_sigma_reference
@@ -28,6 +29,7 @@ __all__ = [
     "gated_residual_norm_reference",
     "inject_noise",
     "inject_noise_reference",
+    "inject_noise_table_reference",
     "kernels",
     "philox_normal",
     "philox_uniform",

@@ -7,6 +7,7 @@ csrc/cuda/adamw_ema.cu.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dbkernels._library import backend, define
+from dbkernels.philox import check_address, round_stochastically, signed
 
 CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm; so do we, to agree with it
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,9 +47,13 @@ def adamw_ema_step_reference(
     weight_decay: Sequence[float],
     max_norm: float | None,
     ema_decay: float | None,
+    masters: Sequence[Tensor] = (),
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    offset: int = 0,
 ) -> Tensor:
-    """The definition: every tensor is updated in place where the norm is finite. `weight_decay`: one a
-    tensor."""
+    """The definition: every tensor is updated in place where the norm is finite. `weight_decay`: one a tensor;
+    `masters`: one a tensor, or none."""
     norm = global_norm(grads)
     dtype = norm.dtype
     keep = ~torch.isfinite(norm)
@@ -62,15 +68,26 @@ def adamw_ema_step_reference(
     denominators = torch._foreach_sqrt(squares)
     torch._foreach_div_(denominators, root)
     torch._foreach_add_(denominators, eps)
-    decayed = torch._foreach_mul([p.to(dtype) for p in params], [1 - lr * decay for decay in weight_decay])
+    source = [p.to(dtype) for p in (masters or params)]
+    decayed = torch._foreach_mul(source, [1 - lr * decay for decay in weight_decay])
     torch._foreach_addcdiv_(decayed, moments, denominators, -step_size)
-    _commit(params, decayed, keep)
+    _commit(masters, decayed if masters else [], keep)
+    _commit(params, _rounded(decayed, seed, offset) if stochastic_rounding else decayed, keep)
     _commit(exp_avgs, moments, keep)
     _commit(exp_avg_sqs, squares, keep)
     if emas and ema_decay is not None:
-        now = [p.to(dtype) for p in params]
+        now = [p.to(dtype) for p in (masters or params)]
         _commit(emas, torch._foreach_lerp(list(emas), now, 1 - ema_decay), keep)
     return norm
+
+
+def _rounded(values: Sequence[Tensor], seed: int, offset: int) -> list[Tensor]:
+    """Stochastically rounded. Groups of eight elements are counted through the list; each tensor begins a new one."""
+    firsts = itertools.accumulate(((v.numel() + 7) // 8 for v in values), initial=0)
+    return [
+        round_stochastically(v, first, seed=seed % 2**64, offset=offset)
+        for v, first in zip(values, firsts, strict=False)
+    ]
 
 
 def _commit(targets: Sequence[Tensor], values: Sequence[Tensor], keep: Tensor) -> None:
@@ -85,7 +102,8 @@ def _fake(params: list[Tensor], grads: list[Tensor], *rest: object) -> Tensor:
 define(
     "adamw_ema_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] emas, SymInt step, float lr, float beta1, float beta2, float eps, float[] weight_decay, "
-    "float? max_norm, float? ema_decay) -> Tensor",
+    "float? max_norm, float? ema_decay, Tensor(e!)[] masters, bool stochastic_rounding, SymInt seed, SymInt offset) "
+    "-> Tensor",
     adamw_ema_step_reference,
     _fake,
 )
@@ -97,24 +115,27 @@ def _check_lists(lists: dict[str, Sequence[Tensor]]) -> None:
         raise ValueError("params is empty: pass the parameters that received a gradient")
     if params[0].dtype not in _FLOATS:
         raise TypeError(f"params must be floating point, got {params[0].dtype}")
-    state = _state_dtype(params[0].dtype)
+    given, state, device = params[0].dtype, _state_dtype(params[0].dtype), params[0].device
+    shapes = [getattr(param, "shape", None) for param in params]
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} has {len(tensors)} tensors and params {len(params)}: pass one for each")
-        dtype = params[0].dtype if name in ("params", "grads") else state
-        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-            _check_tensor(f"{name}[{i}]", tensor, param.shape, params[0].device, dtype)
+        dtype = given if name in ("params", "grads") else state
+        for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+            # One line where all is well: a block has a hundred tensors, and each step asks.
+            if not (isinstance(tensor, Tensor) and tensor.dtype is dtype and tensor.shape == shape
+                    and tensor.device == device):  # fmt: skip
+                _complain(f"{name}[{i}]", tensor, shape, device, dtype)
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> None:
+def _complain(name: str, tensor: Tensor, shape: torch.Size | None, device: torch.device, dtype: torch.dtype) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}: leave out parameters without one")
     if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}: moments and EMA of half types are float32")
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}: moments, EMA and masters of halves are float32")
     if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its parameter {tuple(shape)}: they must match")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}, params[0] on {device}: move the list to one device")
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its parameter {tuple(shape or ())}: they must match")
+    raise ValueError(f"{name} is on {tensor.device}, params[0] on {device}: move the list to one device")
 
 
 def _check_number(name: str, value: float, low: float, high: float, bounds: str) -> None:
@@ -146,8 +167,25 @@ def _check_numbers(
         _check_number("ema_decay", ema_decay, 0.0, 1.0 + 1e-12, "[0, 1]")
 
 
+def _check_rounding(
+    dtype: torch.dtype, masters: Sequence[Tensor] | None, stochastic: bool, seed: int | None, offset: int
+) -> None:
+    if masters is not None and stochastic:
+        raise ValueError("masters and stochastic_rounding exclude each other: a master keeps what rounding would lose")
+    if masters is not None and dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"masters are for float16 and bfloat16 params, got {dtype}: leave them out")
+    if stochastic and dtype != torch.bfloat16:
+        raise ValueError(f"stochastic_rounding is for bfloat16 params, got {dtype}: pass masters, or leave it out")
+    if stochastic != (seed is not None):
+        raise ValueError("seed and stochastic_rounding=True go together: pass both or neither")
+    check_address(seed or 0, offset)
+
+
 def _decays(weight_decay: float | Sequence[float], count: int) -> list[float]:
-    decays = [weight_decay] * count if isinstance(weight_decay, (int, float)) else list(weight_decay)
+    if isinstance(weight_decay, (int, float)):
+        _check_number("weight_decay", weight_decay, 0.0, math.inf, "[0, inf)")
+        return [float(weight_decay)] * count
+    decays = list(weight_decay)
     if len(decays) != count:
         raise ValueError(f"weight_decay has {len(decays)} values for {count} tensors: pass a float or one a tensor")
     for i, decay in enumerate(decays):
@@ -169,6 +207,10 @@ def adamw_ema_step(
     weight_decay: float | Sequence[float] = 0.0,
     max_norm: float | None = None,
     ema_decay: float | None = None,
+    masters: Sequence[Tensor] | None = None,
+    stochastic_rounding: bool = False,
+    seed: int | None = None,
+    offset: int = 0,
 ) -> Tensor:
     """One optimizer step of a block: clip by the global norm, AdamW with decoupled decay, then EMA, all in
     place.
@@ -189,6 +231,11 @@ def adamw_ema_step(
         weight_decay: a float, or one a tensor (0 for norms and biases; the clipping norm stays global).
         max_norm: clip the gradients' global 2-norm to this; None for no clipping.
         ema_decay: ema = ema_decay·ema + (1 - ema_decay)·param; needs emas.
+        masters: float32 copies of float16 or bfloat16 params, updated in place of them; params become the masters
+            rounded, and emas average the masters. An update smaller than a half type's last place isn't lost.
+        stochastic_rounding: round the new bfloat16 params up or down by chance, right on average: a master's effect
+            without its memory. The same bits on every device for the same (seed, offset) and list.
+        seed: in [0, 2^64), needed for stochastic_rounding; offset: in [0, 2^32), for example the step.
 
     Returns:
         The gradients' global norm before clipping: 0-dim, the moments' dtype, on the device; NaN or inf if
@@ -197,7 +244,8 @@ def adamw_ema_step(
     Raises:
         TypeError: an argument's type or dtype is wrong.
         ValueError: lists differ in length, shapes or device; a number is out of range; emas without
-            ema_decay.
+            ema_decay; masters or stochastic_rounding with each other or with params of another dtype;
+            stochastic_rounding without a seed.
 
     Source: Loshchilov and Hutter 2019 (AdamW); Karras et al. 2022 (EMA of the weights).
     """
@@ -206,29 +254,28 @@ def adamw_ema_step(
         raise ValueError("emas and ema_decay go together: pass both or neither")
     if emas is not None:
         lists["emas"] = emas
+    if masters is not None:
+        lists["masters"] = masters
     _check_lists(lists)
     _check_numbers(step, lr, betas, eps, max_norm, ema_decay)
+    _check_rounding(params[0].dtype, masters, stochastic_rounding, seed, offset)
     decays = _decays(weight_decay, len(params))
     with torch.no_grad():
-        return _run(lists, step, lr, betas, eps, decays, max_norm, ema_decay)
+        return _run(
+            lists,
+            (step, lr, *betas, eps, decays, max_norm, ema_decay),
+            (stochastic_rounding, signed(seed or 0), offset),
+        )
 
 
-def _run(
-    lists: dict[str, Sequence[Tensor]],
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    decays: list[float],
-    max_norm: float | None,
-    ema_decay: float | None,
-) -> Tensor:
+def _run(lists: dict[str, Sequence[Tensor]], numbers: tuple[Any, ...], rounding: tuple[Any, ...]) -> Tensor:
     """Call the op on contiguous tensors; strided ones go through copies."""
-    given = [list(lists.get(name, ())) for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas")]
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas", "masters")
+    given = [list(lists.get(name, ())) for name in names]
     dense = [[tensor.contiguous() for tensor in tensors] for tensors in given]
     op: Any = adamw_ema_step_reference if backend() == "reference" else torch.ops.dbkernels.adamw_ema_step
-    norm = op(*dense, step, lr, *betas, eps, decays, max_norm, ema_decay)
-    mutated = [0, 2, 3, 4]
+    norm = op(*dense[:-1], *numbers, dense[-1], *rounding)
+    mutated = [i for i, name in enumerate(names) if name != "grads"]
     for i in mutated:
         for tensor, copy in zip(given[i], dense[i], strict=True):
             if copy is not tensor:

@@ -5,8 +5,8 @@ every device, for any split of the work. Element i is word i % 4 of the block ci
 
     counter = (i // 4 mod 2^32, i // 4 div 2^32, offset, stream)    key = (seed mod 2^32, seed div 2^32)
 
-where stream is 0 for normals and 1 for uniforms, so that equal (seed, offset) never ties a noise level to its
-noise.
+where stream is 0 for normals, 1 for uniforms and 2 for stochastic rounding, so that equal (seed, offset) never ties a
+noise level to its noise.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (the generator); Box and Muller
 1958.
@@ -25,7 +25,7 @@ from dbkernels._library import define, register_triton
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-NORMAL_STREAM, UNIFORM_STREAM = 0, 1
+NORMAL_STREAM, UNIFORM_STREAM, ROUNDING_STREAM = 0, 1, 2
 _LOW = 0xFFFFFFFF
 
 
@@ -104,6 +104,20 @@ def uniform_reference(
     # 23 bits and a half fit float32 exactly, so no rounding can reach 0 or 1.
     lanes = [((word >> 9).to(torch.float32) + 0.5) * 2.0**-23 for word in words]
     return torch.stack(lanes, dim=-1).flatten()[:numel].view(tuple(shape))
+
+
+def round_stochastically(value: Tensor, first_group: int, *, seed: int, offset: int) -> Tensor:
+    """float32 to bfloat16, up or down with the probabilities that make the mean right.
+
+    Element i takes bits 16·(i % 2) and up of word i // 2 % 4 of group first_group + i // 8: adding these 16 random bits
+    below bfloat16's last place and cutting them off is exact.
+    """
+    groups = _groups((value.numel() + 1) // 2, value.device) + first_group
+    words = torch.stack(random_words(groups, seed, offset, ROUNDING_STREAM), dim=-1)
+    random = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten()[: value.numel()].view(value.shape)
+    bits = value.contiguous().view(torch.int32).to(torch.int64) & _LOW
+    rounded = ((bits + random) >> 16 << 16).to(torch.int32).view(torch.float32)  # the cast wraps, as it should
+    return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
 
 
 def _fill(out: Tensor, seed: int, offset: int) -> None:

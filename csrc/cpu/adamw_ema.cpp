@@ -3,48 +3,85 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <type_traits>
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "cpu/draw.h"
 #include "cpu/simd.h"
 #include "ops.h"
+#include "rounding.h"
 
 namespace dbk {
 namespace {
 
 using torch::headeronly::ScalarType;
 
-// Work is cut into chunks of fixed size whatever the thread count, so the norm's sum has one order and its bits repeat.
-constexpr int64_t kChunk = 8192;
+// Where the new parameter goes: rounded to its tensor; to its float32 master and rounded from there; rounded up or down by
+// chance.
+enum class Store { kNearest, kMaster, kStochastic };
 
-struct Chunk {
-  size_t tensor;
-  int64_t begin, end;
+struct Lists {
+  const Tensors &params, &grads, &exp_avgs, &exp_avg_sqs, &emas, &masters;
+  const std::vector<double>& weight_decay;
 };
 
-std::vector<Chunk> cut(const Tensors& tensors) {
-  std::vector<Chunk> chunks;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t numel = tensors[i].numel();
-    for (int64_t at = 0; at < numel; at += kChunk) chunks.push_back({i, at, std::min(numel, at + kChunk)});
+struct Settings {
+  int64_t step;
+  double lr, beta1, beta2, eps;
+  std::optional<double> max_norm, ema_decay;
+  bool stochastic;
+  uint64_t seed;
+  uint32_t offset;
+};
+
+// The tensors behind each other as one index. Each begins at a multiple of eight, so that the eight elements that share a
+// block of random words lie in one tensor. Work is cut into units of fixed size whatever the tensors and the threads: so
+// the norm's sum has one order, its bits repeat, and threads get equal shares.
+class Index {
+ public:
+  static constexpr int64_t kUnit = 8192;
+
+  explicit Index(const Tensors& tensors) : starts_(1) {
+    for (const Tensor& tensor : tensors) {
+      numels_.push_back(tensor.numel());
+      starts_.push_back(starts_.back() + (tensor.numel() + 7) / 8 * 8);
+    }
   }
-  return chunks;
-}
+
+  int64_t units() const { return (starts_.back() + kUnit - 1) / kUnit; }
+  int64_t start(size_t tensor) const { return starts_[tensor]; }
+
+  // each(tensor, begin, end): the pieces of a unit.
+  template <typename Each>
+  void pieces(int64_t unit, const Each& each) const {
+    int64_t at = unit * kUnit;
+    const int64_t stop = std::min(at + kUnit, starts_.back());
+    size_t t = std::upper_bound(starts_.begin(), starts_.end(), at) - starts_.begin() - 1;
+    for (; at < stop; at = starts_[++t]) each(t, at - starts_[t], std::min(stop - starts_[t], numels_[t]));
+  }
+
+ private:
+  std::vector<int64_t> starts_, numels_;
+};
 
 // What a step does to one element; C is the arithmetic's type.
 template <typename C>
 struct Rule {
   C clip, beta2, one_minus_beta1, one_minus_beta2, minus_step_size, root, eps, one_minus_ema;
+  uint64_t seed;
+  uint32_t offset;
 };
 
 template <typename T, typename C>
 struct Span {
   T* param;
   const T* grad;
-  C *exp_avg, *exp_avg_sq, *ema;
+  C *exp_avg, *exp_avg_sq, *ema, *master;
   int64_t count;
-  C keep;  // 1 - lr·weight_decay
+  C keep;          // 1 - lr·weight_decay
+  uint64_t group;  // of the random words of the first eight elements
 };
 
 template <typename T, typename C>
@@ -66,22 +103,50 @@ DBK_INLINE double squares(const T* grad, int64_t count) {
 }
 
 // Products and sums are fused where torch's fused AdamW and lerp fuse them, so that float32 agrees to the last bits.
-template <bool kHardware, bool kEma, typename T, typename C>
-DBK_INLINE void update(const Span<T, C>& s, const Rule<C>& r) {
+// random: 16 bits for each element from `begin` on.
+template <bool kHardware, bool kEma, Store kStore, typename T, typename C>
+DBK_INLINE void update(const Span<T, C>& s, const Rule<C>& r, int64_t begin, int64_t end, const uint32_t* random) {
 #pragma omp simd
-  for (int64_t i = 0; i < s.count; ++i) {
+  for (int64_t i = begin; i < end; ++i) {
     const C grad = load_as<C>(s.grad[i]) * r.clip;
     const C exp_avg = fused<kHardware>(r.one_minus_beta1, grad - s.exp_avg[i], s.exp_avg[i]);
     const C exp_avg_sq = fused<kHardware>(r.one_minus_beta2 * grad, grad, s.exp_avg_sq[i] * r.beta2);
     const C denominator = std::sqrt(exp_avg_sq) / r.root + r.eps;
-    const C param = load_as<C>(s.param[i]) * s.keep + r.minus_step_size * exp_avg / denominator;
+    const C old = kStore == Store::kMaster ? s.master[i] : load_as<C>(s.param[i]);
+    const C param = old * s.keep + r.minus_step_size * exp_avg / denominator;
     s.exp_avg[i] = exp_avg;
     s.exp_avg_sq[i] = exp_avg_sq;
-    store_as(s.param[i], param);
-    // The average is of the parameter as stored: a half type's rounding is part of it.
-    if constexpr (kEma) {
-      s.ema[i] = fused<kHardware>(r.one_minus_ema, load_as<C>(s.param[i]) - s.ema[i], s.ema[i]);
+    if constexpr (kStore == Store::kMaster) s.master[i] = param;
+    if constexpr (kStore == Store::kStochastic) {
+      s.param[i].x = stochastic_bfloat16(param, random[i - begin]);
+    } else {
+      store_as(s.param[i], param);
     }
+    if constexpr (kEma) {
+      // The average is of the master, or of the parameter as stored: a half type's rounding is part of it.
+      const C now = kStore == Store::kMaster ? param : load_as<C>(s.param[i]);
+      s.ema[i] = fused<kHardware>(r.one_minus_ema, now - s.ema[i], s.ema[i]);
+    }
+  }
+}
+
+template <bool kAvx2, bool kEma, Store kStore, typename T, typename C>
+DBK_INLINE void update_piece(const Span<T, C>& s, const Rule<C>& r) {
+  constexpr bool kHardware = kAvx2 || kPlainFma;
+  if constexpr (kStore == Store::kStochastic) {
+    constexpr int kGroups = 16;
+    for (int64_t at = 0; at < s.count; at += 8 * kGroups) {
+      uint32_t x[4][kGroups], words[4 * kGroups], random[8 * kGroups];
+      draw_words<kAvx2>(x, s.group + at / 8, r.seed, r.offset, kRoundingStream);
+      interleave<kAvx2>(x, words);
+      for (int k = 0; k < 4 * kGroups; ++k) {
+        random[2 * k] = words[k] & 0xFFFFu;
+        random[2 * k + 1] = words[k] >> 16;
+      }
+      update<kHardware, kEma, kStore>(s, r, at, std::min<int64_t>(at + 8 * kGroups, s.count), random);
+    }
+  } else {
+    update<kHardware, kEma, kStore>(s, r, 0, s.count, nullptr);
   }
 }
 
@@ -95,14 +160,34 @@ double squares_portable(const T* grad, int64_t count) {
   return squares<T, C>(grad, count);
 }
 
-template <bool kEma, typename T, typename C>
+template <bool kEma, Store kStore, typename T, typename C>
 DBK_AVX2 void update_avx2(const Span<T, C>& s, const Rule<C>& r) {
-  update<true, kEma>(s, r);
+  update_piece<true, kEma, kStore>(s, r);
+}
+
+template <bool kEma, Store kStore, typename T, typename C>
+void update_portable(const Span<T, C>& s, const Rule<C>& r) {
+  update_piece<false, kEma, kStore>(s, r);
+}
+
+template <typename T, typename C>
+using Update = void (*)(const Span<T, C>&, const Rule<C>&);
+
+template <bool kEma, Store kStore, typename T, typename C>
+Update<T, C> built() {
+  return use_avx2() ? update_avx2<kEma, kStore, T, C> : update_portable<kEma, kStore, T, C>;
 }
 
 template <bool kEma, typename T, typename C>
-void update_portable(const Span<T, C>& s, const Rule<C>& r) {
-  update<kPlainFma, kEma>(s, r);
+Update<T, C> update_for(Store store) {
+  if constexpr (sizeof(T) == 2) {
+    if (store == Store::kMaster) return built<kEma, Store::kMaster, T, C>();
+  }
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (store == Store::kStochastic) return built<kEma, Store::kStochastic, T, C>();
+  }
+  STD_TORCH_CHECK(store == Store::kNearest, "adamw_ema_step: masters are for half types, stochastic rounding for bfloat16");
+  return built<kEma, Store::kNearest, T, C>();
 }
 
 template <typename T>
@@ -111,44 +196,50 @@ T* data(const Tensor& tensor, int64_t at) {
 }
 
 template <typename T, typename C>
-double norm_of(const Tensors& grads, const std::vector<Chunk>& chunks) {
-  std::vector<double> partial(chunks.size());
+double norm_of(const Tensors& grads, const Index& index) {
+  std::vector<double> partial(index.units());
   const auto sum = use_avx2() ? squares_avx2<T, C> : squares_portable<T, C>;
-  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 2, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Chunk& chunk = chunks[i];
-      partial[i] = sum(data<const T>(grads[chunk.tensor], chunk.begin), chunk.end - chunk.begin);
+  torch::stable::parallel_for(0, index.units(), 2, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      index.pieces(unit, [&](size_t t, int64_t first, int64_t last) {
+        partial[unit] += sum(data<const T>(grads[t], first), last - first);
+      });
     }
   });
   return std::sqrt(std::accumulate(partial.begin(), partial.end(), 0.0));
 }
 
+template <typename C>
+Rule<C> rule_of(const Settings& s, C norm) {
+  // clip_grad_norm_'s arithmetic: the coefficient is rounded to the gradients' compute type.
+  const C clip = s.max_norm ? std::min<C>(C(1), C(*s.max_norm) / (norm + C(1e-6))) : C(1);
+  const double correction1 = 1 - std::pow(s.beta1, s.step), correction2 = 1 - std::pow(s.beta2, s.step);
+  return {clip,   C(s.beta2), C(1 - s.beta1), C(1 - s.beta2), C(-s.lr / correction1), C(std::sqrt(correction2)),
+          C(s.eps), C(1 - s.ema_decay.value_or(1.0)), s.seed, s.offset};
+}
+
 template <typename T, typename C>
-Tensor run(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-           const Tensors& emas, int64_t step, double lr, double beta1, double beta2, double eps,
-           const std::vector<double>& weight_decay, std::optional<double> max_norm, std::optional<double> ema_decay) {
-  const std::vector<Chunk> chunks = cut(params);
-  const C norm = static_cast<C>(norm_of<T, C>(grads, chunks));
-  Tensor result = torch::stable::new_empty(exp_avgs[0], {});
+Tensor run(const Lists& l, const Settings& s) {
+  const Index index(l.params);
+  const C norm = static_cast<C>(norm_of<T, C>(l.grads, index));
+  Tensor result = torch::stable::new_empty(l.exp_avgs[0], {});
   *data<C>(result, 0) = norm;
   if (!std::isfinite(norm)) return result;
 
-  // clip_grad_norm_'s arithmetic: the coefficient is rounded to the gradients' compute type.
-  const C clip = max_norm ? std::min<C>(C(1), C(*max_norm) / (norm + C(1e-6))) : C(1);
-  const double correction1 = 1 - std::pow(beta1, step), correction2 = 1 - std::pow(beta2, step);
-  const Rule<C> rule{clip, C(beta2), C(1 - beta1), C(1 - beta2), C(-lr / correction1), C(std::sqrt(correction2)),
-                     C(eps), C(1 - ema_decay.value_or(1.0))};
-  const bool ema = ema_decay.has_value() && !emas.empty();
-  const auto with = use_avx2() ? update_avx2<true, T, C> : update_portable<true, T, C>;
-  const auto without = use_avx2() ? update_avx2<false, T, C> : update_portable<false, T, C>;
-  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const auto [t, at, stop] = chunks[i];
-      const Span<T, C> span{data<T>(params[t], at),       data<const T>(grads[t], at),
-                            data<C>(exp_avgs[t], at),     data<C>(exp_avg_sqs[t], at),
-                            ema ? data<C>(emas[t], at) : nullptr, stop - at,
-                            C(1 - lr * weight_decay[t])};
-      (ema ? with : without)(span, rule);
+  const Rule<C> rule = rule_of(s, norm);
+  const bool ema = s.ema_decay.has_value() && !l.emas.empty();
+  const Store store = !l.masters.empty() ? Store::kMaster : s.stochastic ? Store::kStochastic : Store::kNearest;
+  const Update<T, C> body = ema ? update_for<true, T, C>(store) : update_for<false, T, C>(store);
+  torch::stable::parallel_for(0, index.units(), 1, [&](int64_t begin, int64_t end) {
+    // Backwards: the gradients that the norm read last are still in the cache.
+    for (int64_t unit = end; unit-- > begin;) {
+      index.pieces(unit, [&](size_t t, int64_t first, int64_t last) {
+        body({data<T>(l.params[t], first), data<const T>(l.grads[t], first), data<C>(l.exp_avgs[t], first),
+              data<C>(l.exp_avg_sqs[t], first), ema ? data<C>(l.emas[t], first) : nullptr,
+              store == Store::kMaster ? data<C>(l.masters[t], first) : nullptr, last - first,
+              C(1 - s.lr * l.weight_decay[t]), static_cast<uint64_t>(index.start(t) + first) / 8},
+             rule);
+      });
     }
   });
   return result;
@@ -159,16 +250,17 @@ Tensor run(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
 Tensor adamw_ema_step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,
                           int64_t step, double lr, double beta1, double beta2, double eps,
                           std::vector<double> weight_decay, std::optional<double> max_norm,
-                          std::optional<double> ema_decay) {
-  const auto call = [&](auto run_typed) {
-    return run_typed(params, grads, exp_avgs, exp_avg_sqs, emas, step, lr, beta1, beta2, eps, weight_decay, max_norm,
-                     ema_decay);
-  };
+                          std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding, int64_t seed,
+                          int64_t offset) {
+  const Lists lists{params, grads, exp_avgs, exp_avg_sqs, emas, masters, weight_decay};
+  const Settings settings{step,     lr,        beta1,     beta2,
+                          eps,      max_norm,  ema_decay, stochastic_rounding,
+                          static_cast<uint64_t>(seed), static_cast<uint32_t>(offset)};
   switch (params[0].scalar_type()) {
-    case ScalarType::Float: return call(run<float, float>);
-    case ScalarType::Double: return call(run<double, double>);
-    case ScalarType::BFloat16: return call(run<BFloat16, float>);
-    case ScalarType::Half: return call(run<Half, float>);
+    case ScalarType::Float: return run<float, float>(lists, settings);
+    case ScalarType::Double: return run<double, double>(lists, settings);
+    case ScalarType::BFloat16: return run<BFloat16, float>(lists, settings);
+    case ScalarType::Half: return run<Half, float>(lists, settings);
     default: STD_TORCH_CHECK(false, "adamw_ema_step: params must be float16, bfloat16, float32 or float64");
   }
 }

@@ -78,12 +78,16 @@ DBK_INLINE void draw_words(uint32_t (&x)[4][kGroups], uint64_t first, uint64_t s
   }
 }
 
-// to[4·g + w] = n[w][g].
-template <bool kAvx2, int kGroups>
-DBK_INLINE void interleave(const float (&n)[4][kGroups], float* to) {
+// to[4·g + w] = n[w][g], for any numbers of 32 bits.
+template <bool kAvx2, int kGroups, typename N>
+DBK_INLINE void interleave(const N (&n)[4][kGroups], N* to) {
+  static_assert(sizeof(N) == sizeof(float));
 #if defined(__x86_64__) && defined(__GNUC__)
   if constexpr (kAvx2) {
-    for (int g = 0; g < kGroups; g += 8) store_interleaved(&n[0][g], &n[1][g], &n[2][g], &n[3][g], to + 4 * g);
+    const auto lanes = [&](int w, int g) { return reinterpret_cast<const float*>(&n[w][g]); };
+    for (int g = 0; g < kGroups; g += 8) {
+      store_interleaved(lanes(0, g), lanes(1, g), lanes(2, g), lanes(3, g), reinterpret_cast<float*>(to + 4 * g));
+    }
     return;
   }
 #endif

@@ -54,7 +54,7 @@ DBK_INLINE C fused(C a, C b, C c) {
 using BFloat16 = torch::headeronly::BFloat16;
 using Half = torch::headeronly::Half;
 
-// Conversions in integer arithmetic, so that loops over them vectorise.
+// Conversions in integer arithmetic and without branches, so that loops over them vectorise.
 template <typename C, typename T>
 DBK_INLINE C load_as(const T& value) {
   return static_cast<C>(value);
@@ -63,6 +63,15 @@ DBK_INLINE C load_as(const T& value) {
 template <>
 DBK_INLINE float load_as<float, BFloat16>(const BFloat16& value) {
   return bits_to_float(static_cast<uint32_t>(value.x) << 16);
+}
+
+template <>
+DBK_INLINE float load_as<float, Half>(const Half& value) {
+  const uint32_t exponent = value.x & 0x7C00u, magnitude = (value.x & 0x7FFFu) << 13;
+  const uint32_t normal = magnitude + (112u << 23), beyond = magnitude + (224u << 23);  // beyond: infinity and NaN
+  const uint32_t tiny = float_to_bits(static_cast<float>(static_cast<int32_t>(value.x & 0x3FFu)) * 0x1p-24f);
+  const uint32_t bits = exponent == 0 ? tiny : exponent == 0x7C00u ? beyond : normal;
+  return bits_to_float(bits | (value.x & 0x8000u) << 16);
 }
 
 template <typename T, typename C>
@@ -75,6 +84,16 @@ DBK_INLINE void store_as<BFloat16, float>(BFloat16& to, float value) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   to.x = static_cast<uint16_t>(value != value ? 0x7FC0u : rounded);
+}
+
+template <>
+DBK_INLINE void store_as<Half, float>(Half& to, float value) {
+  const uint32_t bits = float_to_bits(value), magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t rounded = ((magnitude + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13) - (112u << 10);
+  const uint32_t normal = rounded < 0x7C00u ? rounded : 0x7C00u;  // from 65520 on, infinity
+  const uint32_t tiny = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3F000000u;  // 0.5's last place is 2^-24
+  const uint32_t finite = magnitude < 0x38800000u ? tiny : normal;
+  to.x = static_cast<uint16_t>((value != value ? 0x7E00u : finite) | (bits >> 16 & 0x8000u));
 }
 
 }  // namespace dbk

@@ -2,11 +2,10 @@
 // dbkernels/adamw_ema.py.
 //
 // Three kernels: squares of each chunk of the gradients, one block that adds them up in a fixed order (so the norm's bits
-// repeat) and decides, and the update, which reads the decision from device memory. What each block works on travels as
-// kernel arguments, so nothing is copied to the device and a CUDA graph can hold the step.
+// repeat) and decides, and the update, which reads the decision from device memory.
 
-#include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -16,33 +15,24 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "cuda/multi_tensor.h"
 #include "ops.h"
+#include "rounding.h"
 
 namespace dbk {
 namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int kThreads = 256;
-constexpr int kPack = 4;           // elements a thread moves at once: 16 bytes of float32
-constexpr int kChunk = 16384;      // elements a block takes
-constexpr int kTensors = 36;       // tensors and blocks of one launch: what fits the 4 KiB of kernel arguments
-constexpr int kBlocks = 320;
-
-struct Batch {
-  void *param[kTensors], *exp_avg[kTensors], *exp_avg_sq[kTensors], *ema[kTensors];
-  const void* grad[kTensors];
-  int64_t numel[kTensors];
-  double keep[kTensors];  // 1 - lr·weight_decay
-  int32_t chunk[kBlocks];
-  uint8_t tensor[kBlocks];
-  int blocks, first;  // first: this launch's place among all chunks
-};
-static_assert(sizeof(Batch) + 128 <= 4096, "kernel arguments hold 4 KiB before CUDA 12.1");
+// Where the new parameter goes: rounded to its tensor; to its float32 master and rounded from there; rounded up or down by
+// chance.
+enum class Store { kNearest, kMaster, kStochastic };
 
 template <typename C>
 struct Rule {
   C beta2, one_minus_beta1, one_minus_beta2, minus_step_size, root, eps, one_minus_ema;
+  uint64_t seed;
+  uint32_t offset;
 };
 
 // What the norm decided; read by the update.
@@ -51,43 +41,6 @@ struct Decision {
   C clip;
   int update;
 };
-
-template <typename T>
-struct alignas(sizeof(T) * kPack) Pack {
-  T v[kPack];
-};
-
-template <typename C, typename T>
-__device__ C widen(T value) {
-  return static_cast<C>(value);
-}
-
-template <typename T>
-__device__ bool aligned(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % sizeof(Pack<T>) == 0;
-}
-
-// Up to four elements, fewer at the end of a tensor.
-template <typename T>
-__device__ Pack<T> load(const T* from, int count, bool whole) {
-  Pack<T> pack;
-  if (whole) return *reinterpret_cast<const Pack<T>*>(from);
-#pragma unroll
-  for (int k = 0; k < kPack; ++k) pack.v[k] = k < count ? from[k] : T(0.0f);
-  return pack;
-}
-
-template <typename T>
-__device__ void store(T* to, const Pack<T>& pack, int count, bool whole) {
-  if (whole) {
-    *reinterpret_cast<Pack<T>*>(to) = pack;
-    return;
-  }
-#pragma unroll
-  for (int k = 0; k < kPack; ++k) {
-    if (k < count) to[k] = pack.v[k];
-  }
-}
 
 // Sum over a block in a fixed order; the result is thread 0's.
 __device__ double block_sum(double value) {
@@ -136,9 +89,29 @@ __global__ void __launch_bounds__(kThreads) decide(const double* partial, int co
   decision->clip = max_norm < C(0) ? C(1) : min(C(1), max_norm / (norm + C(1e-6)));
 }
 
-template <typename T, typename C, bool kEma>
+// Stored as T, from four elements that begin at `first` of their tensor.
+template <Store kStore, typename T, typename C>
+__device__ Pack<T> rounded(const Pack<C>& value, uint64_t group, int64_t first, const Rule<C>& r) {
+  Pack<T> stored;
+  if constexpr (kStore == Store::kStochastic) {
+    const Words w = words_of_group(group + first / 8, r.seed, r.offset, kRoundingStream);
+    const uint32_t low = first % 8 == 0 ? w.x0 : w.x2, high = first % 8 == 0 ? w.x1 : w.x3;
+    const uint32_t random[kPack] = {low & 0xFFFFu, low >> 16, high & 0xFFFFu, high >> 16};
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) {
+      stored.v[k] = __ushort_as_bfloat16(stochastic_bfloat16(value.v[k], random[k]));
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) stored.v[k] = T(value.v[k]);
+  }
+  return stored;
+}
+
+template <typename T, typename C, bool kEma, Store kStore>
 __global__ void __launch_bounds__(kThreads) update(const __grid_constant__ Batch batch, const Rule<C> r,
                                                    const Decision<C>* decision) {
+  constexpr bool kMaster = kStore == Store::kMaster;
   if (!decision->update) return;
   const C clip = decision->clip;
   const int t = batch.tensor[blockIdx.x];
@@ -149,68 +122,46 @@ __global__ void __launch_bounds__(kThreads) update(const __grid_constant__ Batch
   C* exp_avg = static_cast<C*>(batch.exp_avg[t]) + begin;
   C* exp_avg_sq = static_cast<C*>(batch.exp_avg_sq[t]) + begin;
   C* ema = kEma ? static_cast<C*>(batch.ema[t]) + begin : nullptr;
+  C* master = kMaster ? static_cast<C*>(batch.master[t]) + begin : nullptr;
   const C keep = static_cast<C>(batch.keep[t]);
   const bool packed = aligned<T>(param) && aligned<T>(grad) && aligned<C>(exp_avg) && aligned<C>(exp_avg_sq) &&
-                      aligned<C>(ema);
+                      aligned<C>(ema) && aligned<C>(master);
   for (int i = threadIdx.x * kPack; i < count; i += kThreads * kPack) {
     const int left = count - i;
     const bool whole = packed && left >= kPack;
-    Pack<T> p = load(param + i, left, whole);
+    Pack<C> p, m = load(exp_avg + i, left, whole), v = load(exp_avg_sq + i, left, whole), e{};
     const Pack<T> g = load(grad + i, left, whole);
-    Pack<C> m = load(exp_avg + i, left, whole), v = load(exp_avg_sq + i, left, whole), e{};
     if constexpr (kEma) e = load(ema + i, left, whole);
+    if constexpr (kMaster) {
+      p = load(master + i, left, whole);
+    } else {
+      const Pack<T> old = load(param + i, left, whole);
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) p.v[k] = widen<C>(old.v[k]);
+    }
 #pragma unroll
     for (int k = 0; k < kPack; ++k) {
       const C scaled = widen<C>(g.v[k]) * clip;
       m.v[k] = fma(r.one_minus_beta1, scaled - m.v[k], m.v[k]);
       v.v[k] = fma(r.one_minus_beta2 * scaled, scaled, v.v[k] * r.beta2);
       const C denominator = sqrt(v.v[k]) / r.root + r.eps;
-      p.v[k] = T(fma(widen<C>(p.v[k]), keep, r.minus_step_size * m.v[k] / denominator));
-      if constexpr (kEma) e.v[k] = fma(r.one_minus_ema, widen<C>(p.v[k]) - e.v[k], e.v[k]);
+      p.v[k] = fma(p.v[k], keep, r.minus_step_size * m.v[k] / denominator);
     }
-    store(param + i, p, left, whole);
+    const Pack<T> stored = rounded<kStore, T>(p, batch.group[t], begin + i, r);
+    if constexpr (kEma) {
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) {
+        // The average is of the master, or of the parameter as stored.
+        const C now = kMaster ? p.v[k] : widen<C>(stored.v[k]);
+        e.v[k] = fma(r.one_minus_ema, now - e.v[k], e.v[k]);
+      }
+      store(ema + i, e, left, whole);
+    }
+    store(param + i, stored, left, whole);
+    if constexpr (kMaster) store(master + i, p, left, whole);
     store(exp_avg + i, m, left, whole);
     store(exp_avg_sq + i, v, left, whole);
-    if constexpr (kEma) store(ema + i, e, left, whole);
   }
-}
-
-struct Lists {
-  const Tensors &params, &grads, &exp_avgs, &exp_avg_sqs, &emas;
-  const std::vector<double>& weight_decay;
-  double lr;
-};
-
-// Cut the lists into chunks of kChunk elements and the chunks into launches.
-std::vector<Batch> batches(const Lists& lists) {
-  std::vector<Batch> all;
-  int chunks = 0, slots = kTensors;
-  for (size_t i = 0; i < lists.params.size(); ++i) {
-    const int64_t numel = lists.params[i].numel();
-    bool placed = false;
-    for (int64_t at = 0; at < numel; at += kChunk, ++chunks) {
-      const bool full = all.empty() || all.back().blocks == kBlocks || (!placed && slots == kTensors);
-      if (full) {
-        all.emplace_back();
-        all.back().first = chunks;
-        slots = 0;
-      }
-      Batch& batch = all.back();
-      if (full || !placed) {
-        batch.param[slots] = lists.params[i].data_ptr();
-        batch.grad[slots] = lists.grads[i].data_ptr();
-        batch.exp_avg[slots] = lists.exp_avgs[i].data_ptr();
-        batch.exp_avg_sq[slots] = lists.exp_avg_sqs[i].data_ptr();
-        batch.ema[slots] = lists.emas.empty() ? nullptr : lists.emas[i].data_ptr();
-        batch.numel[slots] = numel;
-        batch.keep[slots++] = 1 - lists.lr * lists.weight_decay[i];
-        placed = true;
-      }
-      batch.tensor[batch.blocks] = static_cast<uint8_t>(slots - 1);
-      batch.chunk[batch.blocks++] = static_cast<int32_t>(at / kChunk);
-    }
-  }
-  return all;
 }
 
 cudaStream_t current_stream(const Tensor& tensor) {
@@ -220,7 +171,23 @@ cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 template <typename T, typename C>
-Tensor run(const Lists& lists, const Rule<C>& rule, std::optional<double> max_norm, bool ema, ScalarType wide) {
+using Update = void (*)(Batch, Rule<C>, const Decision<C>*);
+
+template <typename T, typename C, bool kEma>
+Update<T, C> update_for(Store store) {
+  if constexpr (sizeof(T) == 2) {
+    if (store == Store::kMaster) return update<T, C, kEma, Store::kMaster>;
+  }
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (store == Store::kStochastic) return update<T, C, kEma, Store::kStochastic>;
+  }
+  STD_TORCH_CHECK(store == Store::kNearest, "adamw_ema_step: masters are for half types, stochastic rounding for bfloat16");
+  return update<T, C, kEma, Store::kNearest>;
+}
+
+template <typename T, typename C>
+Tensor run(const Lists& lists, const Rule<C>& rule, std::optional<double> max_norm, bool ema, Store store,
+           ScalarType wide) {
   const torch::stable::accelerator::DeviceGuard guard(lists.params[0].get_device_index());
   const cudaStream_t stream = current_stream(lists.params[0]);
   const std::vector<Batch> work = batches(lists);
@@ -237,8 +204,9 @@ Tensor run(const Lists& lists, const Rule<C>& rule, std::optional<double> max_no
   decide<C><<<1, kThreads, 0, stream>>>(partial, chunks, C(max_norm.value_or(-1.0)),
                                         static_cast<C*>(norm.data_ptr()), decision);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+  const Update<T, C> kernel = ema ? update_for<T, C, true>(store) : update_for<T, C, false>(store);
   for (const Batch& batch : work) {
-    (ema ? update<T, C, true> : update<T, C, false>)<<<batch.blocks, kThreads, 0, stream>>>(batch, rule, decision);
+    kernel<<<batch.blocks, kThreads, 0, stream>>>(batch, rule, decision);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return norm;
@@ -249,19 +217,23 @@ Tensor run(const Lists& lists, const Rule<C>& rule, std::optional<double> max_no
 Tensor adamw_ema_step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,
                            int64_t step, double lr, double beta1, double beta2, double eps,
                            std::vector<double> weight_decay, std::optional<double> max_norm,
-                           std::optional<double> ema_decay) {
-  const Lists lists{params, grads, exp_avgs, exp_avg_sqs, emas, weight_decay, lr};
+                           std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding, int64_t seed,
+                           int64_t offset) {
+  const Lists lists{params, grads, exp_avgs, exp_avg_sqs, emas, masters, weight_decay, lr};
   const bool ema = ema_decay.has_value() && !emas.empty();
-  const auto rule = [&](auto zero) {
+  const Store store = !masters.empty() ? Store::kMaster : stochastic_rounding ? Store::kStochastic : Store::kNearest;
+  const auto call = [&](auto stored, auto zero, ScalarType wide) {
     using C = decltype(zero);
-    return Rule<C>{C(beta2), C(1 - beta1), C(1 - beta2), C(-lr / (1 - std::pow(beta1, step))),
-                   C(std::sqrt(1 - std::pow(beta2, step))), C(eps), C(1 - ema_decay.value_or(1.0))};
+    const Rule<C> rule{C(beta2), C(1 - beta1), C(1 - beta2), C(-lr / (1 - std::pow(beta1, step))),
+                       C(std::sqrt(1 - std::pow(beta2, step))), C(eps), C(1 - ema_decay.value_or(1.0)),
+                       static_cast<uint64_t>(seed), static_cast<uint32_t>(offset)};
+    return run<decltype(stored), C>(lists, rule, max_norm, ema, store, wide);
   };
   switch (params[0].scalar_type()) {
-    case ScalarType::Float: return run<float, float>(lists, rule(0.0f), max_norm, ema, ScalarType::Float);
-    case ScalarType::Double: return run<double, double>(lists, rule(0.0), max_norm, ema, ScalarType::Double);
-    case ScalarType::BFloat16: return run<__nv_bfloat16, float>(lists, rule(0.0f), max_norm, ema, ScalarType::Float);
-    case ScalarType::Half: return run<__half, float>(lists, rule(0.0f), max_norm, ema, ScalarType::Float);
+    case ScalarType::Float: return call(float{}, 0.0f, ScalarType::Float);
+    case ScalarType::Double: return call(double{}, 0.0, ScalarType::Double);
+    case ScalarType::BFloat16: return call(__nv_bfloat16{}, 0.0f, ScalarType::Float);
+    case ScalarType::Half: return call(__half{}, 0.0f, ScalarType::Float);
     default: STD_TORCH_CHECK(false, "adamw_ema_step: params must be float16, bfloat16, float32 or float64");
   }
 }

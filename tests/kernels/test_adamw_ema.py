@@ -234,7 +234,7 @@ def test_repeats_bit_for_bit_whatever_the_threads():
 def test_opcheck():
     shapes = [(4, 3), (5,)]
     lists = [random_list(shapes), random_list(shapes), *state_of(random_list(shapes))]
-    arguments = (*lists, 2, 1e-3, 0.9, 0.99, 1e-8, [0.1, 0.0], 1.0, 0.9)
+    arguments = (*lists, 2, 1e-3, 0.9, 0.99, 1e-8, [0.1, 0.0], 1.0, 0.9, [], False, 0, 0)
     torch.library.opcheck(torch.ops.dbkernels.adamw_ema_step.default, arguments)
 
 

@@ -32,7 +32,8 @@ def arguments(**changes):
         (dict(betas=(1.0, 0.9)), ValueError, r"betas\[0\]"),
         (dict(eps=-1.0), ValueError, "eps"),
         (dict(weight_decay=[0.1, 0.1]), ValueError, "weight_decay has 2 values"),
-        (dict(weight_decay=-0.1), ValueError, r"weight_decay\[0\]"),
+        (dict(weight_decay=-0.1), ValueError, "weight_decay=-0.1"),
+        (dict(weight_decay=[-0.1]), ValueError, r"weight_decay\[0\]"),
         (dict(max_norm=0.0), ValueError, "max_norm=0.0"),
     ],
 )

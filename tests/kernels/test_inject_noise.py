@@ -87,6 +87,18 @@ def test_sigma_with_trailing_ones_and_as_float():
     assert torch.equal(dbkernels.inject_noise(y, 0.3, seed=1), scalar)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_value_of_a_half_type_is_read_and_rounded_as_torch_does(dtype):
+    """Without noise z is y·c_in: all 65,536 values, subnormal, infinite and NaN, through scales that round and
+    overflow."""
+    y = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    for scale in (1.0, 1 / 3, 2.0**-9, 300.0):
+        z = dbkernels.inject_noise(y, 0.0, sigma_data=1 / scale, seed=1)
+        factor = 1 / torch.tensor(1 / scale).square().sqrt()
+        expected = (y.float() * factor).to(dtype)
+        torch.testing.assert_close(z, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_empty():
     z = dbkernels.inject_noise(torch.empty(0, 3, 4), torch.empty(0), seed=1)
     assert z.shape == (0, 3, 4)
