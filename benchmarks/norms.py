@@ -1,4 +1,8 @@
-"""What the benches of the modulated norms share: forward and backward of eager PyTorch, torch.compile, ours."""
+"""What the benches of the modulated norms share: forward and backward of eager PyTorch, torch.compile, ours, and on a
+GPU Liger where it is installed.
+"""
+
+import importlib.util
 
 import harness
 import torch
@@ -22,6 +26,25 @@ def rms(x, shift, scale):
 def gated(x, branch, gate, shift, scale):
     h = x + gate * branch
     return h, layer(h, shift, scale)
+
+
+def liger_norm(name, dim, dtype, device):
+    """What Liger's users write: its modulated RMSNorm, or its LayerNorm with the modulation behind it."""
+    from liger_kernel.transformers import functional as liger
+
+    one, zero = torch.ones(dim, dtype=dtype, device=device), torch.zeros(dim, dtype=dtype, device=device)
+
+    def rms(x, shift, scale):
+        return liger.liger_modulated_rms_norm(x, None, scale, shift, 1e-6, in_place=False)
+
+    def layer(x, shift, scale):
+        return liger.liger_layer_norm(x, one, zero, 1e-6) * (1 + scale) + shift
+
+    def gated(x, branch, gate, shift, scale):
+        h = x + gate * branch
+        return h, layer(h, shift, scale)
+
+    return {"ada_layer_norm": layer, "ada_rms_norm": rms, "gated_residual_norm": gated}[name]
 
 
 # Tensors of x's size that must be read and written once, forward and backward.
@@ -68,6 +91,9 @@ def bench(name, doc):
                 "compile": both_ways(torch.compile(plain, dynamic=False), inputs, modulation, upstream),
                 "ours": both_ways(op, inputs, modulation, upstream),
             }
+            if options.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+                peer = liger_norm(name, shape[-1], dtype, options.device)
+                contenders["liger"] = both_ways(peer, inputs, modulation, upstream)
             wide = [t.detach().double().requires_grad_() for t in (*inputs, modulation)]
             exact = both_ways(plain, wide[:-1], wide[-1], [t.double() for t in upstream])
             check(contenders["ours"](), contenders["eager"](), exact(), dtype)

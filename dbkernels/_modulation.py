@@ -93,6 +93,20 @@ def per_row(name: str, tensor: Tensor, x: Tensor) -> Tensor:
     return tensor
 
 
+def settled(x: Tensor, *modulation: Tensor | None) -> bool:
+    """Whether x is (B, N, D) and each modulation (B, 1, D) with its dtype and device, or None, so that nothing is left
+    to check or to reshape. It is in nearly every call of a layer, and telling so takes a tenth of the checks' time."""
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in _FLOATS or not 1 <= x.shape[2] <= LARGEST_DIM:
+        return False
+    shape, dtype, device = (x.shape[0], 1, x.shape[2]), x.dtype, x.device
+    for m in modulation:
+        if m is not None and not (
+            isinstance(m, Tensor) and m.dtype is dtype and m.shape == shape and m.device == device
+        ):
+            return False
+    return True
+
+
 def one_form(x: Tensor, modulation: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
     """x as (O, I, D) and the modulation as (O, 1, D), by views where their strides allow it."""
     given = [m for m in modulation if m is not None]

@@ -81,16 +81,19 @@ class _AdaNorm(torch.autograd.Function):
 
 
 def _norm(x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float, rms: bool) -> Tensor:
-    modulation.check_x("x", x)
     modulation.check_eps(eps)
+    rows = x
+    if not modulation.settled(x, shift, scale):
+        modulation.check_x("x", x)
+        shift = None if shift is None else modulation.per_row("shift", shift, x)
+        scale = None if scale is None else modulation.per_row("scale", scale, x)
+        rows, (shift, scale) = modulation.one_form(x, [shift, scale])
     modulation.check_affine("weight", weight, x)
     modulation.check_affine("bias", bias, x)
-    shift = None if shift is None else modulation.per_row("shift", shift, x)
-    scale = None if scale is None else modulation.per_row("scale", scale, x)
     if backend() == "reference" and not torch.compiler.is_compiling():
-        return modulation.definition(x, shift, scale, weight, bias, eps, rms)
-    rows, (shift, scale) = modulation.one_form(x, [shift, scale])
-    out = _AdaNorm.apply(rows, shift, scale, weight, bias, eps, rms)
+        out = modulation.definition(rows, shift, scale, weight, bias, eps, rms)
+    else:
+        out = _AdaNorm.apply(rows, shift, scale, weight, bias, eps, rms)
     return out if rows is x else out.view(x.shape)
 
 

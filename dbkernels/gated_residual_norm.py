@@ -148,21 +148,23 @@ def gated_residual_norm(
 
     Source: Peebles and Xie 2023, section 3.2 (AdaLN-Zero).
     """
-    modulation.check_x("x", x)
-    modulation.check_x("branch", branch, x)
     modulation.check_eps(eps)
-    modulation.check_affine("weight", weight, x)
-    modulation.check_affine("bias", bias, x)
     if norm not in NORMS or (norm == "rms" and bias is not None):
         raise ValueError(f'norm must be "layer", or "rms" without a bias, got {norm!r}')
-    gate = modulation.per_row("gate", gate, x)
-    shift = None if shift is None else modulation.per_row("shift", shift, x)
-    scale = None if scale is None else modulation.per_row("scale", scale, x)
-    branch = branch.to(x.dtype)
+    modulation.check_x("x", x)
+    modulation.check_x("branch", branch, x)
+    rows, branch = x, branch.to(x.dtype)
+    if not modulation.settled(x, gate, shift, scale) or gate is None:
+        gate = modulation.per_row("gate", gate, x)
+        shift = None if shift is None else modulation.per_row("shift", shift, x)
+        scale = None if scale is None else modulation.per_row("scale", scale, x)
+        rows, (gate, shift, scale) = modulation.one_form(x, [gate, shift, scale])
+        branch = branch.reshape(rows.shape)
+    modulation.check_affine("weight", weight, x)
+    modulation.check_affine("bias", bias, x)
+    arguments = rows, branch, gate, shift, scale, weight, bias, eps, norm == "rms"
     if backend() == "reference" and not torch.compiler.is_compiling():
-        return gated_residual_norm_reference(x, branch, gate, shift, scale, weight, bias, eps, norm == "rms")
-    rows, (gate, shift, scale) = modulation.one_form(x, [gate, shift, scale])
-    h, out = _GatedResidualNorm.apply(
-        rows, branch if rows is x else branch.reshape(rows.shape), gate, shift, scale, weight, bias, eps, norm == "rms"
-    )
+        h, out = gated_residual_norm_reference(*arguments)
+    else:
+        h, out = _GatedResidualNorm.apply(*arguments)
     return (h, out) if rows is x else (h.view(x.shape), out.view(x.shape))

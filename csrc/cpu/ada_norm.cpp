@@ -35,7 +35,8 @@ DBK_INLINE void forward_row(const Forward<T, C>& f, const Modulation<C>& m, C* v
       values[j] = load_as<C>(h[j]);  // as stored: the backward pass starts from it
     }
   } else {
-    load_row(x, f.dim, values);
+#pragma omp simd
+    for (int64_t j = 0; j < f.dim; ++j) values[j] = load_as<C>(x[j]);
   }
   const C mean = f.mean ? sum(values, f.dim) / static_cast<C>(f.dim) : C(0);
   const C rstd = C(1) / std::sqrt(squared_distance(values, mean, f.dim) / static_cast<C>(f.dim) + f.eps);
@@ -56,9 +57,11 @@ struct Backward {
 };
 
 // Sums over rows: of the output's gradient, of it times the normalised row, of the residual's gradient times the branch.
+// They lie `apart` from each other.
 template <typename C>
 struct Sums {
-  C *grad, *normal, *branch;
+  C* first;
+  int64_t apart;
 };
 
 // scratch: room for five rows.
@@ -67,7 +70,7 @@ DBK_INLINE void backward_row(const Backward<T, C>& b, const Modulation<C>& m, co
                              int64_t i, int64_t row) {
   const T *grad = b.grad.at(o, i), *x = b.x.at(o, i);
   const C mean = b.mean ? b.mean[row] : C(0), rstd = b.rstd[row];
-  C *normal = scratch, *scaled = scratch + b.dim, *sum_grad = sums.grad, *sum_normal = sums.normal;
+  C *normal = scratch, *scaled = scratch + b.dim, *sum_grad = sums.first, *sum_normal = sums.first + sums.apart;
   const C* k = m.k.data();
   C total = 0, along = 0;
 #pragma omp simd reduction(+ : total, along)
@@ -86,7 +89,7 @@ DBK_INLINE void backward_row(const Backward<T, C>& b, const Modulation<C>& m, co
     const T *grad_h = b.grad_h.data ? b.grad_h.at(o, i) : nullptr, *branch = b.branch.at(o, i);
     T* dbranch = b.dbranch.at(o, i);
     const C* gate = m.g.data();
-    C* sum_branch = sums.branch;
+    C* sum_branch = sums.first + 2 * sums.apart;
     if (grad_h) {
 #pragma omp simd
       for (int64_t j = 0; j < b.dim; ++j) {
@@ -110,19 +113,21 @@ DBK_INLINE void backward_row(const Backward<T, C>& b, const Modulation<C>& m, co
 
 // A tile of rows. Sums are taken over a few rows first and then over those: float32 loses less than one row at a time.
 template <bool kGated, typename T, typename C>
-DBK_INLINE void backward_tile(const Backward<T, C>& b, const Modulation<C>& m, C* sums, C* scratch, int64_t o,
-                              int64_t begin, int64_t end, int64_t inner) {
-  constexpr int64_t kFew = 8;
-  const int64_t count = (kGated ? 3 : 2) * b.dim;
-  C* few = scratch + 2 * b.dim;
+DBK_INLINE void backward_tile(const Backward<T, C>& b, const Modulation<C>& m, const Sums<C>& sums, C* scratch,
+                              int64_t o, int64_t begin, int64_t end, int64_t inner) {
+  constexpr int64_t kFew = 8, kKinds = kGated ? 3 : 2;
+  const Sums<C> few{scratch + 2 * b.dim, b.dim};
   for (int64_t first = begin; first < end; first += kFew) {
-    std::fill_n(few, count, C(0));
-    const Sums<C> to{few, few + b.dim, few + 2 * b.dim};
+    std::fill_n(few.first, kKinds * b.dim, C(0));
     for (int64_t i = first; i < std::min(first + kFew, end); ++i) {
-      backward_row<kGated>(b, m, to, scratch, o, i, o * inner + i);
+      backward_row<kGated>(b, m, few, scratch, o, i, o * inner + i);
     }
+    for (int64_t kind = 0; kind < kKinds; ++kind) {
+      C* to = sums.first + kind * sums.apart;
+      const C* from = few.first + kind * few.apart;
 #pragma omp simd
-    for (int64_t j = 0; j < count; ++j) sums[j] += few[j];
+      for (int64_t j = 0; j < b.dim; ++j) to[j] += from[j];
+    }
   }
 }
 
@@ -140,14 +145,14 @@ void forward_portable(const Forward<T, C>& f, const Modulation<C>& m, C* values,
 }
 
 template <bool kGated, typename T, typename C>
-DBK_AVX2 void backward_avx2(const Backward<T, C>& b, const Modulation<C>& m, C* sums, C* scratch, int64_t o,
+DBK_AVX2 void backward_avx2(const Backward<T, C>& b, const Modulation<C>& m, const Sums<C>& sums, C* scratch, int64_t o,
                             int64_t begin, int64_t end, int64_t inner) {
   backward_tile<kGated>(b, m, sums, scratch, o, begin, end, inner);
 }
 
 template <bool kGated, typename T, typename C>
-void backward_portable(const Backward<T, C>& b, const Modulation<C>& m, C* sums, C* scratch, int64_t o, int64_t begin,
-                       int64_t end, int64_t inner) {
+void backward_portable(const Backward<T, C>& b, const Modulation<C>& m, const Sums<C>& sums, C* scratch, int64_t o,
+                       int64_t begin, int64_t end, int64_t inner) {
   backward_tile<kGated>(b, m, sums, scratch, o, begin, end, inner);
 }
 
@@ -159,18 +164,6 @@ constexpr ScalarType scalar_type() {
 template <typename C>
 C* data(const Tensor& tensor) {
   return tensor.numel() ? static_cast<C*>(tensor.data_ptr()) : nullptr;
-}
-
-// Calls body(tile number, sample, first row, last row) for all tiles, each thread with its own `make()`.
-template <typename Make, typename Body>
-void for_tiles(const Tiling& tiling, const Make& make, const Body& body) {
-  torch::stable::parallel_for(0, tiling.count(), tiling.grain(), [&](int64_t begin, int64_t end) {
-    auto own = make();
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t o = tile / tiling.per_sample, first = tile % tiling.per_sample * kTile;
-      body(own, tile, o, first, std::min(first + kTile, tiling.inner));
-    }
-  });
 }
 
 template <typename T, typename C>
@@ -198,24 +191,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_in, const May
   return {h, out, mean, rstd};
 }
 
-// Adds the tiles of each sample in their order: (tiles of all samples, kinds, D) -> (kinds, O, 1, D).
+// Adds the tiles of each sample in their order: (tiles of all samples, kinds, D) to (kinds, O, 1, D).
 template <typename C>
-Tensor total(const std::vector<C>& partial, const Tiling& tiling, int64_t kinds, const Tensor& like) {
-  Tensor result = torch::stable::new_zeros(like, {kinds, tiling.outer, 1, tiling.dim}, scalar_type<C>());
-  C* to = data<C>(result);
-  std::vector<double> sums(kinds * tiling.dim);
+void add_tiles(const std::vector<C>& partial, const Tiling& tiling, int64_t kinds, C* to) {
+  const int64_t dim = tiling.dim;
+  std::vector<double> sums(kinds * dim);
   for (int64_t o = 0; o < tiling.outer; ++o) {
     std::fill(sums.begin(), sums.end(), 0.0);
-    const C* from = partial.data() + o * tiling.per_sample * kinds * tiling.dim;
-    for (int64_t tile = 0; tile < tiling.per_sample; ++tile, from += kinds * tiling.dim) {
-      for (int64_t j = 0; j < kinds * tiling.dim; ++j) sums[j] += from[j];
+    const C* from = partial.data() + o * tiling.per_sample * kinds * dim;
+    for (int64_t tile = 0; tile < tiling.per_sample; ++tile, from += kinds * dim) {
+      for (int64_t j = 0; j < kinds * dim; ++j) sums[j] += from[j];
     }
     for (int64_t kind = 0; kind < kinds; ++kind) {
-      C* row = to + (kind * tiling.outer + o) * tiling.dim;
-      for (int64_t j = 0; j < tiling.dim; ++j) row[j] = static_cast<C>(sums[kind * tiling.dim + j]);
+      C* row = to + (kind * tiling.outer + o) * dim;
+      for (int64_t j = 0; j < dim; ++j) row[j] = static_cast<C>(sums[kind * dim + j]);
     }
   }
-  return result;
 }
 
 template <typename T, typename C>
@@ -236,17 +227,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const MaybeTe
   const auto body = branch_in ? (use_avx2() ? backward_avx2<true, T, C> : backward_portable<true, T, C>)
                               : (use_avx2() ? backward_avx2<false, T, C> : backward_portable<false, T, C>);
   const int64_t kinds = branch_in ? 3 : 2, dim = tiling.dim;
-  std::vector<C> partial(tiling.count() * kinds * dim);
+  Tensor sums = torch::stable::new_zeros(x, {kinds, tiling.outer, 1, dim}, scalar_type<C>());
+  const bool one_tile = tiling.per_sample == 1;  // a sample: its sums are the result
+  std::vector<C> partial(one_tile ? 0 : tiling.count() * kinds * dim);
   const MaybeTensor none;
   const auto make = [&] {
     return std::make_pair(Modulation<C>(dim, none, scale, weight, none, gate), std::vector<C>(5 * dim));
   };
   for_tiles(tiling, make, [&](auto& own, int64_t tile, int64_t o, int64_t first, int64_t last) {
     own.first.load(o);
-    C* sums = partial.data() + tile * kinds * dim;
-    body(job, own.first, sums, own.second.data(), o, first, last, tiling.inner);
+    const Sums<C> to = one_tile ? Sums<C>{data<C>(sums) + o * dim, tiling.outer * dim}
+                                : Sums<C>{partial.data() + tile * kinds * dim, dim};
+    body(job, own.first, to, own.second.data(), o, first, last, tiling.inner);
   });
-  return {dx, dbranch, total(partial, tiling, kinds, x)};
+  if (!one_tile) add_tiles(partial, tiling, kinds, data<C>(sums));
+  return {dx, dbranch, sums};
 }
 
 template <typename Call>

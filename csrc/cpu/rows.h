@@ -1,6 +1,8 @@
 // Rows of (O, I, D) tensors, and the vectors that rows of one sample share.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -48,71 +50,123 @@ struct Tiling {
   }
 };
 
-template <typename T, typename C>
-DBK_INLINE void load_row(const T* from, int64_t count, C* to) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) to[j] = load_as<C>(from[j]);
+// Calls body(tile number, sample, first row, last row) for all tiles, each thread with its own `make()`.
+template <typename Make, typename Body>
+void for_tiles(const Tiling& tiling, const Make& make, const Body& body) {
+  torch::stable::parallel_for(0, tiling.count(), tiling.grain(), [&](int64_t begin, int64_t end) {
+    auto own = make();
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t o = tile / tiling.per_sample, first = tile % tiling.per_sample * kTile;
+      body(own, tile, o, first, std::min(first + kTile, tiling.inner));
+    }
+  });
+}
+
+// Four vectors of running sums: with one, each addition would wait for the one before it.
+template <typename C, typename Term>
+DBK_INLINE C sum_of(const C* values, int64_t count, const Term& term) {
+  typedef C Lanes __attribute__((vector_size(32)));
+  constexpr int64_t kLanes = 32 / sizeof(C);
+  const auto lanes_at = [&](int64_t j) {
+    Lanes lanes;
+    std::memcpy(&lanes, values + j, sizeof lanes);
+    return lanes;
+  };
+  Lanes sums[4] = {};
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= count; j += 4 * kLanes) {
+    for (int k = 0; k < 4; ++k) sums[k] += term(lanes_at(j + k * kLanes));
+  }
+  for (; j + kLanes <= count; j += kLanes) sums[0] += term(lanes_at(j));
+  sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  C total = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) total += sums[0][lane];
+  for (; j < count; ++j) total += term(values[j]);
+  return total;
 }
 
 template <typename C>
 DBK_INLINE C sum(const C* values, int64_t count) {
-  C total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < count; ++j) total += values[j];
-  return total;
+  return sum_of(values, count, [](auto value) { return value; });
 }
 
 template <typename C>
 DBK_INLINE C squared_distance(const C* values, C from, int64_t count) {
-  C total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < count; ++j) total += (values[j] - from) * (values[j] - from);
-  return total;
+  return sum_of(values, count, [from](auto value) { return (value - from) * (value - from); });
 }
 
-// Sample o of a (O, 1, D) tensor, or a (D,) one, of any floating type; `missing` where there is none.
-template <typename C>
-void read_vector(const MaybeTensor& tensor, int64_t o, std::vector<C>& to, C missing) {
-  if (!tensor) return to.assign(to.size(), missing);
-  const int64_t last = tensor->dim() - 1, step = tensor->strides()[last];
-  const int64_t first = last == 0 ? 0 : o * tensor->strides()[0];
-  const auto copy = [&](auto* data) {
-    for (size_t j = 0; j < to.size(); ++j) to[j] = load_as<C>(data[first + static_cast<int64_t>(j) * step]);
-  };
-  switch (tensor->scalar_type()) {
-    case ScalarType::Float: return copy(static_cast<const float*>(tensor->data_ptr()));
-    case ScalarType::Double: return copy(static_cast<const double*>(tensor->data_ptr()));
-    case ScalarType::BFloat16: return copy(static_cast<const BFloat16*>(tensor->data_ptr()));
-    case ScalarType::Half: return copy(static_cast<const Half*>(tensor->data_ptr()));
-    default: STD_TORCH_CHECK(false, "shift, scale, gate, weight and bias must be floating point");
+// A (O, 1, D) tensor or a (D,) one, of any floating type, or none.
+class Vectors {
+ public:
+  explicit Vectors(const MaybeTensor& tensor) {
+    if (!tensor) return;
+    const int64_t last = tensor->dim() - 1;
+    data_ = tensor->data_ptr(), type_ = tensor->scalar_type();
+    step_ = tensor->strides()[last], outer_ = last == 0 ? 0 : tensor->strides()[0];
   }
-}
+
+  // to[j] = combine(to[j], sample o's [j]); nothing where there is no tensor.
+  template <typename C, typename Combine>
+  DBK_INLINE void fold(int64_t o, std::vector<C>& to, const Combine& combine) const {
+    if (data_ == nullptr) return;
+    switch (type_) {
+      case ScalarType::Float: return fold_as<float>(o, to.data(), to.size(), combine);
+      case ScalarType::Double: return fold_as<double>(o, to.data(), to.size(), combine);
+      case ScalarType::BFloat16: return fold_as<BFloat16>(o, to.data(), to.size(), combine);
+      case ScalarType::Half: return fold_as<Half>(o, to.data(), to.size(), combine);
+      default: STD_TORCH_CHECK(false, "shift, scale, gate, weight and bias must be floating point");
+    }
+  }
+
+ private:
+  template <typename S, typename C, typename Combine>
+  DBK_INLINE void fold_as(int64_t o, C* to, int64_t count, const Combine& combine) const {
+    const S* from = static_cast<const S*>(data_) + o * outer_;
+    if (step_ == 1) {
+#pragma omp simd
+      for (int64_t j = 0; j < count; ++j) to[j] = combine(to[j], load_as<C>(from[j]));
+    } else {
+      for (int64_t j = 0; j < count; ++j) to[j] = combine(to[j], load_as<C>(from[j * step_]));
+    }
+  }
+
+  const void* data_ = nullptr;
+  ScalarType type_ = ScalarType::Float;
+  int64_t outer_ = 0, step_ = 0;
+};
 
 // The affine map after the normalisation, n -> n·k + t, and the gate before it, for one sample.
 template <typename C>
 struct Modulation {
-  const MaybeTensor &shift, &scale, &weight, &bias, &gate;
   std::vector<C> k, t, g;
 
   Modulation(int64_t dim, const MaybeTensor& shift, const MaybeTensor& scale, const MaybeTensor& weight,
              const MaybeTensor& bias, const MaybeTensor& gate)
-      : shift(shift), scale(scale), weight(weight), bias(bias), gate(gate), k(dim), t(dim), g(gate ? dim : 0) {}
+      : k(dim), t(dim), g(gate ? dim : 0), shift_(shift), scale_(scale), weight_(weight), bias_(bias), gate_(gate) {}
 
   void load(int64_t o) {
     if (o == loaded_) return;
     loaded_ = o;
-    std::vector<C> other(k.size());
-    read_vector(scale, o, k, C(0));
-    read_vector(bias, 0, t, C(0));
-    for (size_t j = 0; j < k.size(); ++j) k[j] += C(1), t[j] *= k[j];
-    read_vector(weight, 0, other, C(1));
-    for (size_t j = 0; j < k.size(); ++j) k[j] *= other[j];
-    read_vector(shift, o, other, C(0));
-    for (size_t j = 0; j < k.size(); ++j) t[j] += other[j];
-    if (gate) read_vector(gate, o, g, C(0));
+    use_avx2() ? load_avx2(o) : load_in_this_build(o);
   }
 
  private:
+  DBK_AVX2 void load_avx2(int64_t o) { load_in_this_build(o); }
+
+  DBK_INLINE void load_in_this_build(int64_t o) {
+    const auto add = [](C a, C b) { return a + b; };
+    const auto multiply = [](C a, C b) { return a * b; };
+    std::fill(k.begin(), k.end(), C(1));
+    std::fill(t.begin(), t.end(), C(0));
+    scale_.fold(o, k, add);
+    bias_.fold(0, t, add);
+    for (size_t j = 0; j < k.size(); ++j) t[j] *= k[j];
+    weight_.fold(0, k, multiply);
+    shift_.fold(o, t, add);
+    gate_.fold(o, g, [](C, C gate) { return gate; });
+  }
+
+  Vectors shift_, scale_, weight_, bias_, gate_;
   int64_t loaded_ = -1;
 };
 
