@@ -26,7 +26,7 @@ class Report:
     sass: str
 
 
-def compile_kernel(kernel, signature, constants, arch, warps=4):
+def compile_kernel(kernel, signature, constants, arch, warps=4, stages=3):
     """`signature`: a type for each argument that isn't constexpr, in order; ":16" says divisible by 16."""
     while not hasattr(kernel, "params"):
         kernel = kernel.fn
@@ -41,7 +41,7 @@ def compile_kernel(kernel, signature, constants, arch, warps=4):
         constexprs=constants,
         attrs=divisible,
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages})
 
 
 def _tool(name, *arguments):
@@ -57,8 +57,8 @@ def _spilled(ptx):
     return sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", words).groups()))
 
 
-def report(kernel, signature, constants, arch, warps=4):
-    compiled = compile_kernel(kernel, signature, constants, arch, warps)
+def report(kernel, signature, constants, arch, warps=4, stages=3):
+    compiled = compile_kernel(kernel, signature, constants, arch, warps, stages)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

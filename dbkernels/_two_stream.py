@@ -1,0 +1,94 @@
+"""Checks of two_stream_attention's arguments: every reason why they don't fit, in one message."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # of the GPU kernels
+_CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_arguments(
+    q: Any, k: Any, v: Any, q_noisy: Any, k_noisy: Any, v_noisy: Any, group_size: int, scale: float | None,
+    cu_seqlens: Any,
+) -> float:  # fmt: skip
+    """The scale, if everything fits.
+
+    Raises: TypeError for what isn't a tensor or a number; ValueError with all reasons for what doesn't fit.
+    """
+    tensors = {"q": q, "k": k, "v": v, "q_noisy": q_noisy, "k_noisy": k_noisy, "v_noisy": v_noisy}
+    if q is None:
+        del tensors["q"]
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating tensor, got {got}")
+    if isinstance(group_size, bool) or not isinstance(group_size, (int, torch.SymInt)):
+        raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
+        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
+    reasons = _shapes(tensors)
+    if not reasons:
+        reasons = _support(k) + _sequences(k, cu_seqlens)
+        length = k.shape[2]
+        if not 1 <= group_size <= max(1, length):
+            reasons.append(f"group_size={group_size} must be from 1 to N={length}")
+    if scale is not None and not math.isfinite(scale):
+        reasons.append(f"scale={scale} must be finite")
+    if reasons:
+        raise ValueError("two_stream_attention can't take this: " + "; ".join(reasons))
+    return float(k.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _shapes(tensors: dict[str, Tensor]) -> list[str]:
+    wrong = [f"{name} must be (B, H, N, D), got {tuple(t.shape)}" for name, t in tensors.items() if t.dim() != 4]
+    if wrong:
+        return wrong
+    k = tensors["k"]
+    reasons = []
+    for name, t in tensors.items():
+        if t.dtype != k.dtype or t.device != k.device:
+            reasons.append(f"{name} is {t.dtype} on {t.device} and k {k.dtype} on {k.device}: they must be alike")
+        like = tensors["q_noisy"] if name.startswith("q") else k
+        if t.shape != like.shape:
+            reasons.append(f"{name} has shape {tuple(t.shape)}, not {tuple(like.shape)}")
+    queries = tensors["q_noisy"]
+    if queries.shape[0] != k.shape[0] or queries.shape[2:] != k.shape[2:]:
+        reasons.append(f"q_noisy has shape {tuple(queries.shape)} and k {tuple(k.shape)}: only the heads may differ")
+    if k.shape[1] == 0 or queries.shape[1] == 0 or queries.shape[1] % k.shape[1]:
+        reasons.append(f"H={queries.shape[1]} query heads must be a multiple of H_kv={k.shape[1]} key heads, not 0")
+    return reasons
+
+
+def _support(k: Tensor) -> list[str]:
+    reasons = []
+    on_gpu = k.device.type == "cuda"
+    dtypes = _CPU_DTYPES[:3] if on_gpu else _CPU_DTYPES
+    if k.dtype not in dtypes:
+        reasons.append(f"{k.dtype} isn't among {', '.join(map(str, dtypes))}")
+    if k.shape[-1] == 0 or (on_gpu and k.shape[-1] not in HEAD_DIMS):
+        reasons.append(f"D={k.shape[-1]} isn't among {', '.join(map(str, HEAD_DIMS))}: pad the heads")
+    return reasons
+
+
+def _sequences(k: Tensor, cu_seqlens: Any) -> list[str]:
+    if cu_seqlens is None:
+        return []
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1:
+        return ["cu_seqlens must be a 1-d int32 tensor"]
+    reasons = []
+    if len(cu_seqlens) < 2:
+        reasons.append("cu_seqlens needs two entries or more: 0 and the end of each sequence")
+    if k.shape[0] != 1:
+        reasons.append(f"with cu_seqlens sequences lie behind each other in B = 1, got B={k.shape[0]}")
+    if cu_seqlens.device != k.device:
+        reasons.append(f"cu_seqlens is on {cu_seqlens.device}, k on {k.device}")
+    elif not reasons and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != k.shape[2] or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+            reasons.append(f"cu_seqlens must rise from 0 to N={k.shape[2]}, got {ends}")
+    return reasons

@@ -1,0 +1,205 @@
+"""Attention of the clean and of the noisy stream, forward, in Triton. Definition: dbkernels/two_stream_attention.py.
+
+A program takes a tile of queries of one stream and walks over the clean keys that it sees; a noisy one also over the
+keys of its own groups. Two programs of one stream each read as many keys a query as one program of both would, with half
+of the registers. Tiles that no query sees are never visited.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def place(tiles_ptr, tile, length, BLOCK: tl.constexpr, VARLEN: tl.constexpr):
+    """Tile number `tile`: where its sequence begins, how long the sequence is, and the tile's first row in it."""
+    begin = tl.full((), 0, tl.int64)
+    first = tile * BLOCK
+    if VARLEN:
+        begin += tl.load(tiles_ptr + 3 * tile)
+        length = tl.load(tiles_ptr + 3 * tile + 1)
+        first = tl.load(tiles_ptr + 3 * tile + 2)
+    return begin, length, first
+
+
+@triton.jit
+def load_rows(base, first, length, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows first .. first + ROWS - 1 of a sequence that begins at `base`, zero from row `length` on: (ROWS, BLOCK_D)."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    start = base + (tl.full((), 0, tl.int64) + first) * stride
+    inside = (row < length - first)[:, None]
+    if D != BLOCK_D:
+        inside = inside & (column < D)[None, :]
+    return tl.load(start + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(base, values, first, length, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    start = base + (tl.full((), 0, tl.int64) + first) * stride
+    inside = (row < length - first)[:, None] & (column < D)[None, :]
+    tl.store(start + row[:, None] * stride + column[None, :], values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def end_of_sight(row, group_size, NOISY: tl.constexpr):
+    """The first clean key that query `row` doesn't see."""
+    if NOISY:
+        return row // group_size * group_size
+    return row + 1
+
+
+@triton.jit
+def own_groups(first, stop, length, group_size):
+    """The keys of the groups that rows first .. stop - 1 belong to: from, to."""
+    return first // group_size * group_size, tl.minimum(length, (stop - 1) // group_size * group_size + group_size)
+
+
+@triton.jit
+def absorb(q, k, v, m, l, total, scale, seen, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile of keys into the online softmax: m is the row's maximum in bits, l the sum, total the weighted values."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if MASKED:
+        s = tl.where(seen, s, float("-inf"))
+    # Never NaN by m - m of two infinities: m starts finite, so a row that has seen nothing yet keeps weights of zero.
+    above = tl.maximum(m, tl.max(s, 1))
+    p = tl.exp2(s - above[:, None])
+    fade = tl.exp2(m - above)
+    total = tl.dot(p.to(v.dtype), v, total * fade[:, None], input_precision=PRECISION)
+    return above, l * fade + tl.sum(p, 1), total
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, own_k_ptr, own_v_ptr, out_ptr, lse_ptr, tiles_ptr,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    own_k_batch, own_k_head, own_k_row, own_v_batch, own_v_head, own_v_row, out_batch, out_head, out_row,
+    tiles, heads, ratio, length, group_size, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    NOISY: tl.constexpr, SINGLE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries of one head. tiles: of a head. ratio: query heads that share a key head. scale: of the scores, in
+    bits. SINGLE: groups of one token."""
+    tile = tiles - 1 - tl.program_id(0) % tiles  # the longest walks first
+    batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    head = tl.program_id(0) // tiles % heads
+    total_length = length
+    begin, length, first = place(tiles_ptr, tile, length, ROWS, VARLEN)
+    key = head // ratio
+    q_base = q_ptr + batch * q_batch + head.to(tl.int64) * q_head + begin * q_row
+    k_base = k_ptr + batch * k_batch + key.to(tl.int64) * k_head + begin * k_row
+    v_base = v_ptr + batch * v_batch + key.to(tl.int64) * v_head + begin * v_row
+    stop = tl.minimum(first + ROWS, length)
+    row = first + tl.arange(0, ROWS)
+    q = load_rows(q_base, first, length, q_row, ROWS, D, BLOCK_D)
+    m = tl.full((ROWS,), -1e30, tl.float32)
+    l = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    if NOISY:
+        own_k = own_k_ptr + batch * own_k_batch + key.to(tl.int64) * own_k_head + begin * own_k_row
+        own_v = own_v_ptr + batch * own_v_batch + key.to(tl.int64) * own_v_head + begin * own_v_row
+        if SINGLE:
+            itself = load_rows(own_k, first, length, own_k_row, ROWS, D, BLOCK_D)
+            m = tl.sum(q.to(tl.float32) * itself.to(tl.float32), 1) * scale
+            l = tl.full((ROWS,), 1.0, tl.float32)
+            total = load_rows(own_v, first, length, own_v_row, ROWS, D, BLOCK_D).to(tl.float32)
+        else:
+            start, end = own_groups(first, stop, length, group_size)
+            for at in range(start, end, COLUMNS):
+                column = at + tl.arange(0, COLUMNS)
+                k = load_rows(own_k, at, length, own_k_row, COLUMNS, D, BLOCK_D)
+                v = load_rows(own_v, at, length, own_v_row, COLUMNS, D, BLOCK_D)
+                seen = (row // group_size)[:, None] == (column // group_size)[None, :]
+                seen = seen & (column < length)[None, :]
+                m, l, total = absorb(q, k, v, m, l, total, scale, seen, True, PRECISION)
+    whole = end_of_sight(first, group_size, NOISY) // COLUMNS * COLUMNS
+    for at in range(0, whole, COLUMNS):
+        k = load_rows(k_base, at, length, k_row, COLUMNS, D, BLOCK_D)
+        v = load_rows(v_base, at, length, v_row, COLUMNS, D, BLOCK_D)
+        m, l, total = absorb(q, k, v, m, l, total, scale, True, False, PRECISION)
+    for at in range(whole, end_of_sight(stop - 1, group_size, NOISY), COLUMNS):
+        column = at + tl.arange(0, COLUMNS)
+        k = load_rows(k_base, at, length, k_row, COLUMNS, D, BLOCK_D)
+        v = load_rows(v_base, at, length, v_row, COLUMNS, D, BLOCK_D)
+        seen = column[None, :] < end_of_sight(row, group_size, NOISY)[:, None]
+        m, l, total = absorb(q, k, v, m, l, total, scale, seen, True, PRECISION)
+    out_base = out_ptr + batch * out_batch + head.to(tl.int64) * out_head + begin * out_row
+    store_rows(out_base, total / l[:, None], first, length, out_row, ROWS, D, BLOCK_D)
+    lse_base = lse_ptr + (batch * heads + head) * total_length + begin
+    tl.store(lse_base + row, (m + tl.log2(l)) * 0.6931471805599453, mask=row < length)
+
+
+def block_of(D):
+    """The width of a tile of head dimension D: the next power of two."""
+    return triton.next_power_of_2(D)
+
+
+def forward_layout(D, dtype, arch):
+    """(rows, columns, warps, stages) of a program: what fits registers without spills. arch: 80, 90, ..."""
+    if dtype == torch.float32:
+        return float32_layout(D)
+    if block_of(D) == 256:
+        return 64, 32, 8, 3
+    return 128, 64 if arch >= 90 or block_of(D) <= 64 else 32, 8, 3
+
+
+def float32_layout(D):
+    """Of any of the kernels. At D = 256 some 40 registers spill whatever the tile."""
+    return {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}[max(64, block_of(D))]
+
+
+def arch_of(tensor):
+    """The GPU's compute capability as one number: 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (8, 0)
+    return 10 * major + minor
+
+
+def precision(dtype):
+    """float32 as three products of TF32, which keep its bits: one would keep ten."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def strides(*tensors):
+    """Batch, head and row strides of (B, H, N, D) tensors, for the kernels."""
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+def sequence_tiles(cu_seqlens, total, block):
+    """Where the tiles of sequences of any lengths lie, (tiles, 3) int32, found on the device: the sequence's begin and
+    length and the tile's first row. More tiles than there can be; those left over have length 0."""
+    lengths = cu_seqlens.diff()
+    counts = (lengths + block - 1) // block
+    ends = counts.cumsum(0)
+    tile = torch.arange(total // block + len(lengths), device=cu_seqlens.device)
+    sequence = torch.searchsorted(ends, tile, right=True)
+    left_over = sequence >= len(lengths)
+    sequence = sequence.clamp(max=len(lengths) - 1)
+    first = (tile - (ends - counts)[sequence]) * block
+    begin = cu_seqlens[sequence]
+    length = torch.where(left_over, 0, lengths[sequence])
+    return torch.stack([begin, length, torch.where(left_over, 0, first)], 1).to(torch.int32)
+
+
+def tiling(q, cu_seqlens, block):
+    """(tiles of a head, their places or a stand-in)."""
+    if cu_seqlens is None:
+        return triton.cdiv(q.shape[2], block), q
+    places = sequence_tiles(cu_seqlens, q.shape[2], block)
+    return len(places), places
+
+
+def forward(q, k, v, own_k, own_v, out, lse, group_size, scale, cu_seqlens):
+    """Fill out and lse of one stream: the noisy one if own_k is given. Rows of adjacent elements, any other strides."""
+    B, H, N, D = q.shape
+    noisy = own_k is not None
+    own_k, own_v = (own_k, own_v) if noisy else (k, v)
+    rows, columns, warps, stages = forward_layout(D, q.dtype, arch_of(q))
+    tiles, places = tiling(q, cu_seqlens, rows)
+    forward_kernel[(B * H * tiles,)](
+        q, k, v, own_k, own_v, out, lse, places, *strides(q, k, v, own_k, own_v, out),
+        tiles, H, H // k.shape[1], N, group_size, scale * LOG2E,
+        D=D, BLOCK_D=block_of(D), ROWS=rows, COLUMNS=columns, NOISY=noisy, SINGLE=group_size == 1,
+        VARLEN=cu_seqlens is not None, PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
+    )  # fmt: skip

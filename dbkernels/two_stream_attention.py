@@ -1,0 +1,241 @@
+"""two_stream_attention: attention of a clean and a noisy copy of a sequence, as autoregressive and block diffusion train.
+
+The definition first, then the op, its gradient and the public function. The kernels are dbkernels/two_stream_cpu.py and
+dbkernels/triton/two_stream_attention.py, two_stream_queries.py and two_stream_keys.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dbkernels import two_stream_cpu as cpu
+from dbkernels._levels import compute_dtype
+from dbkernels._library import backend, define, register, register_triton
+from dbkernels._two_stream import check_arguments
+
+Maybe: TypeAlias = Tensor | None
+Four: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class TwoStreams(NamedTuple):
+    """What `two_stream_attention` returns with return_lse. Without clean queries, out and lse are None."""
+
+    out: Tensor | None
+    out_noisy: Tensor
+    lse: Tensor | None
+    lse_noisy: Tensor
+
+
+def visible(length: int, group_size: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Who sees whom, each (N, N) bool, a row a query: clean to clean, noisy to clean, noisy to noisy."""
+    place = torch.arange(length, device=device)
+    group = place // group_size
+    clean = place.unsqueeze(1) >= place
+    return clean, group.unsqueeze(1) > group, group.unsqueeze(1) == group
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention under a mask, and the log-sum-exp of its scores, in the compute dtype."""
+    dtype = compute_dtype(q.dtype)
+    ratio = q.shape[1] // k.shape[1]
+    k, v = (t.to(dtype).repeat_interleave(ratio, 1) for t in (k, v))
+    scores = (q.to(dtype) * scale) @ k.transpose(-1, -2)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    return torch.exp(scores - lse.unsqueeze(-1)) @ v, lse
+
+
+def two_stream_attention_reference(
+    q: Maybe, k: Tensor, v: Tensor, q_noisy: Tensor, k_noisy: Tensor, v_noisy: Tensor, group_size: int, scale: float,
+    cu_seqlens: Maybe = None,
+) -> Four:  # fmt: skip
+    """The definition, differentiable: (out, out_noisy, lse, lse_noisy), the first and third empty without q."""
+    if cu_seqlens is not None:
+        pieces = []
+        for begin, end in cpu.sequences(cu_seqlens):
+            part = [None if t is None else t[:, :, begin:end] for t in (q, k, v, q_noisy, k_noisy, v_noisy)]
+            pieces.append(two_stream_attention_reference(*part, group_size, scale))  # type: ignore[arg-type]
+        return tuple(torch.cat(p, 2) if p[0].numel() else p[0] for p in zip(*pieces, strict=True))  # type: ignore[return-value]
+    clean, noisy, own = visible(k.shape[2], group_size, k.device)
+    keys, values = torch.cat([k, k_noisy], 2), torch.cat([v, v_noisy], 2)
+    out_noisy, lse_noisy = _dense(q_noisy, keys, values, torch.cat([noisy, own], 1), scale)
+    if q is None:
+        out, lse = cpu.nothing(out_noisy), cpu.nothing(lse_noisy)
+    else:
+        out, lse = _dense(q, k, v, clean, scale)
+    return out.to(k.dtype), out_noisy.to(k.dtype), lse, lse_noisy
+
+
+def _definition(q: Maybe, *rest: Any) -> Four:
+    out, out_noisy, lse, lse_noisy = two_stream_attention_reference(q, *rest)
+    outs = [t if t.dim() == 1 else cpu.like_rows(t).copy_(t) for t in (out, out_noisy)]
+    return outs[0], outs[1], lse.contiguous(), lse_noisy.contiguous()
+
+
+def _fake(q: Maybe, k: Tensor, v: Tensor, q_noisy: Tensor, *rest: Any) -> Four:
+    lse_noisy = q_noisy.new_empty(q_noisy.shape[:3], dtype=compute_dtype(q_noisy.dtype))
+    none = q_noisy.new_empty(0), lse_noisy.new_empty(0)
+    out, lse = none if q is None else (cpu.like_rows(q), torch.empty_like(lse_noisy))
+    return out, cpu.like_rows(q_noisy), lse, lse_noisy
+
+
+def _backward_definition(grad: Maybe, grad_noisy: Tensor, *rest: Any) -> list[Tensor]:
+    *streams, _, _, _, _, group_size, scale, cu_seqlens = rest
+    wide = [None if t is None else t.detach().to(compute_dtype(t.dtype)).requires_grad_() for t in streams]
+    with torch.enable_grad():
+        out, out_noisy, *_ = two_stream_attention_reference(*wide, group_size, scale, cu_seqlens)  # type: ignore[arg-type]
+    outs, ups = [out_noisy], [grad_noisy.to(out_noisy.dtype)]
+    if grad is not None:
+        outs, ups = [*outs, out], [*ups, grad.to(out.dtype)]
+    grads = iter(torch.autograd.grad(outs, [t for t in wide if t is not None], ups))
+    return [cpu.nothing(grad_noisy) if t is None else torch.empty_like(t).copy_(next(grads)) for t in streams]
+
+
+def _backward_fake(grad: Maybe, grad_noisy: Tensor, *rest: Any) -> list[Tensor]:
+    return [grad_noisy.new_empty(0) if t is None else torch.empty_like(t) for t in rest[:6]]
+
+
+_STREAMS = "Tensor? q, Tensor k, Tensor v, Tensor q_noisy, Tensor k_noisy, Tensor v_noisy"
+_OPTIONS = "SymInt group_size, float scale, Tensor? cu_seqlens"
+define(f"two_stream_attention({_STREAMS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)", _definition, _fake)
+define(
+    f"two_stream_attention_backward(Tensor? grad, Tensor grad_noisy, {_STREAMS}, Tensor out, Tensor out_noisy, "
+    f"Tensor lse, Tensor lse_noisy, {_OPTIONS}) -> Tensor[]",
+    _backward_definition,
+    _backward_fake,
+)
+register("two_stream_attention", "CPU", cpu.forward, "PyTorch's flash attention, merged")
+register("two_stream_attention_backward", "CPU", cpu.backward, "PyTorch's flash attention, merged")
+
+
+def _triton_forward(
+    q: Maybe, k: Tensor, v: Tensor, q_noisy: Tensor, k_noisy: Tensor, v_noisy: Tensor, group_size: int, scale: float,
+    cu_seqlens: Maybe,
+) -> Four:  # fmt: skip
+    from dbkernels.triton.two_stream_attention import forward
+
+    out, out_noisy, lse, lse_noisy = _fake(q, k, v, q_noisy)
+    q, k, v, q_noisy, k_noisy, v_noisy = map(_with_rows, (q, k, v, q_noisy, k_noisy, v_noisy))
+    if k.numel():
+        forward(q_noisy, k, v, k_noisy, v_noisy, out_noisy, lse_noisy, group_size, scale, cu_seqlens)
+        if q is not None:
+            forward(q, k, v, None, None, out, lse, group_size, scale, cu_seqlens)
+    return out, out_noisy, lse, lse_noisy
+
+
+def _triton_backward(
+    grad: Maybe, grad_noisy: Tensor, q: Maybe, k: Tensor, v: Tensor, q_noisy: Tensor, k_noisy: Tensor, v_noisy: Tensor,
+    out: Tensor, out_noisy: Tensor, lse: Tensor, lse_noisy: Tensor, group_size: int, scale: float, cu_seqlens: Maybe,
+) -> list[Tensor]:  # fmt: skip
+    from dbkernels.triton import two_stream_keys as keys
+    from dbkernels.triton import two_stream_queries as queries
+
+    given = _backward_fake(grad, grad_noisy, q, k, v, q_noisy, k_noisy, v_noisy)
+    dq, dk, dv, dq_noisy, dk_noisy, dv_noisy = given
+    if not k.numel():
+        return given
+    grad, grad_noisy, q, k, v, q_noisy, k_noisy, v_noisy = map(
+        _with_rows, (grad, grad_noisy, q, k, v, q_noisy, k_noisy, v_noisy)
+    )
+    options = group_size, scale, cu_seqlens
+    clean = None
+    delta_noisy = queries.row_products(grad_noisy, out_noisy)
+    noisy = q_noisy, grad_noisy, lse_noisy, delta_noisy
+    queries.query_gradient(dq_noisy, grad_noisy, q_noisy, k, v, k_noisy, v_noisy, lse_noisy, delta_noisy, *options)
+    keys.noisy_key_gradients(dk_noisy, dv_noisy, k_noisy, v_noisy, noisy, *options)
+    if q is not None:
+        delta = queries.row_products(grad, out)
+        clean = q, grad, lse, delta
+        queries.query_gradient(dq, grad, q, k, v, None, None, lse, delta, *options)
+    keys.clean_key_gradients(dk, dv, k, v, clean, noisy, *options)
+    return given
+
+
+def _with_rows(tensor: Any) -> Any:
+    """Rows of adjacent elements, as the kernels read them."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+register_triton("two_stream_attention", _triton_forward)
+register_triton("two_stream_attention_backward", _triton_backward)
+
+
+class _TwoStreamAttention(torch.autograd.Function):
+    """The op with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Four:
+        outs = torch.ops.dbkernels.two_stream_attention.default(*arguments)
+        ctx.options = arguments[6:8]
+        ctx.save_for_backward(*arguments[:6], *outs, arguments[8])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(outs[2], outs[3])
+        return outs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Maybe, grad_noisy: Maybe, *unused: Any) -> tuple[Maybe, ...]:
+        *saved, cu_seqlens = ctx.saved_tensors
+        q, out, out_noisy = saved[0], saved[6], saved[7]
+        grad_noisy = torch.zeros_like(out_noisy) if grad_noisy is None else grad_noisy
+        grad = torch.zeros_like(out) if grad is None and q is not None else grad
+        grads = torch.ops.dbkernels.two_stream_attention_backward.default(
+            None if q is None else grad, grad_noisy, *saved, *ctx.options, cu_seqlens
+        )
+        return None if q is None else grads[0], *grads[1:], None, None, None
+
+
+def two_stream_attention(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    q_noisy: Tensor,
+    k_noisy: Tensor,
+    v_noisy: Tensor,
+    *,
+    group_size: int = 1,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor | None, Tensor] | TwoStreams:
+    """Attention of the clean and the noisy copy of a sequence: clean token i sees clean tokens up to i; noisy token i, of
+    group g = i // group_size, sees the clean tokens of the groups before g and the noisy tokens of g.
+
+    Memory grows as N, work as N² + N·group_size: what no token sees is never computed, and no mask is ever stored.
+
+    Args:
+        q: clean queries (B, H, N, D), or None where the last layer of a block needs none: then only noisy tokens attend.
+        k, v: clean keys and values, (B, H_kv, N, D) with H a multiple of H_kv (grouped-query heads).
+        q_noisy, k_noisy, v_noisy: the noisy stream's, shaped as the clean ones. float16, bfloat16, float32 or (except on
+            GPUs) float64; D 32, 64, 80, 96, 128 or 256 on GPUs, any on CPUs. Any strides; no copy on GPUs where the last
+            one is 1. Sums are float32 (float64 for float64).
+        group_size: tokens denoised together, 1 to N. A last group may be shorter.
+        scale: of the scores; 1/sqrt(D) by default.
+        cu_seqlens: (S + 1,) int32, for sequences of any lengths behind each other in tensors of B = 1: sequence s is
+            tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1, from 0 to N. Values are checked on the CPU only.
+        return_lse: also return the log-sum-exp of each row's scores, in nats, not differentiable.
+
+    Returns:
+        (out, out_noisy), shaped as the queries and laid out as (B, N, H, D), so that joining the heads copies nothing;
+        out is None without q. With return_lse, (out, out_noisy, lse, lse_noisy), the latter (B, H, N) float32.
+
+    Raises:
+        TypeError: an argument isn't a floating tensor, or dtypes differ. ValueError: every reason for which the shapes or
+            options aren't supported, in one message.
+
+    Source: Arriola et al. 2025 (Block Diffusion), section 5; Dao 2023 (FlashAttention-2).
+    """
+    number = check_arguments(q, k, v, q_noisy, k_noisy, v_noisy, group_size, scale, cu_seqlens)
+    arguments = q, k, v, q_noisy, k_noisy, v_noisy, group_size, number, cu_seqlens
+    if backend() == "reference" and not torch.compiler.is_compiling():
+        outs = two_stream_attention_reference(*arguments)
+    else:
+        outs = _TwoStreamAttention.apply(*arguments)
+    out, out_noisy, lse, lse_noisy = outs
+    if q is None:
+        out = lse = None
+    return TwoStreams(out, out_noisy, lse, lse_noisy) if return_lse else (out, out_noisy)
