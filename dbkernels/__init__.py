@@ -11,12 +11,14 @@ from dbkernels.inject_noise import inject_noise, inject_noise_reference, inject_
 from dbkernels.philox import philox_uniform
 from dbkernels.replace import Replacement, replace
 from dbkernels.sample_sigma import sample_sigma, sample_sigma_reference
+from dbkernels.two_stream_attention import TwoStreams, two_stream_attention, two_stream_attention_reference
 
 load_compiled()
 
 __version__ = "0.1.0"
 __all__ = [
     "Replacement",
+    "TwoStreams",
     "ada_layer_norm",
     "ada_rms_norm",
     "adamw_ema_step",
@@ -36,4 +38,6 @@ __all__ = [
     "replace",
     "sample_sigma",
     "sample_sigma_reference",
+    "two_stream_attention",
+    "two_stream_attention_reference",
 ]

@@ -1,8 +1,9 @@
-"""Checks of two_stream_attention's arguments: every reason why they don't fit, in one message."""
+"""two_stream_attention's arguments: autocast, and checks that give every reason in one message."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,6 +11,15 @@ from torch import Tensor
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # of the GPU kernels
 _CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def autocast(tensor: Any) -> Any:
+    """In autocast's dtype where it is on, as scaled_dot_product_attention takes its arguments."""
+    if not isinstance(tensor, Tensor) or tensor.dtype == torch.float64:
+        return tensor
+    device = tensor.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return tensor.to(torch.get_autocast_dtype(device)) if on else tensor
 
 
 def check_arguments(
@@ -89,6 +99,6 @@ def _sequences(k: Tensor, cu_seqlens: Any) -> list[str]:
         reasons.append(f"cu_seqlens is on {cu_seqlens.device}, k on {k.device}")
     elif not reasons and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != k.shape[2] or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        if ends[0] != 0 or ends[-1] != k.shape[2] or any(a > b for a, b in pairwise(ends)):
             reasons.append(f"cu_seqlens must rise from 0 to N={k.shape[2]}, got {ends}")
     return reasons

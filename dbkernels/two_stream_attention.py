@@ -1,4 +1,4 @@
-"""two_stream_attention: attention of a clean and a noisy copy of a sequence, as autoregressive and block diffusion train.
+"""two_stream_attention: a clean and a noisy copy of a sequence, as autoregressive and block diffusion train.
 
 The definition first, then the op, its gradient and the public function. The kernels are dbkernels/two_stream_cpu.py and
 dbkernels/triton/two_stream_attention.py, two_stream_queries.py and two_stream_keys.py.
@@ -6,6 +6,7 @@ dbkernels/triton/two_stream_attention.py, two_stream_queries.py and two_stream_k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -15,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from dbkernels import two_stream_cpu as cpu
 from dbkernels._levels import compute_dtype
 from dbkernels._library import backend, define, register, register_triton
-from dbkernels._two_stream import check_arguments
+from dbkernels._two_stream import autocast, check_arguments
 
 Maybe: TypeAlias = Tensor | None
 Four: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -55,11 +56,8 @@ def two_stream_attention_reference(
 ) -> Four:  # fmt: skip
     """The definition, differentiable: (out, out_noisy, lse, lse_noisy), the first and third empty without q."""
     if cu_seqlens is not None:
-        pieces = []
-        for begin, end in cpu.sequences(cu_seqlens):
-            part = [None if t is None else t[:, :, begin:end] for t in (q, k, v, q_noisy, k_noisy, v_noisy)]
-            pieces.append(two_stream_attention_reference(*part, group_size, scale))  # type: ignore[arg-type]
-        return tuple(torch.cat(p, 2) if p[0].numel() else p[0] for p in zip(*pieces, strict=True))  # type: ignore[return-value]
+        streams = q, k, v, q_noisy, k_noisy, v_noisy
+        return _over_sequences(streams, group_size, scale, cu_seqlens)
     clean, noisy, own = visible(k.shape[2], group_size, k.device)
     keys, values = torch.cat([k, k_noisy], 2), torch.cat([v, v_noisy], 2)
     out_noisy, lse_noisy = _dense(q_noisy, keys, values, torch.cat([noisy, own], 1), scale)
@@ -68,6 +66,15 @@ def two_stream_attention_reference(
     else:
         out, lse = _dense(q, k, v, clean, scale)
     return out.to(k.dtype), out_noisy.to(k.dtype), lse, lse_noisy
+
+
+def _over_sequences(streams: Sequence[Any], group_size: int, scale: float, cu_seqlens: Tensor) -> Four:
+    pieces = []
+    for span in cpu.sequences(cu_seqlens):
+        q, k, v, q_noisy, k_noisy, v_noisy = (None if t is None else t[:, :, span] for t in streams)
+        pieces.append(two_stream_attention_reference(q, k, v, q_noisy, k_noisy, v_noisy, group_size, scale))
+    joined: Any = [torch.cat(parts, 0 if parts[0].dim() == 1 else 2) for parts in zip(*pieces, strict=True)]
+    return tuple(joined)  # type: ignore[return-value]
 
 
 def _definition(q: Maybe, *rest: Any) -> Four:
@@ -85,9 +92,10 @@ def _fake(q: Maybe, k: Tensor, v: Tensor, q_noisy: Tensor, *rest: Any) -> Four:
 
 def _backward_definition(grad: Maybe, grad_noisy: Tensor, *rest: Any) -> list[Tensor]:
     *streams, _, _, _, _, group_size, scale, cu_seqlens = rest
-    wide = [None if t is None else t.detach().to(compute_dtype(t.dtype)).requires_grad_() for t in streams]
+    wide: Any = [None if t is None else t.detach().to(compute_dtype(t.dtype)).requires_grad_() for t in streams]
     with torch.enable_grad():
-        out, out_noisy, *_ = two_stream_attention_reference(*wide, group_size, scale, cu_seqlens)  # type: ignore[arg-type]
+        reference: Any = two_stream_attention_reference
+        out, out_noisy, *_ = reference(*wide, group_size, scale, cu_seqlens)
     outs, ups = [out_noisy], [grad_noisy.to(out_noisy.dtype)]
     if grad is not None:
         outs, ups = [*outs, out], [*ups, grad.to(out.dtype)]
@@ -156,8 +164,9 @@ def _triton_backward(
 
 
 def _with_rows(tensor: Any) -> Any:
-    """Rows of adjacent elements, as the kernels read them."""
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
+    """Rows of adjacent elements, as the kernels read them; those of one tile within 2^31 elements."""
+    fits = tensor is None or (tensor.stride(-1) == 1 and tensor.stride(2) <= 2**23)
+    return tensor if fits else tensor.contiguous()
 
 
 register_triton("two_stream_attention", _triton_forward)
@@ -202,17 +211,17 @@ def two_stream_attention(
     cu_seqlens: Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor | None, Tensor] | TwoStreams:
-    """Attention of the clean and the noisy copy of a sequence: clean token i sees clean tokens up to i; noisy token i, of
-    group g = i // group_size, sees the clean tokens of the groups before g and the noisy tokens of g.
+    """Attention of the clean and the noisy copy of a sequence: clean token i sees clean tokens up to i; noisy token i,
+    of group g = i // group_size, sees the clean tokens of the groups before g and the noisy tokens of g.
 
     Memory grows as N, work as N² + N·group_size: what no token sees is never computed, and no mask is ever stored.
 
     Args:
-        q: clean queries (B, H, N, D), or None where the last layer of a block needs none: then only noisy tokens attend.
+        q: clean queries (B, H, N, D), or None where the last layer of a block needs none: only noisy tokens attend.
         k, v: clean keys and values, (B, H_kv, N, D) with H a multiple of H_kv (grouped-query heads).
-        q_noisy, k_noisy, v_noisy: the noisy stream's, shaped as the clean ones. float16, bfloat16, float32 or (except on
-            GPUs) float64; D 32, 64, 80, 96, 128 or 256 on GPUs, any on CPUs. Any strides; no copy on GPUs where the last
-            one is 1. Sums are float32 (float64 for float64).
+        q_noisy, k_noisy, v_noisy: the noisy stream's, shaped as the clean ones. float16, bfloat16, float32 or (except
+            on GPUs) float64; D 32, 64, 80, 96, 128 or 256 on GPUs, any on CPUs. Any strides; no copy on GPUs where the
+            last one is 1. Sums are float32 (float64 for float64). Autocast casts as for PyTorch's attention.
         group_size: tokens denoised together, 1 to N. A last group may be shorter.
         scale: of the scores; 1/sqrt(D) by default.
         cu_seqlens: (S + 1,) int32, for sequences of any lengths behind each other in tensors of B = 1: sequence s is
@@ -224,11 +233,12 @@ def two_stream_attention(
         out is None without q. With return_lse, (out, out_noisy, lse, lse_noisy), the latter (B, H, N) float32.
 
     Raises:
-        TypeError: an argument isn't a floating tensor, or dtypes differ. ValueError: every reason for which the shapes or
-            options aren't supported, in one message.
+        TypeError: an argument isn't a floating tensor or a number. ValueError: every reason for which dtypes, shapes
+            or options aren't supported, in one message.
 
     Source: Arriola et al. 2025 (Block Diffusion), section 5; Dao 2023 (FlashAttention-2).
     """
+    q, k, v, q_noisy, k_noisy, v_noisy = (autocast(t) for t in (q, k, v, q_noisy, k_noisy, v_noisy))
     number = check_arguments(q, k, v, q_noisy, k_noisy, v_noisy, group_size, scale, cu_seqlens)
     arguments = q, k, v, q_noisy, k_noisy, v_noisy, group_size, number, cu_seqlens
     if backend() == "reference" and not torch.compiler.is_compiling():

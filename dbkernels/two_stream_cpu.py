@@ -1,28 +1,31 @@
 """two_stream_attention on the CPU: PyTorch's flash attention over parts of the keys, merged by their log-sum-exp.
 
-No mask larger than a chunk is ever in memory. Given the merged output and log-sum-exp, the backward pass of each part is
-exact by itself: its weights are P = exp(S - lse), whatever the other parts are.
+No mask larger than a chunk is ever in memory. Given the merged output and log-sum-exp, the backward pass of each part
+is exact by itself: its weights are P = exp(S - lse), whatever the other parts are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+import functools
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from dbkernels._levels import compute_dtype
+
 Maybe: TypeAlias = Tensor | None
-CHUNK = 64  # noisy tokens that share a call, where groups are smaller
+CHUNK = 128  # noisy tokens that share a call, where groups are smaller
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def sequences(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    """(begin, end) of each sequence that isn't empty."""
-    ends = cu_seqlens.tolist()
-    return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+def sequences(cu_seqlens: Tensor) -> list[slice]:
+    """Where the sequences lie that aren't empty."""
+    return [slice(begin, end) for begin, end in pairwise(cu_seqlens.tolist()) if end > begin]
 
 
 def nothing(like: Tensor) -> Tensor:
@@ -36,19 +39,11 @@ def like_rows(q: Tensor) -> Tensor:
     return q.new_empty(B, N, H, D).transpose(1, 2)
 
 
-class Attended:
-    """Output and log-sum-exp of some rows over the keys merged so far, in the sums' dtype."""
-
-    def __init__(self, out: Tensor, lse: Tensor):
-        self.out, self.lse = out.to(lse.dtype), lse
-
-    def merge(self, rows: slice, out: Tensor, lse: Tensor) -> None:
-        """Rows `rows` attend to further keys as well."""
-        before = self.lse[:, :, rows]
-        both = torch.logaddexp(before, lse)
-        kept, added = (torch.exp(part - both).unsqueeze(-1) for part in (before, lse))
-        self.out[:, :, rows] = self.out[:, :, rows] * kept + out * added
-        self.lse[:, :, rows] = both
+def merged(out: Tensor, lse: Tensor, more: Tensor, lse_more: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys, from the output and the log-sum-exp of each."""
+    both = torch.logaddexp(lse, lse_more)
+    share = torch.exp(lse_more - both).unsqueeze(-1)
+    return torch.lerp(out.to(share.dtype), more.to(share.dtype), share), both
 
 
 def chunks(length: int, group_size: int) -> list[slice]:
@@ -57,107 +52,108 @@ def chunks(length: int, group_size: int) -> list[slice]:
     return [slice(at, min(at + step, length)) for at in range(0, length, step)]
 
 
-def _mask(size: int, group_size: int, like: Tensor) -> Maybe:
+@functools.lru_cache(maxsize=8)
+def _mask(size: int, group_size: int, dtype: torch.dtype) -> Tensor:
     """What a chunk's tokens see of its own clean keys and, behind them, of its own noisy ones, to add to the scores."""
     group = torch.arange(size) // group_size
     seen = torch.cat([group.unsqueeze(1) > group, group.unsqueeze(1) == group], 1)
-    return torch.zeros(size, 2 * size, dtype=like.dtype).masked_fill_(~seen, -torch.inf)
+    return torch.zeros(size, 2 * size, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
-def _self_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return (q.to(dtype) * k.to(dtype)).sum(-1) * scale
-
-
-def _noisy_forward(
-    q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor, group_size: int, scale: float
-) -> Attended:
-    length = q.shape[2]
-    if group_size == 1:
-        # A token sees itself, then the clean tokens before it: causal attention, one place apart.
-        attended = Attended(own_v.clone(), _self_scores(q, own_k, scale))
-        if length > 1:
-            part = _flash(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], 0.0, True, scale=scale)
-            attended.merge(slice(1, None), *part)
-        return attended
-    attended = Attended(torch.empty_like(q), _self_scores(q, q, 0.0))
-    for rows in chunks(length, group_size):
-        keys, values, mask = _near(k, v, own_k, own_v, rows, group_size)
-        out, lse = _flash(q[:, :, rows], keys, values, 0.0, False, attn_mask=mask, scale=scale)
-        attended.out[:, :, rows], attended.lse[:, :, rows] = out, lse
-        if rows.start:
-            before = slice(0, rows.start)
-            part = _flash(q[:, :, rows], k[:, :, before], v[:, :, before], 0.0, False, scale=scale)
-            attended.merge(rows, *part)
-    return attended
-
-
-def _near(
-    k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor, rows: slice, group_size: int
-) -> tuple[Tensor, Tensor, Maybe]:
-    """Keys and values of a chunk by both streams, and the mask; by the noisy one alone where the chunk is one group."""
+def _near(clean: Tensor, own: Tensor, rows: slice, group_size: int) -> Tensor:
+    """Keys or values of a chunk by both streams; by the noisy one alone where the chunk is one group."""
     if rows.stop - rows.start <= group_size:
-        return own_k[:, :, rows], own_v[:, :, rows], None
-    keys = torch.cat([k[:, :, rows], own_k[:, :, rows]], 2)
-    values = torch.cat([v[:, :, rows], own_v[:, :, rows]], 2)
-    return keys, values, _mask(rows.stop - rows.start, group_size, k)
+        return own[:, :, rows]
+    return torch.cat([clean[:, :, rows], own[:, :, rows]], 2)
 
 
-class Gradients:
-    """Sums of what the parts add to the gradients of one stream's q, k and v, in the sums' dtype."""
-
-    def __init__(self, *tensors: Tensor):
-        dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-        self.sums = [torch.zeros(t.shape, dtype=dtype) for t in tensors]
-
-    def add(self, index: int, rows: slice, grad: Tensor) -> None:
-        self.sums[index][:, :, rows] += grad
+def _mask_of(rows: slice, group_size: int, dtype: torch.dtype) -> Maybe:
+    size = rows.stop - rows.start
+    return None if size <= group_size else _mask(size, group_size, dtype)
 
 
-def _noisy_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor, out: Tensor, lse: Tensor,
-    group_size: int, scale: float,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients of q, k, v, own_k, own_v."""
-    sums = Gradients(q, k, v, own_k, own_v)
+def _self_scores(q: Tensor, own_k: Tensor, scale: float) -> Tensor:
+    dtype = compute_dtype(q.dtype)
+    return (q.to(dtype) * own_k.to(dtype)).sum(-1) * scale
 
-    def part(rows: slice, keys: Tensor, values: Tensor, causal: bool, mask: Maybe = None) -> tuple[Tensor, ...]:
-        return _flash_backward(
-            grad[:, :, rows], q[:, :, rows], keys, values, out[:, :, rows], lse[:, :, rows], 0.0, causal,
-            attn_mask=mask, scale=scale,
-        )  # fmt: skip
 
-    if group_size == 1:
-        _single_backward(sums, grad, q, own_k, own_v, out, lse, scale)
-        if q.shape[2] > 1:
-            before, behind = slice(0, -1), slice(1, None)
-            dq, dk, dv = part(behind, k[:, :, before], v[:, :, before], True)
-            sums.add(0, behind, dq), sums.add(1, before, dk), sums.add(2, before, dv)
-        return sums.sums
+def _single_forward(out: Tensor, lse: Tensor, q: Tensor, keys: Sequence[Tensor], scale: float) -> None:
+    """Groups of one: a token sees itself, then the clean tokens before it by causal attention, one place apart."""
+    k, v, own_k, own_v = keys
+    out[:, :, :1], lse[:] = own_v[:, :, :1], _self_scores(q, own_k, scale)
+    if q.shape[2] > 1:
+        before = _flash(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], 0.0, True, scale=scale)
+        out[:, :, 1:], lse[:, :, 1:] = merged(own_v[:, :, 1:], lse[:, :, 1:], *before)
+
+
+def _grouped_forward(
+    out: Tensor, lse: Tensor, q: Tensor, keys: Sequence[Tensor], group_size: int, scale: float
+) -> None:
+    """Groups of several: a chunk sees all clean chunks before it, and of itself what the mask leaves."""
+    k, v, own_k, own_v = keys
     for rows in chunks(q.shape[2], group_size):
-        keys, values, mask = _near(k, v, own_k, own_v, rows, group_size)
-        dq, dk, dv = part(rows, keys, values, False, mask)
-        size = rows.stop - rows.start
-        sums.add(0, rows, dq), sums.add(3, rows, dk[:, :, -size:]), sums.add(4, rows, dv[:, :, -size:])
-        if mask is not None:
-            sums.add(1, rows, dk[:, :, :size]), sums.add(2, rows, dv[:, :, :size])
+        near_k, near_v = _near(k, own_k, rows, group_size), _near(v, own_v, rows, group_size)
+        mask = _mask_of(rows, group_size, k.dtype)
+        seen = _flash(q[:, :, rows], near_k, near_v, 0.0, False, attn_mask=mask, scale=scale)
         if rows.start:
-            before = slice(0, rows.start)
-            dq, dk, dv = part(rows, k[:, :, before], v[:, :, before], False)
-            sums.add(0, rows, dq), sums.add(1, before, dk), sums.add(2, before, dv)
-    return sums.sums
+            far = _flash(q[:, :, rows], k[:, :, : rows.start], v[:, :, : rows.start], 0.0, False, scale=scale)
+            seen = merged(*seen, *far)
+        out[:, :, rows], lse[:, :, rows] = seen
 
 
 def _single_backward(
-    sums: Gradients, grad: Tensor, q: Tensor, own_k: Tensor, own_v: Tensor, out: Tensor, lse: Tensor, scale: float
+    sums: Sequence[Tensor], grad: Tensor, q: Tensor, keys: Sequence[Tensor], out: Tensor, lse: Tensor, scale: float
 ) -> None:
-    """What a token's look at itself adds."""
-    wide = [t.to(lse.dtype) for t in (grad, q, own_k, own_v, out)]
-    grad, q, own_k, own_v, out = wide
+    dq, dk, dv, d_own_k, d_own_v = sums
+    k, v, own_k, own_v = keys
+    wide_grad, wide_q, wide_k, wide_v, wide_out = (t.to(lse.dtype) for t in (grad, q, own_k, own_v, out))
     p = torch.exp(_self_scores(q, own_k, scale) - lse).unsqueeze(-1)
-    slope = p * (grad * (own_v - out)).sum(-1, keepdim=True) * scale
-    every = slice(None)
-    sums.add(0, every, slope * own_k), sums.add(3, every, slope * q), sums.add(4, every, p * grad)
+    slope = p * (wide_grad * (wide_v - wide_out)).sum(-1, keepdim=True) * scale
+    dq += slope * wide_k
+    d_own_k += slope * wide_q
+    d_own_v += p * wide_grad
+    if q.shape[2] > 1:
+        parts = _flash_backward(
+            grad[:, :, 1:],
+            q[:, :, 1:],
+            k[:, :, :-1],
+            v[:, :, :-1],
+            out[:, :, 1:],
+            lse[:, :, 1:],
+            0.0,
+            True,
+            scale=scale,
+        )
+        dq[:, :, 1:] += parts[0]
+        dk[:, :, :-1] += parts[1]
+        dv[:, :, :-1] += parts[2]
+
+
+def _grouped_backward(
+    sums: Sequence[Tensor], grad: Tensor, q: Tensor, keys: Sequence[Tensor], out: Tensor, lse: Tensor, group_size: int,
+    scale: float,
+) -> None:  # fmt: skip
+    dq, dk, dv, d_own_k, d_own_v = sums
+    k, v, own_k, own_v = keys
+    for rows in chunks(q.shape[2], group_size):
+        size, before = rows.stop - rows.start, slice(0, rows.start)
+        near = _near(k, own_k, rows, group_size), _near(v, own_v, rows, group_size)
+        mine = grad[:, :, rows], q[:, :, rows]
+        known = out[:, :, rows], lse[:, :, rows], 0.0, False
+        mask = _mask_of(rows, group_size, k.dtype)
+        part_q, part_k, part_v = _flash_backward(*mine, *near, *known, attn_mask=mask, scale=scale)
+        dq[:, :, rows] += part_q
+        d_own_k[:, :, rows] += part_k[:, :, -size:]
+        d_own_v[:, :, rows] += part_v[:, :, -size:]
+        if mask is not None:
+            dk[:, :, rows] += part_k[:, :, :size]
+            dv[:, :, rows] += part_v[:, :, :size]
+        if rows.start:
+            far = k[:, :, before], v[:, :, before]
+            part_q, part_k, part_v = _flash_backward(*mine, *far, *known, scale=scale)
+            dq[:, :, rows] += part_q
+            dk[:, :, before] += part_k
+            dv[:, :, before] += part_v
 
 
 def _expanded(k: Tensor, q: Tensor) -> Tensor:
@@ -172,13 +168,10 @@ def _folded(grad: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(grad if ratio == 1 else grad.unflatten(1, (-1, ratio)).sum(2))
 
 
-def _over_sequences(cu_seqlens: Maybe, length: int) -> Iterator[slice]:
-    spans = [(0, length)] if cu_seqlens is None else sequences(cu_seqlens)
-    return (slice(*span) for span in spans if span[1] > span[0])
-
-
-def _cut(rows: slice) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor[:, :, rows]
+def _spans(cu_seqlens: Maybe, length: int) -> list[slice]:
+    if cu_seqlens is None:
+        return [slice(0, length)] if length else []
+    return sequences(cu_seqlens)
 
 
 def forward(
@@ -186,16 +179,16 @@ def forward(
     cu_seqlens: Maybe,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op under the CPU key."""
-    dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
-    out_noisy, lse_noisy = like_rows(q_noisy), q_noisy.new_empty(q_noisy.shape[:3], dtype=dtype)
+    out_noisy = like_rows(q_noisy)
+    lse_noisy = q_noisy.new_empty(q_noisy.shape[:3], dtype=compute_dtype(k.dtype))
     out, lse = (nothing(out_noisy), nothing(lse_noisy)) if q is None else (like_rows(q), torch.empty_like(lse_noisy))
-    keys = [_expanded(t, q_noisy) for t in (k, v, k_noisy, v_noisy)]
-    for rows in _over_sequences(cu_seqlens, k.shape[2]):
-        cut = _cut(rows)
-        attended = _noisy_forward(cut(q_noisy), *map(cut, keys), group_size, scale)
-        out_noisy[:, :, rows], lse_noisy[:, :, rows] = attended.out, attended.lse
+    whole = [_expanded(t, q_noisy) for t in (k, v, k_noisy, v_noisy)]
+    for span in _spans(cu_seqlens, k.shape[2]):
+        keys = [t[:, :, span] for t in whole]
+        noisy = out_noisy[:, :, span], lse_noisy[:, :, span], q_noisy[:, :, span], keys
+        _single_forward(*noisy, scale) if group_size == 1 else _grouped_forward(*noisy, group_size, scale)
         if q is not None:
-            out[:, :, rows], lse[:, :, rows] = _flash(cut(q), cut(keys[0]), cut(keys[1]), 0.0, True, scale=scale)
+            out[:, :, span], lse[:, :, span] = _flash(q[:, :, span], *keys[:2], 0.0, True, scale=scale)
     return out, out_noisy, lse, lse_noisy
 
 
@@ -204,22 +197,21 @@ def backward(
     out: Tensor, out_noisy: Tensor, lse: Tensor, lse_noisy: Tensor, group_size: int, scale: float, cu_seqlens: Maybe,
 ) -> list[Tensor]:  # fmt: skip
     """The op's gradient under the CPU key: of q (or nothing), k, v and the noisy ones."""
-    keys = [_expanded(t, q_noisy) for t in (k, v, k_noisy, v_noisy)]
-    wide = Gradients(q_noisy, q_noisy, *keys).sums
-    for rows in _over_sequences(cu_seqlens, k.shape[2]):
-        cut: Any = _cut(rows)
-        noisy = _noisy_backward(
-            cut(grad_noisy), cut(q_noisy), *map(cut, keys), cut(out_noisy), cut(lse_noisy), group_size, scale
-        )
-        for total, part in zip(wide[1:], noisy, strict=True):
-            total[:, :, rows] = part
+    whole = [_expanded(t, q_noisy) for t in (k, v, k_noisy, v_noisy)]
+    wide = [torch.zeros(t.shape, dtype=compute_dtype(t.dtype)) for t in (q_noisy, q_noisy, *whole)]
+    for span in _spans(cu_seqlens, k.shape[2]):
+        keys, sums = [t[:, :, span] for t in whole], [t[:, :, span] for t in wide]
+        noisy = sums[1:], grad_noisy[:, :, span], q_noisy[:, :, span], keys
+        known = out_noisy[:, :, span], lse_noisy[:, :, span]
+        if group_size == 1:
+            _single_backward(*noisy, *known, scale)
+        else:
+            _grouped_backward(*noisy, *known, group_size, scale)
         if q is not None and grad is not None:
-            clean = _flash_backward(
-                cut(grad), cut(q), cut(keys[0]), cut(keys[1]), cut(out), cut(lse), 0.0, True, scale=scale
-            )
-            wide[0][:, :, rows] = clean[0]
-            wide[2][:, :, rows] += clean[1]
-            wide[3][:, :, rows] += clean[2]
+            clean = (t[:, :, span] for t in (out, lse))
+            parts = _flash_backward(grad[:, :, span], q[:, :, span], *keys[:2], *clean, 0.0, True, scale=scale)
+            for total, part in zip((sums[0], sums[2], sums[3]), parts, strict=True):
+                total += part
     dq = nothing(grad_noisy) if q is None else _folded(wide[0], q)
     likes = (q_noisy, k, v, k_noisy, v_noisy)
     dq_noisy, dk, dv, dk_noisy, dv_noisy = (_folded(g, like) for g, like in zip(wide[1:], likes, strict=True))

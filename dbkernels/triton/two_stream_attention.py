@@ -1,8 +1,8 @@
 """Attention of the clean and of the noisy stream, forward, in Triton. Definition: dbkernels/two_stream_attention.py.
 
 A program takes a tile of queries of one stream and walks over the clean keys that it sees; a noisy one also over the
-keys of its own groups. Two programs of one stream each read as many keys a query as one program of both would, with half
-of the registers. Tiles that no query sees are never visited.
+keys of its own groups. Two programs of one stream each read as many keys a query as one program of both would, with
+half of the registers. Tiles that no query sees are never visited.
 """
 
 import torch
@@ -26,7 +26,7 @@ def place(tiles_ptr, tile, length, BLOCK: tl.constexpr, VARLEN: tl.constexpr):
 
 @triton.jit
 def load_rows(base, first, length, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows first .. first + ROWS - 1 of a sequence that begins at `base`, zero from row `length` on: (ROWS, BLOCK_D)."""
+    """Rows from `first` on of a sequence that begins at `base`, zero from row `length` on: (ROWS, BLOCK_D)."""
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     start = base + (tl.full((), 0, tl.int64) + first) * stride
     inside = (row < length - first)[:, None]
@@ -59,7 +59,7 @@ def own_groups(first, stop, length, group_size):
 
 @triton.jit
 def absorb(q, k, v, m, l, total, scale, seen, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One tile of keys into the online softmax: m is the row's maximum in bits, l the sum, total the weighted values."""
+    """One tile of keys into the online softmax: m is the row's maximum in bits, l its sum, total the weighted sum."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if MASKED:
         s = tl.where(seen, s, float("-inf"))
@@ -80,8 +80,8 @@ def forward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     NOISY: tl.constexpr, SINGLE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head. tiles: of a head. ratio: query heads that share a key head. scale: of the scores, in
-    bits. SINGLE: groups of one token."""
+    """A tile of queries of one head. tiles: of a head. ratio: query heads that share a key head. scale: of the scores,
+    in bits. SINGLE: groups of one token."""
     tile = tiles - 1 - tl.program_id(0) % tiles  # the longest walks first
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
     head = tl.program_id(0) // tiles % heads

@@ -26,12 +26,12 @@ from dbkernels.triton.two_stream_queries import row_numbers
 
 @triton.jit
 def gather(
-    dk, dv, k, v, q_base, grad_base, lse_ptr, delta_ptr, q_row, grad_row, start, stop, length, column, group_size, shift,
-    scale, OWN: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    dk, dv, k, v, q_base, grad_base, lse_ptr, delta_ptr, q_row, grad_row, start, stop, length, column, group_size,
+    shift, scale, OWN: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the queries start .. stop - 1 of one head add to the gradients of a tile of keys and values. OWN: they see the
-    keys of their group; otherwise the keys before their group's first, `shift` further."""
+    """What the queries start .. stop - 1 of one head add to the gradients of a tile of keys and values. OWN: they see
+    the keys of their group; otherwise the keys before their group's first, `shift` further."""
     for at in range(start, stop, ROWS):
         q = load_rows(q_base, at, length, q_row, ROWS, D, BLOCK_D)
         grad = load_rows(grad_base, at, length, grad_row, ROWS, D, BLOCK_D)

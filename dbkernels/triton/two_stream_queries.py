@@ -1,8 +1,8 @@
 """The gradient of the queries of one stream, in Triton, and the row sums that all gradients want. Definition:
 dbkernels/two_stream_attention.py.
 
-With the merged output and log-sum-exp, P = exp(S - lse) and delta = rowsum(dO·O) hold for every part of the keys, so each
-gradient is a sum in the registers of one program: no atomics, the same bits each time.
+With the merged output and log-sum-exp, P = exp(S - lse) and delta = rowsum(dO·O) hold for every part of the keys, so
+each gradient is a sum in the registers of one program: no atomics, the same bits each time.
 """
 
 import torch

@@ -41,7 +41,9 @@ def compile_kernel(kernel, signature, constants, arch, warps=4, stages=3):
         constexprs=constants,
         attrs=divisible,
     )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages})
+    return triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
+    )
 
 
 def _tool(name, *arguments):

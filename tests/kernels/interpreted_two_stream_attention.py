@@ -1,5 +1,5 @@
-"""Run by test_two_stream_attention_triton.py in a process with TRITON_INTERPRET=1: the kernels against the definition in
-float64. No bfloat16, whose products the interpreter gets wrong.
+"""Run by test_two_stream_attention_triton.py in a process with TRITON_INTERPRET=1: the kernels against the definition
+in float64. No bfloat16, whose products the interpreter gets wrong.
 """
 
 import torch
@@ -11,7 +11,7 @@ torch.manual_seed(0)
 
 
 def close(ours, exact, dtype, what):
-    """Weights and the gradient of scores are rounded to the dtype between the products: some units of the largest term."""
+    """Weights and the gradient of scores are rounded to the dtype between the products: some units of the largest."""
     unit = 16 * EPSILON[dtype] * (1 + exact.abs().max())
     error = (ours.double() - exact).abs().max()
     assert ours.shape == exact.shape and error <= unit, (what, float(error), float(unit))
@@ -60,4 +60,23 @@ lengths = torch.tensor([0, 70, 70, 75, 200], dtype=torch.int32)
 check(1, 2, 1, 200, 32, 1, cu_seqlens=lengths)
 check(1, 2, 2, 200, 32, 4, cu_seqlens=lengths)
 check(1, 2, 2, 200, 32, 4, clean=False, cu_seqlens=lengths)
+
+
+def check_huge():
+    """Heads 2^31 elements apart, rows 2^23: only the pages that are touched exist."""
+    N, D = 300, 32
+    whole = torch.empty(2**31 + N * 2**23, dtype=torch.float16)
+    far = whole.as_strided((1, 2, N, D), (0, 2**31, 2**23, 1))
+    far.copy_(torch.randn(1, 2, N, D))
+    near = far.contiguous()
+    expected = _triton_forward(*[near] * 6, 4, 0.1, None)
+    for a, b in zip(_triton_forward(*[far] * 6, 4, 0.1, None), expected, strict=True):
+        assert torch.equal(a, b), "huge strides"
+    ups = torch.randn(2, 1, 2, N, D).to(torch.float16).unbind()
+    near_grads = _triton_backward(*ups, *[near] * 6, *expected, 4, 0.1, None)
+    for a, b in zip(_triton_backward(*ups, *[far] * 6, *expected, 4, 0.1, None), near_grads, strict=True):
+        assert torch.equal(a, b), "huge strides, backward"
+
+
+check_huge()
 print("interpreted: ok")
