@@ -40,6 +40,7 @@ class Row:
     gb_per_s: float
     of_copy: float  # share of the bandwidth of a copy of as many bytes
     peak_mib: float  # above what was allocated before the call
+    tflop_per_s: float | None = None  # of the work that can't be left out, where a bench says how much it is
 
 
 def timed(calls: dict[str, Callable[[], object]], device: torch.device, seconds: float) -> dict[str, list[float]]:
@@ -123,6 +124,7 @@ def measure(
     bytes_moved: int,
     device: torch.device,
     seconds: float,
+    flop: float | None = None,
 ) -> list[Row]:
     """Time each contender on one case. Call it only after the case's correctness check has passed."""
     times_of = timed({"copy": _copy(bytes_moved, device), **contenders}, device, seconds)
@@ -133,9 +135,11 @@ def measure(
         rate = bytes_moved / middle / 1e6
         peak = _peak(contenders[name], device)
         name_of_dtype = str(dtype).removeprefix("torch.")
-        rows.append(Row(case, name_of_dtype, name, bytes_moved, low, middle, high, rate, rate / copy, peak))
+        speed = None if flop is None else flop / middle / 1e9
+        rows.append(Row(case, name_of_dtype, name, bytes_moved, low, middle, high, rate, rate / copy, peak, speed))
         print(f"{case:<28} {name_of_dtype:<9} {name:<9} {middle:9.3f} ms [{low:.3f}, {high:.3f}] "
-              f"{rate:8.1f} GB/s  {rate / copy:5.2f} of copy  {peak:7.1f} MiB", flush=True)  # fmt: skip
+              f"{rate:8.1f} GB/s  {rate / copy:5.2f} of copy  {peak:7.1f} MiB"
+              + ("" if speed is None else f"  {speed:8.3f} TFLOP/s"), flush=True)  # fmt: skip
     return rows
 
 

@@ -5,6 +5,7 @@ import dbkernels.inject_noise_table  # noqa: F401  (registers its op)
 from dbkernels._library import backend, compiled, kernels, load_compiled
 from dbkernels.ada_norm import ada_layer_norm, ada_rms_norm
 from dbkernels.adamw_ema import adamw_ema_step, adamw_ema_step_reference
+from dbkernels.attention import attention, attention_choice
 from dbkernels.edm_loss import edm_loss, edm_loss_reference
 from dbkernels.gated_residual_norm import gated_residual_norm, gated_residual_norm_reference
 from dbkernels.inject_noise import inject_noise, inject_noise_reference, inject_noise_table_reference, philox_normal
@@ -12,6 +13,7 @@ from dbkernels.philox import philox_uniform
 from dbkernels.replace import Replacement, replace
 from dbkernels.sample_sigma import sample_sigma, sample_sigma_reference
 from dbkernels.two_stream_attention import TwoStreams, two_stream_attention, two_stream_attention_reference
+from dbkernels.two_stream_decode import two_stream_decode, two_stream_decode_reference
 
 load_compiled()
 
@@ -23,6 +25,8 @@ __all__ = [
     "ada_rms_norm",
     "adamw_ema_step",
     "adamw_ema_step_reference",
+    "attention",
+    "attention_choice",
     "backend",
     "compiled",
     "edm_loss",
@@ -40,4 +44,6 @@ __all__ = [
     "sample_sigma_reference",
     "two_stream_attention",
     "two_stream_attention_reference",
+    "two_stream_decode",
+    "two_stream_decode_reference",
 ]

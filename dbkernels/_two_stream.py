@@ -33,25 +33,67 @@ def check_arguments(
     tensors = {"q": q, "k": k, "v": v, "q_noisy": q_noisy, "k_noisy": k_noisy, "v_noisy": v_noisy}
     if q is None:
         del tensors["q"]
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a floating tensor, got {got}")
+    _check_types(tensors, scale)
     if isinstance(group_size, bool) or not isinstance(group_size, (int, torch.SymInt)):
         raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
-        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
     reasons = _shapes(tensors)
     if not reasons:
         reasons = _support(k) + _sequences(k, cu_seqlens)
         length = k.shape[2]
         if not 1 <= group_size <= max(1, length):
             reasons.append(f"group_size={group_size} must be from 1 to N={length}")
-    if scale is not None and not math.isfinite(scale):
-        reasons.append(f"scale={scale} must be finite")
     if reasons:
         raise ValueError("two_stream_attention can't take this: " + "; ".join(reasons))
     return float(k.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _check_types(tensors: dict[str, Any], scale: float | None) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating tensor, got {got}")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
+        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
+
+
+def check_decode(tensors: list[Any], cache_lengths: Any, scale: float | None) -> float:
+    """The scale, if q_noisy, k_noisy, v_noisy, k_cache, v_cache fit each other.
+
+    Raises: as `check_arguments`; ValueError also if one requires a gradient.
+    """
+    named = dict(zip(("q_noisy", "k_noisy", "v_noisy", "k_cache", "v_cache"), tensors, strict=True))
+    _check_types(named, scale)
+    q, k, _, k_cache, v_cache = tensors
+    own = {"q_noisy": q, "k": k, "v_noisy": named["v_noisy"]}
+    reasons = _shapes(own) or _support(k)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        fits = cache.dim() == 4 and k.dim() == 4 and cache.shape[:2] == k.shape[:2] and cache.shape[3] == k.shape[3]
+        if not fits or cache.shape != k_cache.shape:
+            reasons.append(f"{name} must be (B, H_kv, L, D) as k_noisy {tuple(k.shape)}, got {tuple(cache.shape)}")
+        if cache.dtype != k.dtype or cache.device != k.device:
+            reasons.append(f"{name} is {cache.dtype} on {cache.device}, k_noisy {k.dtype} on {k.device}")
+    reasons += [] if reasons else _lengths(cache_lengths, k_cache)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        reasons.append("it isn't differentiable: call it under torch.no_grad()")
+    if reasons:
+        raise ValueError("two_stream_decode can't take this: " + "; ".join(reasons))
+    return float(k.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _lengths(cache_lengths: Any, k_cache: Tensor) -> list[str]:
+    if cache_lengths is None:
+        return []
+    batch, most = k_cache.shape[0], k_cache.shape[2]
+    whole = isinstance(cache_lengths, Tensor) and cache_lengths.dtype in (torch.int32, torch.int64)
+    if not whole or cache_lengths.shape != (batch,) or cache_lengths.device != k_cache.device:
+        return [f"cache_lengths must be ({batch},) int32 or int64 on {k_cache.device}"]
+    if k_cache.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in cache_lengths.aminmax())
+        if low < 0 or high > most:
+            return [f"cache_lengths go from {low} to {high}, and the cache holds {most}"]
+    return []
 
 
 def _shapes(tensors: dict[str, Tensor]) -> list[str]:

@@ -216,3 +216,21 @@ def backward(
     likes = (q_noisy, k, v, k_noisy, v_noisy)
     dq_noisy, dk, dv, dk_noisy, dv_noisy = (_folded(g, like) for g, like in zip(wide[1:], likes, strict=True))
     return [dq, dk, dv, dq_noisy, dk_noisy, dv_noisy]
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Maybe, scale: float
+) -> Tensor:
+    """two_stream_decode under the CPU key. Query heads that share a key head are rows of one."""
+    result, (B, H, group, D), heads = like_rows(q), q.shape, k.shape[1]
+    if not q.numel():
+        return result
+    rows = q.reshape(B, heads, -1, D)
+    out, lse = _flash(rows, k, v, 0.0, False, scale=scale)
+    lengths = [k_cache.shape[2]] if cache_lengths is None else cache_lengths.tolist()
+    for b, length in enumerate(lengths):
+        mine = slice(None) if cache_lengths is None else slice(b, b + 1)
+        if length:
+            far = _flash(rows[mine], k_cache[mine, :, :length], v_cache[mine, :, :length], 0.0, False, scale=scale)
+            out[mine] = merged(out[mine], lse[mine], *far)[0]
+    return result.copy_(out.view(B, H, group, D))

@@ -60,8 +60,10 @@ def test_the_queries_gradient_compiles_without_spills(stored, D, arch):
 
     given = [*pointers(stored, 6, "fp32", "fp32"), *pointers(stored, 1, "i32")]
     for noisy, single, varlen in ((False, False, False), (True, True, False), (True, False, True)):
-        built(query_kernel, given, 21, layout(D, DTYPES[stored]), arch, stored, D, NOISY=noisy, SINGLE=single,
-              VARLEN=varlen)  # fmt: skip
+        report = built(query_kernel, given, 21, layout(D, DTYPES[stored]), arch, stored, D, NOISY=noisy,
+                       SINGLE=single, VARLEN=varlen)  # fmt: skip
+        if stored != "fp32" and D <= 128:
+            assert ("HGMMA" if arch == 90 else "HMMA") in report.sass
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -72,7 +74,9 @@ def test_the_keys_gradients_compile_without_spills(stored, D, arch):
     tile = layout(D, DTYPES[stored], arch)
     both = [*pointers(stored, 6, "fp32", "fp32"), *pointers(stored, 2, "fp32", "fp32", "i32")]
     for streams, varlen in ((2, False), (2, True), (1, False)):
-        built(clean_key_kernel, both, 24, tile, arch, stored, D, STREAMS=streams, VARLEN=varlen)
+        report = built(clean_key_kernel, both, 24, tile, arch, stored, D, STREAMS=streams, VARLEN=varlen)
+        if stored != "fp32" and D <= 128:
+            assert ("HGMMA" if arch == 90 else "HMMA") in report.sass
     own = pointers(stored, 6, "fp32", "fp32", "i32")
     for group_size in (1, 4):
         tile = own_layout(D, DTYPES[stored], group_size)
