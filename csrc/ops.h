@@ -58,6 +58,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edm_loss_cpu(const Tensor& F, std::op
 // x *= by, in place: a factor for each equal run of elements. x: contiguous.
 void edm_loss_scale_cpu(Tensor x, const Tensor& by);
 
+// logits: (R, V) with rows of adjacent elements, overwritten; target: (R,) int64, -1 for none; factor: (R,) or none; out: where
+// the gradient goes beside the logits. -> losses (R,)
+Tensor cross_entropy_rows_cpu(Tensor logits, const Tensor& target, std::optional<Tensor> factor, std::optional<Tensor> out);
+
 // All tensors contiguous; params and grads of one dtype, the others float32 (float64 for float64). masters: empty, or one a
 // parameter.
 Tensor adamw_ema_step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,

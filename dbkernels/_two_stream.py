@@ -1,4 +1,4 @@
-"""two_stream_attention's arguments: autocast, and checks that give every reason in one message."""
+"""Checks of two streams' arguments: every reason why they don't fit, in one message."""
 
 from __future__ import annotations
 
@@ -11,15 +11,6 @@ from torch import Tensor
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # of the GPU kernels
 _CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def autocast(tensor: Any) -> Any:
-    """In autocast's dtype where it is on, as scaled_dot_product_attention takes its arguments."""
-    if not isinstance(tensor, Tensor) or tensor.dtype == torch.float64:
-        return tensor
-    device = tensor.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return tensor.to(torch.get_autocast_dtype(device)) if on else tensor
 
 
 def check_arguments(

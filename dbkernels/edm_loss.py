@@ -166,11 +166,11 @@ class _EDMLoss(torch.autograd.Function):
             raise RuntimeError("edm_loss has no second derivative: drop create_graph=True, or use edm_loss_reference")
         needs = ctx.needs_input_grad[:3]
         saved = zip(needs, ctx.saved_tensors, ctx.dtypes, strict=True)
-        grads = [_times(kept, upstream).to(dtype) if need else None for need, kept, dtype in saved]
+        grads = [times_upstream(kept, upstream).to(dtype) if need else None for need, kept, dtype in saved]
         return *grads, None, None, None, None, None
 
 
-def _times(kept: Tensor, upstream: Tensor) -> Tensor:
+def times_upstream(kept: Tensor, upstream: Tensor) -> Tensor:
     """kept·upstream. In place, and no pass at all where upstream is 1, if this is the graph's last backward: then
     nobody needs `kept` any more. Otherwise a copy, as whoever gets the gradient may write into it."""
     if torch.compiler.is_compiling():

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dbkernels import two_stream_cpu as cpu
+from dbkernels._autocast import autocast
 from dbkernels._levels import compute_dtype
 from dbkernels._library import backend, define, register, register_triton
-from dbkernels._two_stream import autocast, check_arguments
+from dbkernels._two_stream import check_arguments
 
 Maybe: TypeAlias = Tensor | None
 Four: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from dbkernels import two_stream_cpu as cpu
+from dbkernels._autocast import autocast
 from dbkernels._levels import compute_dtype
 from dbkernels._library import backend, define, register, register_triton
-from dbkernels._two_stream import autocast, check_decode
+from dbkernels._two_stream import check_decode
 
 Maybe: TypeAlias = Tensor | None
 

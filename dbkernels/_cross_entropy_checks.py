@@ -1,0 +1,91 @@
+"""Checks of what the ops with a vocabulary head share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbkernels._levels import check_floating, compute_dtype
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_rows(
+    h: Any, weight: Any, target: Any, z: Any, bias: Any, logit_scale: Any, posterior: Any, ignore_index: int,
+    softcap: float | None,
+) -> int:  # fmt: skip
+    """How many rows there are. Raises: TypeError, ValueError naming the argument."""
+    check_head(h, weight, bias, logit_scale)
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        raise TypeError(f"target must be an int64 tensor, got {getattr(target, 'dtype', type(target).__name__)}")
+    if target.shape != h.shape[:-1] or target.device != h.device:
+        raise ValueError(f"target has shape {tuple(target.shape)} on {target.device}, not h's {tuple(h.shape[:-1])}")
+    if z is not None:
+        _check_alike("z", z, h, h.shape)
+    if posterior is not None:
+        check_posterior(posterior, h, weight)
+    check_softcap(softcap)
+    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+        wrong = (target != ignore_index) & ((target < 0) | (target >= len(weight)))
+        if wrong.any():
+            raise ValueError(f"target {int(target[wrong][0])} is outside [0, {len(weight)}) and isn't ignore_index")
+    return math.prod(h.shape[:-1])
+
+
+def check_head(h: Any, weight: Any, bias: Any, logit_scale: Any) -> None:
+    """Raise unless h (..., d), weight (V, d), bias (V,) or None, logit_scale () or None fit each other."""
+    check_floating("h", h)
+    check_floating("weight", weight)
+    if h.dim() == 0 or weight.dim() != 2 or weight.shape[1] != h.shape[-1] or 0 in weight.shape:
+        raise ValueError(f"weight must be (V, d) with h's d, got {tuple(weight.shape)} for h {tuple(h.shape)}")
+    _check_alike("weight", weight, h, weight.shape)
+    for name, tensor, shape in (("bias", bias, weight.shape[:1]), ("logit_scale", logit_scale, torch.Size())):
+        if tensor is None:
+            continue
+        check_floating(name, tensor)
+        if tensor.shape != shape or tensor.device != h.device:
+            raise ValueError(f"{name} must have shape {tuple(shape)} on {h.device}, got {tuple(tensor.shape)}")
+
+
+def _check_alike(name: str, tensor: Any, h: Tensor, shape: torch.Size) -> None:
+    check_floating(name, tensor)
+    if tensor.shape != shape or tensor.dtype != h.dtype or tensor.device != h.device:
+        raise ValueError(
+            f"{name} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, and h {tuple(h.shape)} {h.dtype} on "
+            f"{h.device}: they must fit"
+        )
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raise unless it is positive and finite, or None."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap} must be positive and finite, or None")
+
+
+def check_posterior(posterior: Any, h: Tensor, weight: Tensor) -> None:
+    """Raise unless it is (z, table, sigma) with one table row a word, not to be trained."""
+    if not isinstance(posterior, tuple) or len(posterior) != 3:
+        raise ValueError("posterior must be (z, table, sigma)")
+    z, table, _ = posterior
+    check_floating("posterior's z", z)
+    check_floating("posterior's table", table)
+    if z.shape[:-1] != h.shape[:-1] or table.shape != (len(weight), z.shape[-1]):
+        raise ValueError(f"posterior's z {tuple(z.shape)} and table {tuple(table.shape)} must be (..., e) and (V, e)")
+    if table.requires_grad:
+        raise ValueError("posterior's table requires a gradient, but only its z gets one: detach it, or tie the head")
+
+
+def coefficient(name: str, value: Any, shape: torch.Size, h: Tensor) -> Tensor:
+    """A number a row, (R,), in the sums' dtype."""
+    dtype = compute_dtype(h.dtype)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return torch.full((math.prod(shape),), float(value), dtype=dtype, device=h.device)
+    check_floating(name, value)
+    if value.shape not in (shape, torch.Size()) or value.device != h.device:
+        raise ValueError(f"{name} must be a float or have shape {tuple(shape)} on {h.device}, got {tuple(value.shape)}")
+    if value.requires_grad:
+        raise ValueError(f"{name} requires a gradient, but gets none: detach it")
+    return value.to(dtype).expand(shape).reshape(-1)

@@ -1,0 +1,227 @@
+"""denoising_cross_entropy: vocabulary head, posterior readout and cross-entropy, without ever holding the logits.
+
+The definition first, then the op, its gradient and the public function. The kernel is dbkernels/_logit_chunks.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dbkernels import _logit_chunks as chunks
+from dbkernels._autocast import autocast
+from dbkernels._cross_entropy_checks import REDUCTIONS, check_rows, coefficient
+from dbkernels._levels import compute_dtype
+from dbkernels._library import backend, define, register
+from dbkernels.edm_loss import times_upstream
+
+Maybe: TypeAlias = Tensor | None
+GRADIENTS = ("h", "weight", "z", "bias", "logit_scale", "posterior_z")
+
+
+class Head(NamedTuple):
+    """What makes logits of rows. h, z: (R, d); weight: (V, d); c_skip, c_out, precision (1/sigma²): (R,) in the sums'
+    dtype; bias: (V,); logit_scale: (); posterior_z: (R, e), table: (V, e)."""
+
+    h: Tensor
+    weight: Tensor
+    z: Maybe
+    c_skip: Maybe
+    c_out: Maybe
+    bias: Maybe
+    logit_scale: Maybe
+    posterior_z: Maybe
+    table: Maybe
+    precision: Maybe
+    normalize: bool
+    softcap: float | None
+
+
+def logits_reference(head: Head) -> Tensor:
+    """The definition of the logits, (R, V) in the sums' dtype, differentiable."""
+    dtype = compute_dtype(head.h.dtype)
+    x = head.h.to(dtype)
+    if head.c_out is not None:
+        x = x * head.c_out.unsqueeze(1)
+    if head.z is not None and head.c_skip is not None:
+        x = x + head.z.to(dtype) * head.c_skip.unsqueeze(1)
+    if head.normalize:
+        x = torch.nn.functional.normalize(x, dim=-1)
+    logits = x @ head.weight.to(dtype).T
+    if head.logit_scale is not None:
+        logits = logits * head.logit_scale.to(dtype)
+    if head.bias is not None:
+        logits = logits + head.bias.to(dtype)
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    if head.posterior_z is not None and head.table is not None and head.precision is not None:
+        table = head.table.to(dtype)
+        evidence = head.posterior_z.to(dtype) @ table.T - table.square().sum(-1) / 2
+        logits = logits + evidence * head.precision.unsqueeze(1)
+    return logits
+
+
+def _definition(*arguments: Any) -> list[Tensor]:
+    *head_arguments, target, factor, wants = arguments
+    leaves = {}
+    head = Head(*head_arguments)
+    for name, want in zip(GRADIENTS, wants, strict=True):
+        if want:
+            leaves[name] = getattr(head, name).detach().requires_grad_()
+    with torch.enable_grad():
+        logits = logits_reference(head._replace(**leaves))
+        loss = torch.nn.functional.cross_entropy(logits, target, ignore_index=-1, reduction="none")
+    found = torch.autograd.grad(loss, list(leaves.values()), factor) if leaves else ()
+    grads = {name: g.to(chunks.kept_dtype(g.dtype)).contiguous() for name, g in zip(leaves, found, strict=True)}
+    return [loss.detach(), *(grads.get(name, loss.new_empty(0)) for name in GRADIENTS)]
+
+
+def _fake(*arguments: Any) -> list[Tensor]:
+    *head_arguments, _, _, wants = arguments
+    head = Head(*head_arguments)
+    loss = head.h.new_empty(head.h.shape[0], dtype=compute_dtype(head.h.dtype))
+    grads = []
+    for name, want in zip(GRADIENTS, wants, strict=True):
+        given = getattr(head, name)
+        kept = given.new_empty(given.shape, dtype=chunks.kept_dtype(given.dtype)) if want else loss.new_empty(0)
+        grads.append(kept)
+    return [loss, *grads]
+
+
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
+def _chunked(*arguments: Any) -> list[Tensor]:
+    *head_arguments, target, factor, wants = arguments
+    wanted = dict(zip(GRADIENTS, wants, strict=True))
+    loss, grads = chunks.loss_and_gradients(Head(*head_arguments), target, factor, wanted)
+    return [loss, *(grads.get(name, loss.new_empty(0)) for name in GRADIENTS)]
+
+
+define(
+    "denoising_cross_entropy(Tensor h, Tensor weight, Tensor? z, Tensor? c_skip, Tensor? c_out, Tensor? bias, "
+    "Tensor? logit_scale, Tensor? posterior_z, Tensor? table, Tensor? precision, bool normalize, float? softcap, "
+    "Tensor target, Tensor? factor, bool[] wants) -> Tensor[]",
+    _definition,
+    _fake,
+)
+for _key in ("CPU", "CUDA"):
+    register("denoising_cross_entropy", _key, _chunked, "PyTorch, in chunks")
+
+
+class _RowLosses(torch.autograd.Function):
+    """Losses of the rows. With `factor`, what the loss of each row will be multiplied by on the way to a scalar, the
+    gradients are found with them; without, by a second pass once the upstream gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Maybe, target: Tensor, *fields: Any) -> Tensor:
+        needs = dict(zip(Head._fields, ctx.needs_input_grad[2:], strict=True))
+        ctx.wants, ctx.dtypes = [needs[name] for name in GRADIENTS], [getattr(f, "dtype", None) for f in fields]
+        at_once = factor is not None and any(ctx.wants)
+        now = (factor, ctx.wants) if at_once else (None, [False] * len(GRADIENTS))
+        loss, *grads = torch.ops.dbkernels.denoising_cross_entropy.default(*fields, target, *now)
+        ctx.at_once, ctx.rest = at_once, fields[10:]
+        kept = grads if at_once else (target, *fields[:10])
+        ctx.save_for_backward(*kept)
+        return loss if factor is None else (loss * factor).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        if ctx.at_once:
+            grads = [times_upstream(grad, upstream) for grad in ctx.saved_tensors]
+        else:
+            target, *tensors = ctx.saved_tensors
+            op = torch.ops.dbkernels.denoising_cross_entropy.default
+            _, *grads = op(*tensors, *ctx.rest, target, upstream, ctx.wants)
+        found = {name: grad for name, grad, want in zip(GRADIENTS, grads, ctx.wants, strict=True) if want}
+        dtypes = dict(zip(Head._fields, ctx.dtypes, strict=True))
+        return None, None, *(found[name].to(dtypes[name]) if name in found else None for name in Head._fields)
+
+
+def denoising_cross_entropy(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    z: Tensor | None = None,
+    c_skip: Tensor | float | None = None,
+    c_out: Tensor | float | None = None,
+    bias: Tensor | None = None,
+    logit_scale: Tensor | None = None,
+    normalize: bool = False,
+    posterior: tuple[Tensor, Tensor, Tensor] | None = None,
+    row_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of a vocabulary head on a denoised state, D = c_skip·z + c_out·h, a chunk of rows at a time.
+
+    logits = logit_scale·D @ weight.T + bias, capped by softcap·tanh(·/softcap), plus the posterior readout's
+    (z·E_k − |E_k|²/2)/sigma². With a head tied to unit embeddings the readout is c_skip = 1/sigma². Never more than a
+    chunk of logits is in memory; gradients are found with the loss, the head's summed in float32, and repeat.
+
+    Args:
+        h: (..., d), the network's output; float16, bfloat16, float32 or float64. Arithmetic between products is float32
+            (float64 for float64). Autocast casts h, z and weight as for torch.nn.functional.linear.
+        weight: (V, d), h's dtype. target: (...), int64, in [0, V) or ignore_index.
+        z: noised target, h's shape; with c_skip. c_skip, c_out: any numbers, a float or (...), not differentiable; a
+            c_skip of 2.5e5 is safe in every dtype.
+        bias: (V,). logit_scale: a 0-dim tensor. normalize: bring D to unit length first.
+        posterior: (z, table, sigma) of the readout with a table of its own: z (..., e), table (V, e), sigma (...).
+            Only z is differentiable.
+        row_weight: (...), what each row's loss is multiplied by, not differentiable.
+        reduction: "mean" over the rows that aren't ignored, "sum", or "none", (...), which computes the logits twice.
+
+    Returns:
+        float32 (float64 for float64), () or target's shape, in nats. Ignored rows are 0; a mean of no others is NaN.
+
+    Raises:
+        TypeError: an argument isn't a tensor of the right kind. ValueError: shapes, devices or dtypes don't fit; z
+            without c_skip; reduction is unknown; softcap isn't positive; on the CPU, a target is outside [0, V).
+
+    Source: Wijmans et al. 2024 (Cut Cross-Entropy), section 4; Karras et al. 2022, table 1; method.md, section 9.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
+    h, weight, z = (autocast(t) for t in (h, weight, z))
+    rows = check_rows(h, weight, target, z, bias, logit_scale, posterior, ignore_index, softcap)
+    dtype, shape = compute_dtype(h.dtype), target.shape
+    if (z is None) != (c_skip is None):
+        raise ValueError("z and c_skip go together: pass both or neither")
+    seen_z, table, sigma = posterior or (None, None, None)
+    precision = None if sigma is None else coefficient("sigma", sigma, shape, h).square().reciprocal()
+    head = Head(
+        h.reshape(rows, h.shape[-1]),
+        weight,
+        None if z is None else z.reshape(rows, z.shape[-1]),
+        None if c_skip is None else coefficient("c_skip", c_skip, shape, h),
+        None if c_out is None else coefficient("c_out", c_out, shape, h),
+        bias,
+        logit_scale,
+        None if seen_z is None else autocast(seen_z).reshape(rows, seen_z.shape[-1]),
+        None if table is None else autocast(table),
+        precision,
+        normalize,
+        softcap,
+    )
+    flat = target.reshape(rows)
+    flat = torch.where(flat == ignore_index, -1, flat)
+    weights = (
+        torch.ones((), dtype=dtype, device=h.device)
+        if row_weight is None
+        else coefficient("row_weight", row_weight, shape, h)
+    )
+    factor = (weights.expand(rows) * (flat >= 0)).contiguous()
+    if reduction == "mean":
+        factor = factor / (flat >= 0).sum()
+    plain = backend() == "reference" and not torch.compiler.is_compiling()
+    if plain:
+        losses = torch.nn.functional.cross_entropy(logits_reference(head), flat, ignore_index=-1, reduction="none")
+        return (losses * factor).view(shape) if reduction == "none" else (losses * factor).sum()
+    if reduction == "none":
+        return (_RowLosses.apply(None, flat, *head) * factor).view(shape)
+    return _RowLosses.apply(factor, flat, *head)

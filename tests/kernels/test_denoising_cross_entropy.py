@@ -1,0 +1,326 @@
+"""denoising_cross_entropy against its definition in float64, whatever the options and the chunks."""
+
+import sys
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as functional
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dbkernels
+from dbkernels import _logit_chunks as chunks
+from dbkernels import denoising_cross_entropy
+from numerics import EPSILON
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+OPTIONS = {
+    "plain": {},
+    "tied": dict(z=True),
+    "readout": dict(posterior=True, logit_scale=True),
+    "cosine": dict(z=True, normalize=True, logit_scale=True),
+    "all": dict(z=True, normalize=True, logit_scale=True, bias=True, softcap=4.0, posterior=True, row_weight=True),
+    "bias and cap": dict(bias=True, softcap=4.0, row_weight=True),
+}
+module = sys.modules["dbkernels.denoising_cross_entropy"]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks of rows and several blocks of the head at the tests' sizes."""
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 16)
+    monkeypatch.setattr(chunks, "CPU_LOGITS", 16)
+    monkeypatch.setattr(chunks, "CONVERTED", 20)
+
+
+def example(rows=(5, 9), d=24, V=50, dtype=torch.float32, device="cpu", smallest=0.3, **options):
+    """(arguments, keywords, leaves): tensors of `dtype`, leaves those that get a gradient."""
+    like = dict(device=device)
+    leaves = {
+        "h": torch.randn(*rows, d, **like).to(dtype),
+        "weight": (torch.randn(V, d, **like) / d**0.5).to(dtype),
+    }
+    target = torch.randint(V, rows, **like)
+    if target.numel() > 3:
+        target.view(-1)[::7] = -100
+    sigma = torch.rand(rows, **like) * 2 + smallest
+    keywords = {name: options[name] for name in ("softcap", "normalize") if name in options}
+    if options.get("row_weight"):
+        keywords["row_weight"] = torch.rand(rows, **like)
+    if options.get("z"):
+        leaves["z"] = torch.randn(*rows, d, **like).to(dtype)
+        keywords |= dict(c_skip=sigma**-2, c_out=torch.rand(rows, **like))
+    if options.get("bias"):
+        leaves["bias"] = torch.randn(V, **like).to(dtype)
+    if options.get("logit_scale"):
+        leaves["logit_scale"] = torch.tensor(3.0, **like).to(dtype)
+    if options.get("posterior"):
+        table = functional.normalize(torch.randn(V, 12, **like), dim=-1).to(dtype)
+        leaves["seen"] = torch.randn(*rows, 12, **like).to(dtype)
+        keywords["posterior"] = (None, table, sigma)
+    return target, keywords, leaves
+
+
+def loss_and_gradients(target, keywords, leaves, upstream, reference=False, **more):
+    """The loss, then a gradient for each leaf, by the op or by its definition in float64."""
+    cast = torch.float64 if reference else None
+    given = {name: t.detach().to(cast or t.dtype).requires_grad_() for name, t in leaves.items()}
+    named = dict(keywords) | more
+    if "posterior" in named:
+        _, table, sigma = named["posterior"]
+        named["posterior"] = (given["seen"], table.to(cast or table.dtype), sigma)
+    named |= {name: t for name, t in given.items() if name not in ("h", "weight", "seen")}
+    with pytest.MonkeyPatch.context() as patch:
+        if reference:
+            patch.setattr(module, "backend", lambda: "reference")
+        loss = denoising_cross_entropy(given["h"], given["weight"], target, **named)
+    return [loss, *torch.autograd.grad(loss, list(given.values()), upstream.to(loss.dtype))]
+
+
+def check(target, keywords, leaves, reduction, dtype):
+    """float32 and float64: sums of products round once a term. Halves: each product's operand rounds once, so gradients
+    err by a unit of the largest; a gradient in the half is rounded again."""
+    upstream = torch.randn(target.shape if reduction == "none" else ())
+    exact = loss_and_gradients(target, keywords, leaves, upstream, reference=True, reduction=reduction)
+    ours = loss_and_gradients(target, keywords, leaves, upstream, reduction=reduction)
+    assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for name, a, b in zip(("loss", *leaves), ours, exact, strict=True):
+        half = dtype.itemsize == 2 and name != "loss"
+        unit = 2 * EPSILON[dtype] if half else 64 * EPSILON[ours[0].dtype]
+        assert (a.double() - b).abs().max() <= unit * (b.abs().max() + (1e-6 if half else 1)), (name, reduction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_against_float64_forward_and_backward(options, reduction, dtype):
+    check(*example(dtype=dtype, **OPTIONS[options]), reduction, dtype)
+
+
+@given(
+    rows=st.lists(st.integers(1, 20), min_size=1, max_size=3), d=st.integers(1, 30), V=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES), options=st.sampled_from(list(OPTIONS)),
+    reduction=st.sampled_from(["mean", "sum", "none"]), seed=st.integers(0, 2**32),
+)  # fmt: skip
+@settings(deadline=None, max_examples=40)
+def test_any_shape(rows, d, V, dtype, options, reduction, seed):
+    torch.manual_seed(seed)
+    target, keywords, leaves = example(tuple(rows), d, V, dtype, **OPTIONS[options])
+    assert torch.isfinite(loss_and_gradients(target, keywords, leaves, torch.ones(()), reduction="sum")[0])
+    check(target, keywords, leaves, reduction, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", ["tied", "readout"])
+def test_the_lowest_noise_neither_overflows_nor_hides_the_answer(options, dtype):
+    """At sigma 0.002 c_skip is 2.5e5: z is the target's row, and the loss and its gradients are 0, not NaN."""
+    torch.manual_seed(0)
+    rows, V, d = 30, 50, 64
+    table = functional.normalize(torch.randn(V, d), dim=-1).to(dtype)
+    target, sigma = torch.randint(V, (rows,)), torch.full((rows,), 0.002)
+    z, h = table[target], torch.randn(rows, d).to(dtype).requires_grad_()
+    named = dict(z=z, c_skip=sigma**-2) if options == "tied" else dict(posterior=(z, table, sigma))
+    loss = denoising_cross_entropy(h, table, target, **named)
+    assert loss.isfinite() and loss < 1e-6
+    assert torch.autograd.grad(loss, h)[0].abs().max() < 1e-6
+
+
+def test_a_nearly_certain_target_still_has_a_gradient():
+    """1 - p = 1e-12 is lost where p is rounded to float32 first, and so is the loss."""
+    logits = torch.tensor([[28.0, 0.0]])
+    h = logits.clone().requires_grad_()
+    loss = denoising_cross_entropy(h, torch.eye(2), torch.tensor([0]))
+    exact = torch.tensor(-28.0, dtype=torch.float64).exp()
+    torch.testing.assert_close(loss.double(), exact.log1p(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, h)[0].double(), torch.stack([-exact, exact])[None], rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradcheck(options):
+    target, keywords, leaves = example((7,), 5, 6, torch.float64, **OPTIONS[options])
+    names = list(leaves)
+
+    def run(*tensors):
+        return loss_of(target, keywords, dict(zip(names, tensors, strict=True)))
+
+    assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in leaves.values()])
+
+
+def loss_of(target, keywords, leaves, reduction="mean"):
+    named = dict(keywords)
+    if "posterior" in named:
+        named["posterior"] = (leaves["seen"], *named["posterior"][1:])
+    named |= {name: t for name, t in leaves.items() if name not in ("h", "weight", "seen")}
+    return denoising_cross_entropy(leaves["h"], leaves["weight"], target, reduction=reduction, **named)
+
+
+def test_equal_to_pytorchs_where_both_can():
+    target, _, leaves = example(V=70)
+    ours = denoising_cross_entropy(leaves["h"], leaves["weight"], target)
+    plain = functional.cross_entropy((leaves["h"] @ leaves["weight"].T).flatten(0, 1), target.flatten())
+    torch.testing.assert_close(ours, plain)
+
+
+def test_a_loss_scale_keeps_the_gradients_of_float16():
+    """A mean's gradients underflow in float16 unless the scale is applied before they are rounded."""
+    target, keywords, leaves = example((64, 64), d=8, V=400, dtype=torch.float16)
+    upstream = torch.tensor(2.0**16)
+    exact = loss_and_gradients(target, keywords, leaves, upstream, reference=True)
+    ours = loss_and_gradients(target, keywords, leaves, upstream)
+    for a, b in zip(ours, exact, strict=True):
+        assert (a.double() - b).abs().max() <= 2.0**-9 * b.abs().max()
+
+
+def test_repeats_bit_for_bit():
+    target, keywords, leaves = example(dtype=torch.bfloat16, **OPTIONS["all"])
+    runs = [loss_and_gradients(target, keywords, leaves, torch.ones(())) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_never_more_than_a_chunk_of_logits(monkeypatch):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor) and not func.is_view:
+                    self.numel = max(self.numel, tensor.numel())
+            return out
+
+    target, keywords, leaves = example((640,), 8, 64, **OPTIONS["all"])
+    with Largest() as largest:
+        loss_and_gradients(target, keywords, leaves, torch.ones(()))
+    assert largest.numel <= max(16 * 64, 640 * 12)
+
+
+def test_frozen_parts_get_no_gradient():
+    target, _, leaves = example()
+    weight = leaves["weight"].requires_grad_()
+    loss = denoising_cross_entropy(leaves["h"], weight, target)
+    exact = functional.cross_entropy((leaves["h"] @ weight.T).flatten(0, 1), target.flatten())
+    torch.testing.assert_close(torch.autograd.grad(loss, weight), torch.autograd.grad(exact, weight))
+    with torch.no_grad():
+        assert not denoising_cross_entropy(leaves["h"], weight, target).requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_whole_and_once(reduction):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(h, weight, target):
+        return denoising_cross_entropy(h * 2, weight, target, reduction=reduction).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for _ in range(3):
+        target, _, leaves = example()
+        given = [leaves[name].requires_grad_() for name in ("h", "weight")]
+        ours = torch.autograd.grad(compiled(*given, target), given)
+        assert all(
+            torch.equal(a, b) for a, b in zip(ours, torch.autograd.grad(step(*given, target), given), strict=True)
+        )
+    assert counter.frame_count == 1
+
+
+def test_opcheck():
+    target, _, leaves = example((9,))
+    none = [None] * 8
+    op = torch.ops.dbkernels.denoising_cross_entropy.default
+    wants = [True, True, False, False, False, False]
+    torch.library.opcheck(
+        op, (leaves["h"], leaves["weight"], *none, False, None, target.clamp(min=-1), torch.ones(9), wants)
+    )
+    rows = torch.ops.dbkernels.cross_entropy_rows.default
+    torch.library.opcheck(rows, (torch.randn(4, 7), torch.tensor([1, -1, 0, 6]), torch.ones(4), torch.empty(4, 7)))
+
+
+def test_autocast():
+    target, _, leaves = example()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = denoising_cross_entropy(leaves["h"], leaves["weight"], target)
+    assert torch.equal(loss, denoising_cross_entropy(leaves["h"].bfloat16(), leaves["weight"].bfloat16(), target))
+
+
+def test_empty_and_all_ignored():
+    weight = torch.randn(5, 3, requires_grad=True)
+    empty = denoising_cross_entropy(torch.zeros(0, 3), weight, torch.zeros(0).long(), reduction="sum")
+    assert empty == 0 and torch.autograd.grad(empty, weight)[0].abs().sum() == 0
+    ignored = torch.full((4,), -100)
+    assert denoising_cross_entropy(torch.randn(4, 3), weight, ignored, reduction="sum") == 0
+    assert denoising_cross_entropy(torch.randn(4, 3), weight, ignored).isnan()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        (dict(reduction="avg"), ValueError, "reduction='avg'"),
+        (dict(h=torch.zeros(4, 3).long()), TypeError, "h must be"),
+        (dict(weight=torch.zeros(5, 4)), ValueError, r"weight must be \(V, d\)"),
+        (dict(weight=torch.zeros(5, 3).half()), ValueError, "weight is"),
+        (dict(target=torch.zeros(4)), TypeError, "target must be an int64"),
+        (dict(target=torch.zeros(3).long()), ValueError, "target has shape"),
+        (dict(target=torch.tensor([0, 1, 2, 5])), ValueError, r"target 5 is outside \[0, 5\)"),
+        (dict(z=torch.zeros(4, 3)), ValueError, "z and c_skip go together"),
+        (dict(z=torch.zeros(4, 3), c_skip=torch.zeros(3)), ValueError, "c_skip must be a float or have shape"),
+        (dict(bias=torch.zeros(4)), ValueError, "bias must have shape"),
+        (dict(logit_scale=torch.zeros(1)), ValueError, "logit_scale must have shape"),
+        (dict(softcap=0.0), ValueError, "softcap=0.0"),
+        (dict(posterior=(torch.zeros(4, 2), torch.zeros(4, 2), 1.0)), ValueError, "posterior's z"),
+        (dict(row_weight=torch.zeros(4, requires_grad=True)), ValueError, "row_weight requires a gradient"),
+    ],
+)
+def test_errors_name_the_argument(changes, error, words):
+    given = dict(h=torch.zeros(4, 3), weight=torch.zeros(5, 3), target=torch.zeros(4).long()) | changes
+    with pytest.raises(error, match=words):
+        denoising_cross_entropy(**given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", ["plain", "readout", "bias and cap"])
+def test_softmax_embedding_against_float64(options, dtype):
+    _, keywords, leaves = example(dtype=dtype, **OPTIONS[options])
+    keywords.pop("row_weight", None)
+    if "posterior" in keywords:
+        keywords["posterior"] = (leaves["seen"], *keywords["posterior"][1:])
+    named = keywords | {name: leaves[name] for name in ("bias", "logit_scale") if name in leaves}
+    table, r = torch.randn(50, 7).to(dtype), torch.rand(5, 9)
+    z = torch.randn(5, 9, 7).to(dtype)
+    wide = {
+        k: tuple(t.double() for t in v) if isinstance(v, tuple) else v.double() if isinstance(v, torch.Tensor) else v
+        for k, v in named.items()
+    }
+    for step in (None, (z, r), (z, 0.25)):
+        ours = dbkernels.softmax_embedding(leaves["h"], leaves["weight"], table, **named, step=step)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules["dbkernels.softmax_embedding"], "backend", lambda: "reference")
+            given = None if step is None else (z.double(), step[1])
+            exact = dbkernels.softmax_embedding(
+                leaves["h"].double(), leaves["weight"].double(), table.double(), **wide, step=given
+            )
+        assert ours.dtype == dtype and ours.shape == z.shape
+        unit = max(EPSILON[dtype], 16 * EPSILON[torch.float32 if dtype != torch.float64 else dtype])
+        assert (ours.double() - exact).abs().max() <= unit * (1 + exact.abs().max())
+
+
+def test_softmax_embedding_refuses():
+    h, weight, table = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5, 2)
+    with pytest.raises(ValueError, match="isn't differentiable"):
+        dbkernels.softmax_embedding(h.requires_grad_(), weight, table)
+    with pytest.raises(ValueError, match="table must be"):
+        dbkernels.softmax_embedding(h.detach(), weight, table[:4])
+    with pytest.raises(ValueError, match="step's z"):
+        dbkernels.softmax_embedding(h.detach(), weight, table, step=(torch.zeros(4, 3), 0.5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gpu_against_float64(options, reduction, dtype):
+    check(*example((3, 300), 64, 5000, dtype, "cuda", **OPTIONS[options]), reduction, dtype)
