@@ -11,6 +11,7 @@ from dbkernels.denoising_cross_entropy import denoising_cross_entropy
 from dbkernels.edm_loss import edm_loss, edm_loss_reference
 from dbkernels.gated_residual_norm import gated_residual_norm, gated_residual_norm_reference
 from dbkernels.inject_noise import inject_noise, inject_noise_reference, inject_noise_table_reference, philox_normal
+from dbkernels.masked_cross_entropy import mask_tokens, masked_cross_entropy
 from dbkernels.philox import philox_uniform
 from dbkernels.replace import Replacement, replace
 from dbkernels.sample_sigma import sample_sigma, sample_sigma_reference
@@ -41,6 +42,8 @@ __all__ = [
     "inject_noise_reference",
     "inject_noise_table_reference",
     "kernels",
+    "mask_tokens",
+    "masked_cross_entropy",
     "philox_normal",
     "philox_uniform",
     "replace",
