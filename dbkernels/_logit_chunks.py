@@ -16,7 +16,7 @@ from dbkernels._levels import compute_dtype
 if TYPE_CHECKING:
     from dbkernels.denoising_cross_entropy import Head
 
-CPU_LOGITS, GPU_LOGITS = 2**21, 2**24  # of a chunk: 8 MiB of float32, near the cache; 64 MiB
+CPU_LOGITS, GPU_LOGITS = 2**19, 2**24  # of a chunk: 2 MiB of float32, in the cache; 64 MiB
 LEAST_ROWS = 128  # fewer would read the head too often
 CONVERTED = 4096  # rows of the head that are converted at once
 
@@ -194,6 +194,7 @@ def loss_and_gradients(
             share, beside = share / unit, torch.empty_like(logits, dtype=head.weight.dtype)
         loss[rows] = torch.ops.dbkernels.cross_entropy_rows.default(logits, target[rows], share, beside)
         sums.add(state, rows, logits if beside is None else beside, unit, capped)
+        del logits, beside, capped  # or the next chunk would be made beside this one
     return loss, sums.result()
 
 

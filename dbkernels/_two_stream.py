@@ -1,4 +1,4 @@
-"""Checks of two streams' arguments: every reason why they don't fit, in one message."""
+"""What the ops of two streams share: checks that give every reason in one message, and the outputs' layout."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ from torch import Tensor
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # of the GPU kernels
 _CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def sequences(cu_seqlens: Tensor) -> list[slice]:
+    """Where the sequences lie that aren't empty."""
+    return [slice(begin, end) for begin, end in pairwise(cu_seqlens.tolist()) if end > begin]
+
+
+def nothing(like: Tensor) -> Tensor:
+    """What stands for an output that there isn't."""
+    return like.new_empty(0)
+
+
+def like_rows(q: Tensor) -> Tensor:
+    """Empty, of q's shape (B, H, N, D), laid out as (B, N, H, D)."""
+    B, H, N, D = q.shape
+    return q.new_empty(B, N, H, D).transpose(1, 2)
 
 
 def check_arguments(
@@ -27,7 +43,7 @@ def check_arguments(
     _check_types(tensors, scale)
     if isinstance(group_size, bool) or not isinstance(group_size, (int, torch.SymInt)):
         raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
-    reasons = _shapes(tensors)
+    reasons = _shapes(tensors, "k")
     if not reasons:
         reasons = _support(k) + _sequences(k, cu_seqlens)
         length = k.shape[2]
@@ -56,9 +72,9 @@ def check_decode(tensors: list[Any], cache_lengths: Any, scale: float | None) ->
     """
     named = dict(zip(("q_noisy", "k_noisy", "v_noisy", "k_cache", "v_cache"), tensors, strict=True))
     _check_types(named, scale)
-    q, k, _, k_cache, v_cache = tensors
-    own = {"q_noisy": q, "k": k, "v_noisy": named["v_noisy"]}
-    reasons = _shapes(own) or _support(k)
+    _, k, _, k_cache, v_cache = tensors
+    own = {name: t for name, t in named.items() if name.endswith("_noisy")}
+    reasons = _shapes(own, "k_noisy") or _support(k)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         fits = cache.dim() == 4 and k.dim() == 4 and cache.shape[:2] == k.shape[:2] and cache.shape[3] == k.shape[3]
         if not fits or cache.shape != k_cache.shape:
@@ -87,21 +103,22 @@ def _lengths(cache_lengths: Any, k_cache: Tensor) -> list[str]:
     return []
 
 
-def _shapes(tensors: dict[str, Tensor]) -> list[str]:
+def _shapes(tensors: dict[str, Tensor], key: str) -> list[str]:
+    """What is wrong with queries ("q", "q_noisy") and keys and values, which are shaped as `key`."""
     wrong = [f"{name} must be (B, H, N, D), got {tuple(t.shape)}" for name, t in tensors.items() if t.dim() != 4]
     if wrong:
         return wrong
-    k = tensors["k"]
+    k = tensors[key]
     reasons = []
     for name, t in tensors.items():
         if t.dtype != k.dtype or t.device != k.device:
-            reasons.append(f"{name} is {t.dtype} on {t.device} and k {k.dtype} on {k.device}: they must be alike")
+            reasons.append(f"{name} is {t.dtype} on {t.device} and {key} {k.dtype} on {k.device}: they must be alike")
         like = tensors["q_noisy"] if name.startswith("q") else k
         if t.shape != like.shape:
             reasons.append(f"{name} has shape {tuple(t.shape)}, not {tuple(like.shape)}")
     queries = tensors["q_noisy"]
     if queries.shape[0] != k.shape[0] or queries.shape[2:] != k.shape[2:]:
-        reasons.append(f"q_noisy has shape {tuple(queries.shape)} and k {tuple(k.shape)}: only the heads may differ")
+        reasons.append(f"q_noisy has shape {tuple(queries.shape)}, {key} {tuple(k.shape)}: only the heads may differ")
     if k.shape[1] == 0 or queries.shape[1] == 0 or queries.shape[1] % k.shape[1]:
         reasons.append(f"H={queries.shape[1]} query heads must be a multiple of H_kv={k.shape[1]} key heads, not 0")
     return reasons

@@ -17,7 +17,7 @@ from dbkernels import two_stream_cpu as cpu
 from dbkernels._autocast import autocast
 from dbkernels._levels import compute_dtype
 from dbkernels._library import backend, define, register, register_triton
-from dbkernels._two_stream import check_arguments
+from dbkernels._two_stream import check_arguments, like_rows, nothing, sequences
 
 Maybe: TypeAlias = Tensor | None
 Four: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -63,7 +63,7 @@ def two_stream_attention_reference(
     keys, values = torch.cat([k, k_noisy], 2), torch.cat([v, v_noisy], 2)
     out_noisy, lse_noisy = _dense(q_noisy, keys, values, torch.cat([noisy, own], 1), scale)
     if q is None:
-        out, lse = cpu.nothing(out_noisy), cpu.nothing(lse_noisy)
+        out, lse = nothing(out_noisy), nothing(lse_noisy)
     else:
         out, lse = _dense(q, k, v, clean, scale)
     return out.to(k.dtype), out_noisy.to(k.dtype), lse, lse_noisy
@@ -71,7 +71,7 @@ def two_stream_attention_reference(
 
 def _over_sequences(streams: Sequence[Any], group_size: int, scale: float, cu_seqlens: Tensor) -> Four:
     pieces = []
-    for span in cpu.sequences(cu_seqlens):
+    for span in sequences(cu_seqlens):
         q, k, v, q_noisy, k_noisy, v_noisy = (None if t is None else t[:, :, span] for t in streams)
         pieces.append(two_stream_attention_reference(q, k, v, q_noisy, k_noisy, v_noisy, group_size, scale))
     joined: Any = [torch.cat(parts, 0 if parts[0].dim() == 1 else 2) for parts in zip(*pieces, strict=True)]
@@ -80,15 +80,15 @@ def _over_sequences(streams: Sequence[Any], group_size: int, scale: float, cu_se
 
 def _definition(q: Maybe, *rest: Any) -> Four:
     out, out_noisy, lse, lse_noisy = two_stream_attention_reference(q, *rest)
-    outs = [t if t.dim() == 1 else cpu.like_rows(t).copy_(t) for t in (out, out_noisy)]
+    outs = [t if t.dim() == 1 else like_rows(t).copy_(t) for t in (out, out_noisy)]
     return outs[0], outs[1], lse.contiguous(), lse_noisy.contiguous()
 
 
 def _fake(q: Maybe, k: Tensor, v: Tensor, q_noisy: Tensor, *rest: Any) -> Four:
     lse_noisy = q_noisy.new_empty(q_noisy.shape[:3], dtype=compute_dtype(q_noisy.dtype))
     none = q_noisy.new_empty(0), lse_noisy.new_empty(0)
-    out, lse = none if q is None else (cpu.like_rows(q), torch.empty_like(lse_noisy))
-    return out, cpu.like_rows(q_noisy), lse, lse_noisy
+    out, lse = none if q is None else (like_rows(q), torch.empty_like(lse_noisy))
+    return out, like_rows(q_noisy), lse, lse_noisy
 
 
 def _backward_definition(grad: Maybe, grad_noisy: Tensor, *rest: Any) -> list[Tensor]:
@@ -101,7 +101,7 @@ def _backward_definition(grad: Maybe, grad_noisy: Tensor, *rest: Any) -> list[Te
     if grad is not None:
         outs, ups = [*outs, out], [*ups, grad.to(out.dtype)]
     grads = iter(torch.autograd.grad(outs, [t for t in wide if t is not None], ups))
-    return [cpu.nothing(grad_noisy) if t is None else torch.empty_like(t).copy_(next(grads)) for t in streams]
+    return [nothing(grad_noisy) if t is None else torch.empty_like(t).copy_(next(grads)) for t in streams]
 
 
 def _backward_fake(grad: Maybe, grad_noisy: Tensor, *rest: Any) -> list[Tensor]:

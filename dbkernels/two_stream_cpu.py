@@ -8,35 +8,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from dbkernels._levels import compute_dtype
+from dbkernels._two_stream import like_rows, nothing, sequences
 
 Maybe: TypeAlias = Tensor | None
 CHUNK = 128  # noisy tokens that share a call, where groups are smaller
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-
-
-def sequences(cu_seqlens: Tensor) -> list[slice]:
-    """Where the sequences lie that aren't empty."""
-    return [slice(begin, end) for begin, end in pairwise(cu_seqlens.tolist()) if end > begin]
-
-
-def nothing(like: Tensor) -> Tensor:
-    """What stands for an output that there isn't."""
-    return like.new_empty(0)
-
-
-def like_rows(q: Tensor) -> Tensor:
-    """Empty, of q's shape (B, H, N, D), laid out as (B, N, H, D)."""
-    B, H, N, D = q.shape
-    return q.new_empty(B, N, H, D).transpose(1, 2)
 
 
 def merged(out: Tensor, lse: Tensor, more: Tensor, lse_more: Tensor) -> tuple[Tensor, Tensor]:

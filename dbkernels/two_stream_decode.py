@@ -15,7 +15,7 @@ from dbkernels import two_stream_cpu as cpu
 from dbkernels._autocast import autocast
 from dbkernels._levels import compute_dtype
 from dbkernels._library import backend, define, register, register_triton
-from dbkernels._two_stream import check_decode
+from dbkernels._two_stream import check_decode, like_rows
 
 Maybe: TypeAlias = Tensor | None
 
@@ -32,7 +32,7 @@ def two_stream_decode_reference(
         place = torch.arange(k_cache.shape[2], device=q.device)
         unused = (place >= cache_lengths.unsqueeze(1)).view(len(q), 1, 1, -1)
         scores[..., : k_cache.shape[2]].masked_fill_(unused, -torch.inf)
-    return cpu.like_rows(q).copy_(scores.softmax(-1) @ values)
+    return like_rows(q).copy_(scores.softmax(-1) @ values)
 
 
 def _triton_decode(
@@ -40,14 +40,14 @@ def _triton_decode(
 ) -> Tensor:
     from dbkernels.triton.two_stream_decode import decode
 
-    return decode(q, k, v, k_cache, v_cache, cache_lengths, scale) if q.numel() else cpu.like_rows(q)
+    return decode(q, k, v, k_cache, v_cache, cache_lengths, scale) if q.numel() else like_rows(q)
 
 
 define(
     "two_stream_decode(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor? cache_lengths, "
     "float scale) -> Tensor",
     two_stream_decode_reference,
-    lambda q, *rest: cpu.like_rows(q),
+    lambda q, *rest: like_rows(q),
 )
 register("two_stream_decode", "CPU", cpu.decode, "PyTorch's flash attention, merged")
 register_triton("two_stream_decode", _triton_decode)
