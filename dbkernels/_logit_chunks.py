@@ -43,10 +43,15 @@ def _mixed(weight: Tensor) -> bool:
     return weight.device.type == "cuda" and weight.dtype.itemsize == 2
 
 
+def _wide(a: Tensor, b: Tensor) -> Tensor:
+    """The float32 product of halves, by the GPU's library."""
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
 def logits_of(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T, summed and returned in the sums' dtype. x: in it, or as weight on a GPU."""
     if _mixed(weight):
-        return torch.mm(x.to(weight.dtype), weight.T, out_dtype=torch.float32)
+        return _wide(x.to(weight.dtype), weight.T)
     x = x.to(compute_dtype(weight.dtype))
     logits = x.new_empty(len(x), len(weight))
     for rows, block in _blocks(weight):
@@ -57,7 +62,7 @@ def logits_of(x: Tensor, weight: Tensor) -> Tensor:
 def expected_rows(p: Tensor, weight: Tensor) -> Tensor:
     """p @ weight, summed in the sums' dtype."""
     if _mixed(weight):
-        return torch.mm(p.to(weight.dtype), weight, out_dtype=torch.float32)
+        return _wide(p.to(weight.dtype), weight)
     total = p.new_zeros(len(p), weight.shape[1])
     for rows, block in _blocks(weight):
         total.addmm_(p[:, rows], block)
@@ -74,7 +79,7 @@ def _times(tensor: Tensor, *factors: Tensor | None) -> Tensor:
 def _add_outer(total: Tensor, g: Tensor, x: Tensor, *factors: Tensor | None) -> None:
     """total += (g.T @ x)·factors, summed in total's dtype."""
     if g.dtype != total.dtype:
-        total.add_(_times(torch.mm(g.T, x.to(g.dtype), out_dtype=total.dtype), *factors))
+        total.add_(_times(_wide(g.T, x.to(g.dtype)), *factors))
     else:
         total.addmm_(g.T, _times(x, *factors))
 

@@ -98,6 +98,23 @@ def test_against_float64_forward_and_backward(options, reduction, dtype):
     check(*example(dtype=dtype, **OPTIONS[options]), reduction, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_the_way_halves_go_on_a_gpu(options, reduction, dtype, monkeypatch):
+    """Operands in halves, in units that neither overflow nor vanish; only the product itself is not the GPU's."""
+    monkeypatch.setattr(chunks, "_mixed", lambda weight: weight.dtype.itemsize == 2)
+    monkeypatch.setattr(chunks, "_wide", lambda a, b: a.float() @ b.float())
+    target, keywords, leaves = example(dtype=dtype, **OPTIONS[options])
+    upstream = torch.randn(target.shape if reduction == "none" else ())
+    exact = loss_and_gradients(target, keywords, leaves, upstream, reference=True, reduction=reduction)
+    ours = loss_and_gradients(target, keywords, leaves, upstream, reduction=reduction)
+    # A logit errs by a unit of its terms, which reach 1/sigma² = 11 times the others with the readout, and its
+    # probability with it.
+    for name, a, b in zip(("loss", *leaves), ours, exact, strict=True):
+        assert (a.double() - b).abs().max() <= 16 * EPSILON[dtype] * (b.abs().max() + 1e-6), name
+
+
 @given(
     rows=st.lists(st.integers(1, 20), min_size=1, max_size=3), d=st.integers(1, 30), V=st.integers(1, 70),
     dtype=st.sampled_from(DTYPES), options=st.sampled_from(list(OPTIONS)),
@@ -172,6 +189,17 @@ def test_a_loss_scale_keeps_the_gradients_of_float16():
     ours = loss_and_gradients(target, keywords, leaves, upstream)
     for a, b in zip(ours, exact, strict=True):
         assert (a.double() - b).abs().max() <= 2.0**-9 * b.abs().max()
+
+
+def test_no_output_is_left_unwritten():
+    """PyTorch fills what it allocates with NaN in its deterministic mode."""
+    target, keywords, leaves = example(**OPTIONS["all"])
+    torch.use_deterministic_algorithms(True)
+    try:
+        outs = loss_and_gradients(target, keywords, leaves, torch.ones(()), reduction="sum")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(out.isfinite().all() for out in outs)
 
 
 def test_repeats_bit_for_bit():
