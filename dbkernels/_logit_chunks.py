@@ -63,6 +63,8 @@ def expected_rows(p: Tensor, weight: Tensor) -> Tensor:
     """p @ weight, summed in the sums' dtype."""
     if _mixed(weight):
         return _wide(p.to(weight.dtype), weight)
+    if weight.dtype == p.dtype:
+        return torch.mm(p, weight)
     total = p.new_zeros(len(p), weight.shape[1])
     for rows, block in _blocks(weight):
         total.addmm_(p[:, rows], block)
@@ -76,12 +78,13 @@ def _times(tensor: Tensor, *factors: Tensor | None) -> Tensor:
     return tensor
 
 
-def _add_outer(total: Tensor, g: Tensor, x: Tensor, *factors: Tensor | None) -> None:
-    """total += (g.T @ x)·factors, summed in total's dtype."""
+def _add_outer(total: Tensor, fresh: bool, g: Tensor, x: Tensor, *factors: Tensor | None) -> None:
+    """total += (g.T @ x)·factors, summed in total's dtype; fresh: what total held is written over."""
     if g.dtype != total.dtype:
-        total.add_(_times(_wide(g.T, x.to(g.dtype)), *factors))
+        outer = _times(_wide(g.T, x.to(g.dtype)), *factors)
+        total.copy_(outer) if fresh else total.add_(outer)
     else:
-        total.addmm_(g.T, _times(x, *factors))
+        total.addmm_(g.T, _times(x, *factors), beta=0 if fresh else 1)
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -144,8 +147,9 @@ class _Sums:
         for name in wants:
             given = getattr(head, name)
             if wants[name]:
-                by_row = name in ("h", "z", "posterior_z")
-                make, kind = (torch.empty, kept_dtype(given.dtype)) if by_row else (torch.zeros, self.dtype)
+                kind = kept_dtype(given.dtype) if name in ("h", "z", "posterior_z") else self.dtype
+                # The first chunk writes over the head's gradient: a fill of it would be felt.
+                make = torch.zeros if name in ("bias", "logit_scale") or len(head.h) == 0 else torch.empty
                 self.found[name] = make(given.shape, dtype=kind, device=given.device)
 
     def add(self, state: _State, rows: slice, g: Tensor, unit: Tensor | None, capped: Tensor | None) -> None:
@@ -163,7 +167,7 @@ class _Sums:
             if state.size is not None:
                 largest = state.size.amax()
                 sized = (g * (state.size / largest)).to(g.dtype)
-            _add_outer(found["weight"], sized, state.operand(), unit, scale, largest)
+            _add_outer(found["weight"], rows.start == 0, sized, state.operand(), unit, scale, largest)
         if {"h", "z", "logit_scale"} & found.keys():
             self._add_rows(state, rows, _times(expected_rows(g, head.weight), unit), scale)
 
