@@ -4,12 +4,10 @@ import sys
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dbkernels
 from dbkernels import _logit_chunks as chunks
 from dbkernels import denoising_cross_entropy
 from numerics import EPSILON
@@ -235,115 +233,6 @@ def test_frozen_parts_get_no_gradient():
     torch.testing.assert_close(torch.autograd.grad(loss, weight), torch.autograd.grad(exact, weight))
     with torch.no_grad():
         assert not denoising_cross_entropy(leaves["h"], weight, target).requires_grad
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_whole_and_once(reduction):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-
-    def step(h, weight, target):
-        return denoising_cross_entropy(h * 2, weight, target, reduction=reduction).sum()
-
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for _ in range(3):
-        target, _, leaves = example()
-        given = [leaves[name].requires_grad_() for name in ("h", "weight")]
-        ours = torch.autograd.grad(compiled(*given, target), given)
-        assert all(
-            torch.equal(a, b) for a, b in zip(ours, torch.autograd.grad(step(*given, target), given), strict=True)
-        )
-    assert counter.frame_count == 1
-
-
-def test_opcheck():
-    target, _, leaves = example((9,))
-    none = [None] * 8
-    op = torch.ops.dbkernels.denoising_cross_entropy.default
-    wants = [True, True, False, False, False, False]
-    torch.library.opcheck(
-        op, (leaves["h"], leaves["weight"], *none, False, None, target.clamp(min=-1), torch.ones(9), wants)
-    )
-    rows = torch.ops.dbkernels.cross_entropy_rows.default
-    torch.library.opcheck(rows, (torch.randn(4, 7), torch.tensor([1, -1, 0, 6]), torch.ones(4), torch.empty(4, 7)))
-
-
-def test_autocast():
-    target, _, leaves = example()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = denoising_cross_entropy(leaves["h"], leaves["weight"], target)
-    assert torch.equal(loss, denoising_cross_entropy(leaves["h"].bfloat16(), leaves["weight"].bfloat16(), target))
-
-
-def test_empty_and_all_ignored():
-    weight = torch.randn(5, 3, requires_grad=True)
-    empty = denoising_cross_entropy(torch.zeros(0, 3), weight, torch.zeros(0).long(), reduction="sum")
-    assert empty == 0 and torch.autograd.grad(empty, weight)[0].abs().sum() == 0
-    ignored = torch.full((4,), -100)
-    assert denoising_cross_entropy(torch.randn(4, 3), weight, ignored, reduction="sum") == 0
-    assert denoising_cross_entropy(torch.randn(4, 3), weight, ignored).isnan()
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        (dict(reduction="avg"), ValueError, "reduction='avg'"),
-        (dict(h=torch.zeros(4, 3).long()), TypeError, "h must be"),
-        (dict(weight=torch.zeros(5, 4)), ValueError, r"weight must be \(V, d\)"),
-        (dict(weight=torch.zeros(5, 3).half()), ValueError, "weight is"),
-        (dict(target=torch.zeros(4)), TypeError, "target must be an int64"),
-        (dict(target=torch.zeros(3).long()), ValueError, "target has shape"),
-        (dict(target=torch.tensor([0, 1, 2, 5])), ValueError, r"target 5 is outside \[0, 5\)"),
-        (dict(z=torch.zeros(4, 3)), ValueError, "z and c_skip go together"),
-        (dict(z=torch.zeros(4, 3), c_skip=torch.zeros(3)), ValueError, "c_skip must be a float or have shape"),
-        (dict(bias=torch.zeros(4)), ValueError, "bias must have shape"),
-        (dict(logit_scale=torch.zeros(1)), ValueError, "logit_scale must have shape"),
-        (dict(softcap=0.0), ValueError, "softcap=0.0"),
-        (dict(posterior=(torch.zeros(4, 2), torch.zeros(4, 2), 1.0)), ValueError, "posterior's z"),
-        (dict(row_weight=torch.zeros(4, requires_grad=True)), ValueError, "row_weight requires a gradient"),
-    ],
-)
-def test_errors_name_the_argument(changes, error, words):
-    given = dict(h=torch.zeros(4, 3), weight=torch.zeros(5, 3), target=torch.zeros(4).long()) | changes
-    with pytest.raises(error, match=words):
-        denoising_cross_entropy(**given)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", ["plain", "readout", "bias and cap"])
-def test_softmax_embedding_against_float64(options, dtype):
-    _, keywords, leaves = example(dtype=dtype, **OPTIONS[options])
-    keywords.pop("row_weight", None)
-    if "posterior" in keywords:
-        keywords["posterior"] = (leaves["seen"], *keywords["posterior"][1:])
-    named = keywords | {name: leaves[name] for name in ("bias", "logit_scale") if name in leaves}
-    table, r = torch.randn(50, 7).to(dtype), torch.rand(5, 9)
-    z = torch.randn(5, 9, 7).to(dtype)
-    wide = {
-        k: tuple(t.double() for t in v) if isinstance(v, tuple) else v.double() if isinstance(v, torch.Tensor) else v
-        for k, v in named.items()
-    }
-    for step in (None, (z, r), (z, 0.25)):
-        ours = dbkernels.softmax_embedding(leaves["h"], leaves["weight"], table, **named, step=step)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys.modules["dbkernels.softmax_embedding"], "backend", lambda: "reference")
-            given = None if step is None else (z.double(), step[1])
-            exact = dbkernels.softmax_embedding(
-                leaves["h"].double(), leaves["weight"].double(), table.double(), **wide, step=given
-            )
-        assert ours.dtype == dtype and ours.shape == z.shape
-        unit = max(EPSILON[dtype], 16 * EPSILON[torch.float32 if dtype != torch.float64 else dtype])
-        assert (ours.double() - exact).abs().max() <= unit * (1 + exact.abs().max())
-
-
-def test_softmax_embedding_refuses():
-    h, weight, table = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5, 2)
-    with pytest.raises(ValueError, match="isn't differentiable"):
-        dbkernels.softmax_embedding(h.requires_grad_(), weight, table)
-    with pytest.raises(ValueError, match="table must be"):
-        dbkernels.softmax_embedding(h.detach(), weight, table[:4])
-    with pytest.raises(ValueError, match="step's z"):
-        dbkernels.softmax_embedding(h.detach(), weight, table, step=(torch.zeros(4, 3), 0.5))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,80 @@
+"""denoising_cross_entropy inside PyTorch: compile, torch.library's checks, autocast, empty input, what it refuses."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from dbkernels import denoising_cross_entropy
+from test_denoising_cross_entropy import example
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_whole_and_once(reduction):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(h, weight, target):
+        return denoising_cross_entropy(h * 2, weight, target, reduction=reduction).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for _ in range(3):
+        target, _, leaves = example()
+        given = [leaves[name].requires_grad_() for name in ("h", "weight")]
+        ours = torch.autograd.grad(compiled(*given, target), given)
+        assert all(
+            torch.equal(a, b) for a, b in zip(ours, torch.autograd.grad(step(*given, target), given), strict=True)
+        )
+    assert counter.frame_count == 1
+
+
+def test_opcheck():
+    target, _, leaves = example((9,))
+    none = [None] * 8
+    op = torch.ops.dbkernels.denoising_cross_entropy.default
+    wants = [True, True, False, False, False, False]
+    torch.library.opcheck(
+        op, (leaves["h"], leaves["weight"], *none, False, None, target.clamp(min=-1), torch.ones(9), wants)
+    )
+    rows = torch.ops.dbkernels.cross_entropy_rows.default
+    torch.library.opcheck(rows, (torch.randn(4, 7), torch.tensor([1, -1, 0, 6]), torch.ones(4), torch.empty(4, 7)))
+
+
+def test_autocast():
+    target, _, leaves = example()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = denoising_cross_entropy(leaves["h"], leaves["weight"], target)
+    assert torch.equal(loss, denoising_cross_entropy(leaves["h"].bfloat16(), leaves["weight"].bfloat16(), target))
+
+
+def test_empty_and_all_ignored():
+    weight = torch.randn(5, 3, requires_grad=True)
+    empty = denoising_cross_entropy(torch.zeros(0, 3), weight, torch.zeros(0).long(), reduction="sum")
+    assert empty == 0 and torch.autograd.grad(empty, weight)[0].abs().sum() == 0
+    ignored = torch.full((4,), -100)
+    assert denoising_cross_entropy(torch.randn(4, 3), weight, ignored, reduction="sum") == 0
+    assert denoising_cross_entropy(torch.randn(4, 3), weight, ignored).isnan()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        (dict(reduction="avg"), ValueError, "reduction='avg'"),
+        (dict(h=torch.zeros(4, 3).long()), TypeError, "h must be"),
+        (dict(weight=torch.zeros(5, 4)), ValueError, r"weight must be \(V, d\)"),
+        (dict(weight=torch.zeros(5, 3).half()), ValueError, "weight is"),
+        (dict(target=torch.zeros(4)), TypeError, "target must be an int64"),
+        (dict(target=torch.zeros(3).long()), ValueError, "target has shape"),
+        (dict(target=torch.tensor([0, 1, 2, 5])), ValueError, r"target 5 is outside \[0, 5\)"),
+        (dict(z=torch.zeros(4, 3)), ValueError, "z and c_skip go together"),
+        (dict(z=torch.zeros(4, 3), c_skip=torch.zeros(3)), ValueError, "c_skip must be a float or have shape"),
+        (dict(bias=torch.zeros(4)), ValueError, "bias must have shape"),
+        (dict(logit_scale=torch.zeros(1)), ValueError, "logit_scale must have shape"),
+        (dict(softcap=0.0), ValueError, "softcap=0.0"),
+        (dict(posterior=(torch.zeros(4, 2), torch.zeros(4, 2), 1.0)), ValueError, "posterior's z"),
+        (dict(row_weight=torch.zeros(4, requires_grad=True)), ValueError, "row_weight requires a gradient"),
+    ],
+)
+def test_errors_name_the_argument(changes, error, words):
+    given = dict(h=torch.zeros(4, 3), weight=torch.zeros(5, 3), target=torch.zeros(4).long()) | changes
+    with pytest.raises(error, match=words):
+        denoising_cross_entropy(**given)
