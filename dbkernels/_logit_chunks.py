@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dbkernels.denoising_cross_entropy import Head
 
 CPU_LOGITS, GPU_LOGITS = 2**19, 2**24  # of a chunk: 2 MiB of float32, in the cache; 64 MiB
-LEAST_ROWS = 128  # fewer would read the head too often
+LEAST_ROWS = 256  # fewer would read the head too often
 CONVERTED = 4096  # rows of the head that are converted at once
 
 
