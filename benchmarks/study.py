@@ -19,13 +19,15 @@ import torch
 import tyro
 
 from diffusionblocks import baselines, jobs
-from diffusionblocks.config import TrainConfig, augmentation
-from diffusionblocks.data import ImageData, Loader, load
+from diffusionblocks.adapters import adapter_of
+from diffusionblocks.adapters.base import Adapter
+from diffusionblocks.config import TrainConfig
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.runs import RUNS
 from diffusionblocks.training import train
 
 Row = dict[str, Any]
+CPU = torch.device("cpu")
 # With six layers in three blocks there is no remainder; with a fixed codebook of unit vectors "raw" changes nothing.
 SWITCHES = [field.name for field in dataclasses.fields(Recipe) if field.name not in ("remainder", "estimate")]
 
@@ -52,17 +54,15 @@ def choices(base: TrainConfig) -> dict[str, TrainConfig]:
     }
 
 
-def block_wise(config: TrainConfig, data: ImageData) -> Row:
+def block_wise(adapter: Adapter) -> Row:
     """Train and evaluate one config, without a run folder."""
     began = time.perf_counter()
-    torch.manual_seed(0)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        session = jobs.open_session(replace(config, out=Path(folder)), torch.device("cpu"))
-        loader = Loader(data.train, data, config.batch_size, seed=config.seed, device="cpu", **augmentation(config))
-        train(session, loader, on_log=rows.append, on_step=lambda: None)
+        session = jobs.open_session(type(adapter)(replace(adapter.config, out=Path(folder))))
+        train(session, adapter.batches(session.device), on_log=rows.append, on_step=lambda: None)
         seconds = time.perf_counter() - began
-        scores = {split: jobs.evaluate(session, data, getattr(data, split)) for split in ("val", "test")}
+        scores = {split: jobs.evaluate(adapter, session, split) for split in ("val", "test")}
     return {
         "seconds": seconds,
         "memory": max((row["bytes"] for row in rows), key=lambda bytes_: sum(bytes_.values())),
@@ -71,19 +71,16 @@ def block_wise(config: TrainConfig, data: ImageData) -> Row:
     }
 
 
-def end_to_end(config: TrainConfig, data: ImageData) -> Row:
+def end_to_end(adapter: Adapter) -> Row:
     """The tuned end-to-end baseline."""
-    result = baselines.end_to_end(config, data, torch.device("cpu"), on_log=lambda row: None)
-    values = dataclasses.asdict(result)
-    return values | {split: {"accuracy": values[f"{split}_accuracy"]} for split in ("val", "test")}
+    return dataclasses.asdict(baselines.end_to_end(adapter, CPU, on_log=lambda row: None))
 
 
-def forward_forward(config: TrainConfig, data: ImageData) -> Row:
+def forward_forward(adapter: Adapter) -> Row:
     """The Forward-Forward baseline."""
     from diffusionblocks.forward_forward import forward_forward as run
 
-    values = dataclasses.asdict(run(config, data, torch.device("cpu"), on_log=lambda row: None))
-    return values | {split: {"accuracy": values[f"{split}_accuracy"]} for split in ("val", "test")}
+    return dataclasses.asdict(run(adapter, CPU, on_log=lambda row: None))
 
 
 @dataclass
@@ -105,7 +102,7 @@ class Study:
 def main(study: Study) -> None:
     torch.set_num_threads(study.threads)
     base = RUNS[study.run][1]
-    jobs_: dict[str, Callable[[TrainConfig, ImageData], Row]] = {
+    jobs_: dict[str, Callable[[Adapter], Row]] = {
         "end-to-end": end_to_end,
         "forward-forward": forward_forward,
     }
@@ -120,15 +117,13 @@ def main(study: Study) -> None:
         if (name, seed) in _done(study.to):
             continue
         config = replace(configs[name], seed=seed)
-        data = load(config.data, folder=config.folder, seed=seed)
-        result = jobs_.get(name, block_wise)(config, data)
-        row = {"variant": name, "seed": seed, "machine": jobs.machine(torch.device("cpu")), **result}
+        adapter = adapter_of(config)
+        result = jobs_.get(name, block_wise)(adapter)
+        row = {"variant": name, "seed": seed, "machine": jobs.machine(CPU), **result}
         with study.to.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(
-            f"{name} seed {seed}: val {row['val']['accuracy']:.2f} test {row['test']['accuracy']:.2f}",
-            flush=True,
-        )
+        key = adapter.metric.key
+        print(f"{name} seed {seed}: val {row['val'][key]:.4g} test {row['test'][key]:.4g}", flush=True)
 
 
 def _done(path: Path) -> set[tuple[str, int]]:

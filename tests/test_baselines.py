@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tiny
-from diffusionblocks import baselines
-from diffusionblocks.baselines import end_to_end, forward
+from diffusionblocks.adapters.vit import ViTAdapter
+from diffusionblocks.baselines import Checkpointed, end_to_end
 from diffusionblocks.data import ImageData, Split
 from diffusionblocks.forward_forward import ForwardForward, forward_forward, goodness, train_layers, wrong_labels
 from diffusionblocks.models import ViT
@@ -29,71 +29,68 @@ def blobs(count: int, seed: int) -> Split:
 DATA = ImageData("blobs", blobs(200, 0), blobs(60, 1), blobs(60, 2), 10, (0.4,), (0.25,))
 
 
-def settings(tmp_path, **changes):
-    return tiny.config(
-        tmp_path, **{"steps": 60, "tune_lr": (1e-2,), "tune_warmup": (0.1,), "batch_size": 32, **changes}
-    )
+def adapter(tmp_path, **changes):
+    settings = {"steps": 60, "tune_lr": (1e-2,), "tune_warmup": (0.1,), "batch_size": 32, **changes}
+    made = ViTAdapter(tiny.config(tmp_path, **settings))
+    made.data = DATA
+    return made
 
 
 def test_end_to_end_learns_and_repeats(tmp_path):
     rows: list = []
-    one, same = (end_to_end(settings(tmp_path, steps=150), DATA, CPU, on_log=rows.append) for _ in range(2))
-    assert one.test_accuracy > 60 and one.val_accuracy > 60
-    assert (one.val_accuracy, one.test_accuracy, one.memory) == (same.val_accuracy, same.test_accuracy, same.memory)
+    one, same = (end_to_end(adapter(tmp_path, steps=150), CPU, on_log=rows.append) for _ in range(2))
+    assert one.test["accuracy"] > 60 and one.val["accuracy"] > 60
+    assert (one.val, one.test, one.memory) == (same.val, same.test, same.memory)
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"] and {row["run"] for row in rows} == {"end-to-end"}
 
 
 def test_the_choice_is_made_on_validation_and_every_try_is_recorded(tmp_path, monkeypatch):
-    read = []
-    original = baselines.score
-    monkeypatch.setattr(
-        baselines, "score", lambda net, data, split, device: read.append(split) or original(net, data, split, device)
-    )
-    config = settings(tmp_path, tune_lr=(1e-5, 1e-2), tune_warmup=(0.1, 0.3))
-    result = end_to_end(config, DATA, CPU, on_log=lambda row: None)
+    read, original = [], ViTAdapter.score
+    monkeypatch.setattr(ViTAdapter, "score", lambda self, *args: read.append(args[1]) or original(self, *args))
+    tuned = adapter(tmp_path, tune_lr=(1e-5, 1e-2), tune_warmup=(0.1, 0.3))
+    result = end_to_end(tuned, CPU, on_log=lambda row: None)
     tried = [(t["lr"], t["warmup"]) for t in result.tried]
     assert tried == [(1e-5, 0.1), (1e-2, 0.1), (1e-2, 0.3)], "all rates, then the other warm-ups at the best rate"
-    best = max(result.tried, key=lambda t: t["val_accuracy"])
+    best = max(result.tried, key=lambda t: t["val"])
     assert result.choice == {"lr": best["lr"], "warmup": best["warmup"]}
-    assert result.val_accuracy == best["val_accuracy"]
-    assert [split is DATA.test for split in read] == [False, False, False, True], "test is read once, at the end"
+    assert result.val["accuracy"] == best["val"]
+    assert read == ["val", "val", "val", "test"], "test is read once, at the end"
 
 
 def test_a_given_choice_is_not_searched(tmp_path):
     choice = {"lr": 3e-3, "warmup": 0.2}
-    result = end_to_end(settings(tmp_path), DATA, CPU, on_log=lambda row: None, choice=choice)
-    assert result.tried == [{**choice, "val_accuracy": result.val_accuracy}] and result.choice == choice
+    result = end_to_end(adapter(tmp_path), CPU, on_log=lambda row: None, choice=choice)
+    assert result.tried == [{**choice, "val": result.val["accuracy"]}] and result.choice == choice
 
 
 def test_checkpointing_changes_memory_and_nothing_else(tmp_path):
-    plain, saved = (
-        end_to_end(settings(tmp_path), DATA, CPU, on_log=lambda row: None, checkpointing=c) for c in (False, True)
-    )
-    assert saved.name == "checkpointing" and saved.test_accuracy == plain.test_accuracy
+    plain, saved = (end_to_end(adapter(tmp_path), CPU, on_log=lambda row: None, checkpointing=c) for c in (False, True))
+    assert saved.name == "checkpointing" and saved.test == plain.test
     assert saved.memory["activations"] < 0.7 * plain.memory["activations"]
     torch.manual_seed(0)
     network, x = ViT(tiny.MODEL, conditioned=False), torch.randn(4, 1, 8, 8)
     gradients = []
-    for checkpointing in (False, True):
+    for _ in range(2):
         network.zero_grad()
-        forward(network, x, checkpointing).square().sum().backward()
+        network(x).square().sum().backward()
         gradients.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+        network.layers = torch.nn.ModuleList(Checkpointed(layer) for layer in network.layers)
     # the same operations in the same order: no rounding differs
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
     with pytest.raises(NonFiniteLoss, match=r"end-to-end: .* at or before step"):
-        end_to_end(settings(tmp_path, tune_lr=(1e30,)), DATA, CPU, on_log=lambda row: None)
+        end_to_end(adapter(tmp_path, tune_lr=(1e30,)), CPU, on_log=lambda row: None)
 
 
 def test_forward_forward_beats_chance(tmp_path):
-    result = forward_forward(settings(tmp_path, steps=400), DATA, CPU, on_log=lambda row: None)
-    assert result.test_accuracy > 25  # ten classes
+    result = forward_forward(adapter(tmp_path, steps=400), CPU, on_log=lambda row: None)
+    assert result.test["accuracy"] > 25  # ten classes
 
 
 def test_no_gradient_crosses_layers_of_forward_forward(tmp_path):
-    network = ForwardForward(settings(tmp_path))
+    network = ForwardForward(adapter(tmp_path).config)
     x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
     for i, out in enumerate(network.outputs(network.embed(x, y))):
         network.zero_grad()
@@ -104,10 +101,10 @@ def test_no_gradient_crosses_layers_of_forward_forward(tmp_path):
 
 
 def test_forward_forward_holds_one_layers_activations(tmp_path):
-    network = ForwardForward(settings(tmp_path))
+    network = ForwardForward(adapter(tmp_path).config)
     x, y = torch.randn(32, 1, 8, 8), torch.arange(32) % 10
     loss, most = train_layers(network, x, y)
-    result = end_to_end(settings(tmp_path), DATA, CPU, on_log=lambda row: None)
+    result = end_to_end(adapter(tmp_path), CPU, on_log=lambda row: None)
     assert loss > 0 and most < 0.7 * result.memory["activations"]
 
 

@@ -61,10 +61,11 @@ def test_eval_repeats_the_summary(folder, capsys):
     dblocks("eval", folder)
     out = capsys.readouterr().out
     accuracy = json.loads((folder / "summary.json").read_text())["results"]["block-wise"]["test"]["accuracy"]
-    assert f"{accuracy:.2f}" in out and "360 images" in out and "information bound" in out
+    assert f"{accuracy:.2f}" in out and "information bound" in out
 
 
 def test_predict_and_export_agree(folder, tmp_path, capsys):
+    from diffusionblocks.classification import walk
     from diffusionblocks.data import load, prepare
     from diffusionblocks.evaluation import Walker
     from diffusionblocks.partition import step_levels
@@ -83,9 +84,7 @@ def test_predict_and_export_agree(folder, tmp_path, capsys):
     model = load_model(tmp_path / "model.safetensors")
     walker = Walker(model, Residency(model, device="cpu"))
     x = prepare(data.test.images[:3], data.mean, data.std, device="cpu")
-    with torch.no_grad():
-        logits, _ = walker.walk(x, step_levels(model.partition, 4))
-    best = logits.softmax(-1).max(-1)
+    best = walk(walker, x, step_levels(model.partition, 4))[-1]["logits"].softmax(-1).max(-1)
     assert best.indices.tolist() == [line["label"] for line in lines]
     assert best.values.tolist() == pytest.approx([line["probability"] for line in lines], rel=1e-5)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tiny
+from diffusionblocks.adapters import adapter_of
 from diffusionblocks.memory import parse_bytes, readable
 from diffusionblocks.planning import plan, plans, smallest_fit
 from diffusionblocks.training import train
@@ -29,14 +30,14 @@ def test_measured_bytes_are_within_five_percent_of_the_plan(tmp_path, change):
     session, rows = tiny.session(config), []
     train(session, tiny.RandomBatches(), on_log=rows.append, on_step=lambda: None)
     measured = max((row["bytes"] for row in rows), key=lambda bytes_: sum(bytes_.values()))
-    planned = plan(config, CPU).by_category
+    planned = plan(adapter_of(config), CPU).by_category
     assert measured.keys() == planned.keys()
     for category, count in planned.items():
         assert measured[category] == pytest.approx(count, rel=0.05), category
 
 
 def test_more_blocks_take_less(tmp_path):
-    table = plans(tiny.config(tmp_path), CPU)
+    table = plans(adapter_of(tiny.config(tmp_path)), CPU)
     assert list(table) == [1, 2, 3]
     totals = [table[blocks].total for blocks in table]
     assert totals == sorted(totals, reverse=True) and totals[-1] < 0.5 * totals[0]
@@ -47,7 +48,7 @@ def test_more_blocks_take_less(tmp_path):
 
 def test_a_plan_allocates_nothing(tmp_path):
     huge = tiny.config(tmp_path, batch_size=10**7)
-    assert plan(huge, CPU).total > 2**34  # would not fit this process: it exists on paper alone
+    assert plan(adapter_of(huge), CPU).total > 2**34  # would not fit this process: it exists on paper alone
 
 
 @pytest.mark.parametrize(

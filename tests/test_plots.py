@@ -20,7 +20,7 @@ from diffusionblocks.information import information_bound
 from diffusionblocks.memory import CATEGORIES
 from diffusionblocks.partition import Partition, equal_mass_edges, make_partition, step_levels
 
-NAMES = ["loss", "walk", "memory", "partition", "bound"]
+NAMES = ["loss", "levels", "walk", "memory", "partition", "bound"]
 EVERY = ("end-to-end", "checkpointing", "forward-forward")
 
 
@@ -144,7 +144,7 @@ def test_losses_are_each_block_s_own(tmp_path):
         own = [row for row in rows() if row.get("block") == block]
         np.testing.assert_array_equal(raw.get_ydata(), [row["loss"] for row in own])
         np.testing.assert_array_equal(smoothed.get_xdata(), [row["step"] for row in own])
-        (by_level,) = lines_of(plots.loss_figure(run), 1, colour)
+        (by_level,) = lines_of(plots.levels_figure(run), 0, colour)
         owned = run.partition.owned(block)
         assert all(owned.low * 0.999 <= s <= owned.high * 1.001 for s in by_level.get_xdata())
 
@@ -210,7 +210,7 @@ def test_a_run_without_baselines_or_plan_is_fine(tmp_path):
     bare = summary(baselines=())
     del bare["results"]["block-wise"]["plan"], bare["config"]
     (tmp_path / "summary.json").write_text(json.dumps(bare))
-    assert len(plots.draw(str(tmp_path))) == 5
+    assert len(plots.draw(str(tmp_path))) == 6
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"summary\.json is no JSON"):
         plots.draw(tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps({"partition": summary()["partition"], "results": {}}))
-    with pytest.raises(ValueError, match=r"no results\.block-wise\.test\.walk"):
+    with pytest.raises(ValueError, match=r"no results\.block-wise\.test"):
         plots.draw(tmp_path)
     assert not list(tmp_path.glob("*.png"))
 
@@ -267,7 +267,7 @@ def test_a_picture_that_fails_leaves_the_old_ones(tmp_path, monkeypatch):
     def fail(run: plots.Run) -> Any:
         raise RuntimeError("no ink")
 
-    monkeypatch.setitem(plots.FIGURES, "bound", fail)
+    monkeypatch.setitem(plots.FIGURES, "bound", (fail, set()))
     write_rows(tmp_path, rows()[:30])
     with pytest.raises(RuntimeError, match="no ink"):
         plots.draw(tmp_path)

@@ -16,6 +16,7 @@ import torch
 
 import tiny
 from diffusionblocks import checkpoint, jobs, snapshots
+from diffusionblocks.adapters import adapter_of
 from diffusionblocks.checkpoint import CheckpointError
 
 HERE = Path(__file__).parent
@@ -101,8 +102,7 @@ def interrupted(folder, stop_at, **changes):
     config = tiny.config(folder, **changes)
     folder.mkdir(parents=True, exist_ok=True)
     jobs.write(folder / "config.yaml", jobs.to_yaml(config))
-    session = jobs.open_session(config, torch.device("cpu"))
-    data = jobs.load(config.data, seed=config.seed)
+    session = jobs.open_session(adapter_of(config))
 
     class Stop(Exception):
         pass
@@ -117,7 +117,7 @@ def interrupted(folder, stop_at, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshots, "save", stop_after)
         with pytest.raises(Stop):
-            jobs._block_wise(session, data, lambda row: None)
+            jobs._block_wise(adapter_of(config), session, lambda row: None)
     return session
 
 
@@ -125,7 +125,7 @@ def interrupted(folder, stop_at, **changes):
 def test_resumes_in_the_middle_of_a_visit(tmp_path, shared):
     left = interrupted(tmp_path / "a", stop_at=7, shared=shared)  # visits are 3 steps long
     assert left.step == 7 and left.step % left.config.visit != 0
-    back = jobs.open_session(left.config, torch.device("cpu"))
+    back = jobs.open_session(adapter_of(left.config))
     assert back.step == 7 and back.model.partition == left.model.partition
     for part in left.residency.parts:
         ours, theirs = left.residency.tensors(part), back.residency.tensors(part)
@@ -147,9 +147,9 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     interrupted(tmp_path / "a", stop_at=7)
     other = tiny.config(tmp_path / "a", lr=1e-2)
     with pytest.raises(CheckpointError, match="another config"):
-        jobs.open_session(other, torch.device("cpu"))
+        jobs.open_session(adapter_of(other))
     same_elsewhere = tiny.config(tmp_path / "a", store="host", checkpoint_every=100)
-    assert jobs.open_session(same_elsewhere, torch.device("cpu")).step == 7
+    assert jobs.open_session(adapter_of(same_elsewhere)).step == 7
 
 
 def test_a_bad_loss_leaves_the_last_checkpoint_as_it_was(tmp_path):
@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=path.name):
-        jobs.open_session(session.config, torch.device("cpu"))
+        jobs.open_session(adapter_of(session.config))
 
 
 def test_a_run_is_not_started_over_another(tmp_path):

@@ -120,7 +120,7 @@ def test_vote_sends_the_batch_where_most_of_its_noise_belongs(tmp_path):
     config = tiny.config(tmp_path, recipe="published", lr=1e-3)
     session = tiny.session(config)
     for step in range(20):
-        block, sigma = choose(session.model, 0, 16, config, step, torch.device("cpu"))
+        block, sigma = choose(session.model, 0, torch.zeros(16), config, step)
         owners = session.model.partition.block_of(sigma).bincount(minlength=3)
         assert owners[block] == owners.max()
     run(session)

@@ -9,25 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionblocks.adapters.vit import vit_blocks
-from diffusionblocks.config import TrainConfig
+from diffusionblocks.adapters.vit import ViTAdapter, ViTRun
 from diffusionblocks.models import ViTConfig
 from diffusionblocks.training import Session
 
 MODEL = ViTConfig(dim=16, layers=3, heads=2, mlp=32, cond=8, patch=4)
-CONFIG = TrainConfig(
-    model=MODEL, steps=12, visit=3, batch_size=16, checkpoint_every=7, baseline=(), walk_steps=4, ema=0.9
-)
+CONFIG = ViTRun(model=MODEL, steps=12, visit=3, batch_size=16, checkpoint_every=7, baseline=(), walk_steps=4, ema=0.9)
 
 
-def config(out: Path, **changes: Any) -> TrainConfig:
+def config(out: Path, **changes: Any) -> ViTRun:
     """The tiny run, writing to `out`."""
     return replace(CONFIG, out=out, **changes)
 
 
-def session(config_: TrainConfig) -> Session:
+def session(config_: ViTRun) -> Session:
     """A fresh session of the config, waiting blocks on disk."""
-    model = vit_blocks(config_.model, config_.blocks, recipe=config_.method, shared=config_.shared, seed=config_.seed)
+    model = ViTAdapter(config_).blocks()
     return Session(model, config_, device=torch.device("cpu"), folder=config_.out / "waiting")
 
 

@@ -1,6 +1,7 @@
 """DiffusionBlocks: train a transformer one block at a time, each block a denoiser for its own range of noise."""
 
-from .adapters.vit import huggingface_vit, vit_blocks
+from .adapters.huggingface_vit import huggingface_vit
+from .adapters.vit import vit_blocks
 from .blocks import Block, BlockLoss, DiffusionBlocks, Ends
 from .density import LogNormal, LogUniform, NoiseDensity, Tabulated, Uniform
 from .exporting import load_model
@@ -9,7 +10,7 @@ from .partition import Partition, make_partition, step_levels
 from .recipes import CORRECTED, PUBLISHED, Recipe
 from .residency import Residency
 from .sampling import dpmpp_2m, euler, heun
-from .targets import ClassTarget, ContinuousTarget, spread_codebook
+from .targets import ClassTarget, ContinuousTarget, Target, spread_codebook
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Recipe",
     "Residency",
     "Tabulated",
+    "Target",
     "Uniform",
     "dpmpp_2m",
     "euler",

@@ -1,73 +1,91 @@
-"""What block-wise training is measured against: the ordinary ViT, tuned, end to end and with checkpointing."""
+"""What block-wise training is measured against: the same network end to end, tuned, and with checkpointing."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import TrainConfig, augmentation
-from .data import ImageData, Loader, Split, prepare
+from .adapters.base import Adapter, Row
 from .memory import SavedTensors, allocated, count_bytes
-from .models import ViT
 from .optim import PartOptimizer, clip_gradients, learning_rate
 from .rng import stream
 from .training import LOG_EVERY, NonFiniteLoss, autocast
 
-Log = Callable[[dict[str, Any]], None]
-BATCH = 512
+Log = Callable[[Row], None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a baseline reached: accuracies in percent, seconds of the chosen run, peak bytes by category, the choice."""
+    """What a baseline reached: the adapter's scores, seconds of the chosen run, peak bytes by category, the choice."""
 
     name: str
-    val_accuracy: float
-    test_accuracy: float
+    val: Row
+    test: Row
     seconds: float
     memory: dict[str, int]
     choice: dict[str, float] = field(default_factory=dict)
     tried: list[dict[str, float]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One training of the end-to-end network."""
+
+    network: nn.Module
+    val: Row
+    seconds: float
+    memory: dict[str, int]
+
+
+class Checkpointed(nn.Module):
+    """A layer whose activations are made again in the backward pass."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any) -> Any:
+        return checkpoint(self.layer, *args, use_reentrant=False)
+
+
 def end_to_end(
-    config: TrainConfig,
-    data: ImageData,
+    adapter: Adapter,
     device: torch.device,
     *,
     on_log: Log,
     checkpointing: bool = False,
     choice: dict[str, float] | None = None,
 ) -> Result:
-    """The ordinary ViT ([CLS], affine LayerNorm, no noise), all layers at once, for config.steps steps.
+    """The adapter's network, all layers at once, for config.steps steps.
 
     Learning rate and warm-up are chosen on the validation split at the full budget: every rate of tune_lr at the first
     warm-up, then the other warm-ups at the best rate; ties go to the earlier one. `choice` skips the search. The test
     split is read once, for the chosen run.
-    Raises: NonFiniteLoss, naming the step, if the chosen run's loss isn't finite; a try that isn't counts as 0 %.
+    Raises: NonFiniteLoss, naming the step, if the loss isn't finite and there is nothing else to try.
     """
+    config, metric = adapter.config, adapter.metric
     name = "checkpointing" if checkpointing else "end-to-end"
     tried: list[dict[str, float]] = []
-    best: tuple[float, nn.Module, float, dict[str, int]] | None = None
+    best: Attempt | None = None
 
     def attempt(lr: float, warmup: float) -> None:
         nonlocal best, choice
+        tried.append({"lr": lr, "warmup": warmup, "val": float("nan")})
         try:
-            run = _train(name, config, data, device, lr, warmup, checkpointing, on_log)
+            run = _train(name, adapter, device, lr, warmup, checkpointing, on_log)
         except NonFiniteLoss:
             if len(config.tune_lr) * len(config.tune_warmup) == 1:
                 raise
-            run = (0.0, nn.Identity(), 0.0, {})
-        tried.append({"lr": lr, "warmup": warmup, "val_accuracy": run[0]})
-        if best is None or run[0] > best[0]:
+            return
+        tried[-1]["val"] = run.val[metric.key]
+        if best is None or metric.better(run.val[metric.key], best.val[metric.key]):
             best, choice = run, {"lr": lr, "warmup": warmup}
 
     if choice is not None:
@@ -75,41 +93,38 @@ def end_to_end(
     else:
         for lr in config.tune_lr:
             attempt(lr, config.tune_warmup[0])
+        rate = choice["lr"] if choice else config.tune_lr[0]
         for warmup in config.tune_warmup[1:]:
-            attempt(choice["lr"], warmup)  # type: ignore[index]  # set by the first attempt
-    assert best is not None and choice is not None
-    val, network, seconds, memory = best
-    test = score(network, data, data.test, device)
-    return Result(name, val, test, seconds, memory, choice, tried)
+            attempt(rate, warmup)
+    if best is None or choice is None:
+        raise NonFiniteLoss(f"{name}: no learning rate of {config.tune_lr} gave a finite loss; use lower ones")
+    test = adapter.score(best.network, "test", device)
+    return Result(name, best.val, test, best.seconds, best.memory, choice, tried)
 
 
 def _train(
-    name: str,
-    config: TrainConfig,
-    data: ImageData,
-    device: torch.device,
-    lr: float,
-    warmup: float,
-    checkpointing: bool,
-    on_log: Log,
-) -> tuple[float, nn.Module, float, dict[str, int]]:
-    """One training: validation accuracy of the averaged weights, the network, seconds, peak bytes."""
-    torch.manual_seed(stream(config.seed, "init") % 2**63)
-    network = ViT(config.model, conditioned=False).to(device)
+    name: str, adapter: Adapter, device: torch.device, lr: float, warmup: float, checkpointing: bool, on_log: Log
+) -> Attempt:
+    """One training; the network comes with its averaged weights."""
+    config = adapter.config
+    network: Any = adapter.network().to(device)
+    if checkpointing:
+        for i, layer in enumerate(network.layers):
+            network.layers[i] = Checkpointed(layer)
     optimizer = PartOptimizer(network.named_parameters(), weight_decay=config.weight_decay, ema_decay=config.ema)
-    loader = Loader(data.train, data, config.batch_size, seed=config.seed, device=device, **augmentation(config))
+    batches = adapter.batches(device)
     warm, began = max(1, round(warmup * config.steps)), time.perf_counter()
     peak: dict[str, int] = {}
     for step in range(config.steps):
         logs = step % LOG_EVERY == LOG_EVERY - 1 or step + 1 == config.steps
         torch.manual_seed(stream(config.seed, "layers", step) % 2**63)
         for micro in range(step * config.accumulate, (step + 1) * config.accumulate):
-            x, y = loader.batch(micro)
+            x, y = batches.batch(micro)
             counter = SavedTensors(network.parameters()).count() if logs else nullcontext()
             with counter as saved, autocast(config, device):
-                loss = functional.cross_entropy(forward(network, x, checkpointing).float(), y)
+                loss = network.loss(x, y, seed=config.seed, step=micro)
             (loss / config.accumulate).backward()
-        again = saved_by_a_layer(network, x) if saved and checkpointing else 0
+        again = saved_by_a_layer(network, x, y) if saved and checkpointing else 0
         used = usage(network, optimizer, saved.bytes + again, device) if saved else {}
         norm = clip_gradients([optimizer], config.clip)
         rate = learning_rate(step, steps=config.steps, peak=lr, warmup=warm)
@@ -120,44 +135,21 @@ def _train(
             row = {"step": step + 1, "loss": float(loss.detach()), "grad_norm": float(norm), "lr": rate}
             on_log({"run": name, **row, "seconds": time.perf_counter() - began, **memory_row(used, device)})
             peak = max(peak, used, key=lambda bytes_: sum(bytes_.values()))
+    seconds = time.perf_counter() - began
     optimizer.swap_ema()
-    return score(network, data, data.val, device), network, time.perf_counter() - began, peak
+    return Attempt(network, adapter.score(network, "val", device), seconds, peak)
 
 
-def forward(network: ViT, x: Tensor, checkpointing: bool) -> Tensor:
-    """Logits; with checkpointing a layer's activations are made again in the backward pass."""
-    if not checkpointing:
-        return network(x)
-    h, cond = network.stem(x)
-    for layer in network.layers:
-        h = checkpoint(layer, h, cond, use_reentrant=False)
-    return network.head(network.head.features(h), cond)
-
-
-def saved_by_a_layer(network: ViT, x: Tensor) -> int:
+def saved_by_a_layer(network: Any, x: Tensor, y: Tensor) -> int:
     """Bytes that one layer saves: with checkpointing they are made again, a layer at a time, in the backward pass."""
+    layer, inputs = network.layers[0], []
+    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args))
     with torch.no_grad():
-        h, cond = network.stem(x)
+        network.loss(x, y, seed=0, step=0)
+    hook.remove()
     with SavedTensors(network.parameters()).count() as saved:
-        network.layers[0](h, cond)
+        layer.layer(*inputs[0])
     return saved.bytes
-
-
-@torch.no_grad()
-def score(network: nn.Module, data: ImageData, split: Split, device: torch.device) -> float:
-    """Accuracy on a split, in percent."""
-    x = prepare(split.images, data.mean, data.std, device=device)
-    with evaluating(network):
-        guesses = torch.cat([network(part).argmax(-1) for part in x.split(BATCH)])
-    return float((guesses == split.labels.to(device)).double().mean() * 100)
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode within, training mode after."""
-    network.eval()
-    yield
-    network.train()
 
 
 def usage(network: nn.Module, optimizer: PartOptimizer, saved: int, device: torch.device) -> dict[str, int]:

@@ -14,7 +14,7 @@ from . import edm
 from .density import NoiseDensity
 from .partition import Partition, make_partition
 from .rng import stream
-from .targets import Output
+from .targets import Output, Target
 
 SHARING = ("shared", "per_block", "frozen")
 
@@ -22,15 +22,22 @@ SHARING = ("shared", "per_block", "frozen")
 class BlockLoss(NamedTuple):
     """One block's loss on one batch, and what it was made of.
 
-    loss: 0-dim, to backpropagate. sigma: (B,) noise drawn. per_sample: (B,) unweighted loss.
-    error: (B,) |y - D|^2. output: the block's raw output and D. The last three carry no gradient.
+    loss: 0-dim, to backpropagate. sigma: noise drawn, (B,) or as the target's level_shape says. per_sample: unweighted
+    loss and error: |y - D|^2, of sigma's shape, without gradient.
     """
 
     loss: Tensor
     sigma: Tensor
     per_sample: Tensor
     error: Tensor
-    output: Output
+
+
+class Features(NamedTuple):
+    """What a block's layers leave to be read: the head, its features h, and the conditioning."""
+
+    head: nn.Module
+    h: Tensor
+    cond: Tensor
 
 
 class Ends(nn.Module):
@@ -52,15 +59,14 @@ class Block(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.ends = ends
 
-    def forward(self, x: Tensor, z: Tensor, sigma: Tensor, target: nn.Module, shared: Ends | None) -> Output:
-        """x: the conditioning; z: noised target, (B, ...); sigma: (B,) -> raw output and D."""
+    def forward(self, x: Tensor, z: Tensor, sigma: Tensor, target: Target, shared: Ends | None) -> Features:
+        """x: the conditioning; z: noised target, (B, ...); sigma: (B,) -> what the head reads."""
         ends = self.ends if self.ends is not None else shared
         assert ends is not None
-        c = edm.precondition(sigma, target.sigma_data)
-        h, cond = ends.stem(x, edm.expand_as(c.c_in, z) * z, c.c_noise)
+        h, cond = ends.stem(x, *target.inputs(z, sigma))
         for layer in self.layers:
             h = layer(h, cond)
-        return target.read(ends.head, ends.head.features(h), cond, z, sigma)
+        return Features(ends.head, ends.head.features(h), cond)
 
 
 class DiffusionBlocks(nn.Module):
@@ -79,7 +85,7 @@ class DiffusionBlocks(nn.Module):
         self,
         ends: Ends | Sequence[Ends],
         layers: Sequence[nn.Module],
-        target: nn.Module,
+        target: Target,
         partition: Partition,
         *,
         shared: str = "shared",
@@ -105,41 +111,43 @@ class DiffusionBlocks(nn.Module):
         if shared == "frozen" and self.ends is not None:
             self.ends.requires_grad_(False)
 
-    def draw_sigma(self, block: int, count: int, *, seed: int, step: int, device: torch.device) -> Tensor:
-        """`count` training noise levels of `block`, float32 on `device`, the same for the same (seed, block, step).
+    def draw_sigma(self, block: int, shape: tuple[int, ...], *, seed: int, step: int, device: torch.device) -> Tensor:
+        """Training noise levels of `block`, float32 on `device`, the same for the same (seed, block, step).
 
         The first `context` share of them is sigma_max.
         """
-        u = dbkernels.philox_uniform((count,), seed=stream(seed, "sigma", block), offset=step, device=device)
+        key = stream(seed, "sigma", block)
+        u = dbkernels.philox_uniform(shape, seed=key, offset=step, device=device)
+        if self.target.stratified:
+            parts = torch.arange(u.numel(), device=device).view(shape) / u.numel()
+            u = (u.flatten()[0] + parts) % 1
         sigma = self.partition.draw(block, u)
-        sigma[: int(self.context * count)] = self.partition.sigma_max
+        sigma.view(-1)[: int(self.context * sigma.numel())] = self.partition.sigma_max
         return sigma
 
     def loss(self, block: int, x: Tensor, y: Tensor, *, seed: int, step: int, sigma: Tensor | None = None) -> BlockLoss:
         """The denoising loss of one block; nothing of the other blocks is touched.
 
         x: conditioning. y: the target (labels or a tensor). seed, step: address the noise; the same pair gives the same
-        noise on every device. sigma: (B,) levels to use instead of drawing them.
+        noise on every device. sigma: levels to use instead of drawing them, of the target's level_shape.
         Raises: ValueError on a wrong shape, dtype, device, label, noise level or block.
         """
         self.check(block, x, y)
         if sigma is None:
-            sigma = self.draw_sigma(block, len(y), seed=seed, step=step, device=x.device)
+            sigma = self.draw_sigma(block, self.target.level_shape(y), seed=seed, step=step, device=x.device)
         else:
-            _check_levels(sigma, y)
+            _check_levels(sigma, y, self.target.level_shape(y))
         return self.loss_at(block, x, y, sigma, seed=seed, step=step)
 
     def loss_at(self, block: int, x: Tensor, y: Tensor, sigma: Tensor, *, seed: int, step: int) -> BlockLoss:
-        """`loss` at given noise levels (B,), without its checks."""
-        clean = self.target.clean(y)
-        z = dbkernels.inject_noise(clean, sigma, seed=stream(seed, "eps", block), offset=step)
-        output = self.blocks[block](x, z, sigma, self.target, self.ends)
-        per_sample = self.target.loss(output, z, y, sigma)
+        """`loss` at given noise levels, without its checks."""
+        z = self.target.noised(y, sigma, seed=stream(seed, "eps", block), offset=step)
+        head, h, cond = self.blocks[block](x, z, sigma, self.target, self.ends)
+        per_sample, error = self.target.objective(head, h, cond, z, y, sigma)
         loss = per_sample.mean()
         if self.weighting == "batch_mean":
             loss = loss * edm.weight(sigma, self.target.sigma_data).mean()
-        error = (clean.detach() - output.denoised.detach()).square().flatten(1).sum(1)
-        return BlockLoss(loss, sigma, per_sample.detach(), error, Output(*(t.detach() for t in output)))
+        return BlockLoss(loss, sigma, per_sample.detach(), error)
 
     @torch.no_grad()
     def denoise(self, x: Tensor, z: Tensor, sigma: float, *, block: int | None = None) -> Output:
@@ -151,11 +159,11 @@ class DiffusionBlocks(nn.Module):
             raise ValueError(f"sigma must be positive and finite, got {sigma}")
         block = int(self.partition.block_of(sigma)) if block is None else block
         self.partition.check_block(block)
-        if hasattr(self.target, "check_noised"):
-            self.target.check_noised(z)
+        self.target.check_noised(z)
         self._check_input(block, x, z, "z")
-        levels = torch.full((len(z),), sigma, dtype=torch.float32, device=z.device)
-        return self.blocks[block](x, z, levels, self.target, self.ends)
+        levels = torch.full(self.target.level_shape(z), sigma, dtype=torch.float32, device=z.device)
+        head, h, cond = self.blocks[block](x, z, levels, self.target, self.ends)
+        return self.target.read(head, h, cond, z, levels)
 
     def repartition(self, density: NoiseDensity) -> None:
         """Cut the noise anew, to equal mass under `density`; layers and overlap stay."""
@@ -190,17 +198,17 @@ class DiffusionBlocks(nn.Module):
             check_x(x)
 
 
-def _check_levels(sigma: Tensor, y: Tensor) -> None:
-    if sigma.shape != y.shape[:1] or not sigma.is_floating_point() or sigma.device != y.device:
+def _check_levels(sigma: Tensor, y: Tensor, shape: tuple[int, ...]) -> None:
+    if sigma.shape != shape or not sigma.is_floating_point() or sigma.device != y.device:
         raise ValueError(
-            f"sigma must be floating, of shape ({len(y)},) and on {y.device}, "
+            f"sigma must be floating, of shape {shape} and on {y.device}, "
             f"got {tuple(sigma.shape)} {sigma.dtype} on {sigma.device}"
         )
     edm.check_sigma(sigma)
 
 
 def _check_parts(
-    ends: list[Ends], layers: Sequence[nn.Module], target: nn.Module, partition: Partition, shared: str
+    ends: list[Ends], layers: Sequence[nn.Module], target: Target, partition: Partition, shared: str
 ) -> None:
     if shared not in SHARING:
         raise ValueError(f"shared must be one of {', '.join(SHARING)}, got {shared!r}")

@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from . import exporting, jobs, plots
-from .checkpoint import MANIFEST, CheckpointError
+from .adapters import adapter_of
+from .adapters.base import Metric
 from .config import TrainConfig
-from .data import ImageData, load
 from .memory import CATEGORIES, parse_bytes, readable
 from .planning import plans, smallest_fit
 from .prediction import predict as predict_images
 from .runs import RUNS
-from .training import NonFiniteLoss, Session
+from .training import NonFiniteLoss
 
 if TYPE_CHECKING:
     Run = TrainConfig
@@ -41,7 +41,7 @@ def train(config: Annotated[Run, tyro.conf.arg(name="")]) -> None:
     Args:
         config: the run.
     """
-    report(jobs.start(config))
+    report(config, jobs.start(config))
 
 
 def resume(folder: Folder) -> None:
@@ -50,25 +50,40 @@ def resume(folder: Folder) -> None:
     Args:
         folder: the run folder.
     """
-    report(jobs.resume(folder))
+    report(jobs.read_config(folder), jobs.resume(folder))
 
 
 def evaluate(folder: Folder, split: Literal["test", "val"] = "test", steps: int | None = None) -> None:
-    """Accuracy along the walk and the information bound of a run's last checkpoint.
+    """What a run's last checkpoint is worth, in its architecture's terms.
 
     Args:
         folder: the run folder.
-        split: which images.
+        split: of the data.
         steps: steps of the walk; the run's own by default.
     """
-    session, data = open_run(folder)
-    result = jobs.evaluate(session, data, getattr(data, split), steps=steps)
-    walk = Table("step", "sigma", "block", "accuracy %", title=f"{split}, {result['images']} images")
-    for step in result["walk"]:
-        walk.add_row(str(step["step"]), f"{step['sigma']:.4g}", str(step["block"]), f"{step['accuracy']:.2f}")
-    console.print(walk)
-    regret = ", ".join(f"{bits:+.3f}" for bits in result["regret_bits"])
-    console.print(f"information bound {result['bound_bits']:.3f} bits; regret by block {regret}")
+    adapter, session = jobs.open_run(folder)
+    show(adapter.metric, jobs.evaluate(adapter, session, split, steps=steps))
+
+
+def sample(
+    folder: Folder,
+    to: Path | None = None,
+    count: int = 16,
+    seed: int = 0,
+    steps: int | None = None,
+) -> None:
+    """Samples of a run's last checkpoint, and how they came about.
+
+    Args:
+        folder: the run folder.
+        to: where to write them; the run folder's samples/ by default.
+        count: how many.
+        seed: of the noise they start from.
+        steps: steps of the walk; the run's own by default.
+    """
+    adapter, session = jobs.open_run(folder)
+    for path in jobs.sample(adapter, session, to or folder / "samples", count=count, seed=seed, steps=steps):
+        print(path)
 
 
 def predict(folder: Folder, images: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:
@@ -78,7 +93,7 @@ def predict(folder: Folder, images: Annotated[tuple[Path, ...], tyro.conf.Positi
         folder: the run folder.
         images: files of the size the model was trained on.
     """
-    for line in predict_images(*open_run(folder), images):
+    for line in predict_images(*jobs.open_run(folder), images):
         print(json.dumps(line))
 
 
@@ -99,7 +114,7 @@ def export(folder: Folder, to: Path) -> None:
         folder: the run folder.
         to: the file to write, ending in .safetensors.
     """
-    exporting.export(open_run(folder)[0], to)
+    exporting.export(jobs.open_run(folder)[1], to)
     print(to)
 
 
@@ -110,10 +125,9 @@ def show_plan(config: Annotated[Run, tyro.conf.arg(name="")], memory: str | None
         config: the run.
         memory: also name the smallest number of blocks that fits, e.g. 24GiB.
     """
-    rows = plans(config, jobs.pick_device(config.device))
-    table = Table(
-        "B", *CATEGORIES, "total", title=f"{config.data}, batch {config.batch_size}, shared={config.shared!r}"
-    )
+    rows = plans(adapter_of(config), jobs.pick_device(config.device))
+    title = f"{config.architecture}, batch {config.batch_size}, shared={config.shared!r}"
+    table = Table("B", *CATEGORIES, "total", title=title)
     for blocks, usage in rows.items():
         table.add_row(str(blocks), *(readable(usage.by_category[c]) for c in CATEGORIES), readable(usage.total))
     console.print(table)
@@ -125,30 +139,31 @@ def show_plan(config: Annotated[Run, tyro.conf.arg(name="")], memory: str | None
             sys.exit(1)
 
 
-def open_run(folder: Path) -> tuple[Session, ImageData]:
-    """A run's last checkpoint and its data."""
-    config = jobs.read_config(folder)
-    if not (folder / "checkpoint" / MANIFEST).exists():
-        raise CheckpointError(f"{folder} has no checkpoint yet; train it on with `dblocks resume {folder}`")
-    session = jobs.open_session(config, jobs.pick_device(config.device))
-    return session, load(config.data, folder=config.folder, seed=config.seed)
-
-
-def report(summary: dict[str, Any]) -> None:
+def report(config: TrainConfig, summary: dict[str, Any]) -> None:
     """Print a run's table."""
-    table = Table(
-        "training", "test accuracy %", "val %", "seconds", "memory", "plan", title=str(summary["config"]["out"])
-    )
+    metric = adapter_of(config).metric
+    table = Table("training", f"test {metric.label}", "val", "seconds", "memory", "plan", title=str(config.out))
     for name, result in summary["results"].items():
         memory = readable(sum(result["memory"].values()))
         planned = readable(sum(result["plan"].values())) if "plan" in result else "-"
-        accuracy = [f"{result[split]['accuracy']:.2f}" for split in ("test", "val")]
-        table.add_row(name, *accuracy, f"{result['seconds']:.0f}", memory, planned)
+        values = [f"{result[split][metric.key]:.4g}" for split in ("test", "val")]
+        table.add_row(name, *values, f"{result['seconds']:.0f}", memory, planned)
     console.print(table)
-    test = summary["results"]["block-wise"]["test"]
-    console.print("walk: " + " -> ".join(f"{step['accuracy']:.1f} (block {step['block']})" for step in test["walk"]))
-    regret = ", ".join(f"{bits:+.3f}" for bits in test["regret_bits"])
-    console.print(f"information bound {test['bound_bits']:.3f} bits; regret by block {regret}")
+    show(metric, summary["results"]["block-wise"]["test"])
+
+
+def show(metric: Metric, result: dict[str, Any]) -> None:
+    """Print what an evaluation found: its numbers, the walk, the information bound."""
+    numbers = {k: v for k, v in result.items() if isinstance(v, float) and k not in (metric.key, "bound_bits")}
+    console.print(f"{metric.label} {result[metric.key]:.4g}", *(f"{k} {v:.4g}" for k, v in numbers.items()), sep="; ")
+    if "walk" in result:
+        walk = Table("step", "sigma", "block", metric.label, title="along the walk")
+        for step in result["walk"]:
+            walk.add_row(str(step["step"]), f"{step['sigma']:.4g}", str(step["block"]), f"{step[metric.key]:.2f}")
+        console.print(walk)
+    if "bound_bits" in result:
+        regret = ", ".join(f"{bits:+.3f}" for bits in result["regret_bits"])
+        console.print(f"information bound {result['bound_bits']:.3f} bits; regret by block {regret}")
 
 
 def main() -> None:
@@ -157,6 +172,7 @@ def main() -> None:
         "train": train,
         "resume": resume,
         "eval": evaluate,
+        "sample": sample,
         "predict": predict,
         "plot": plot,
         "export": export,

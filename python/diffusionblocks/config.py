@@ -1,33 +1,31 @@
-"""What a run is: dataclasses that become the command line and the run folder's config.yaml."""
+"""What a run is: a dataclass that becomes the command line and the run folder's config.yaml."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+import typing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
-from .models import ViTConfig
-from .recipes import Recipe, resolve
-
-Baseline = Literal["end-to-end", "checkpointing", "forward-forward"]
+CONFIGS: dict[str, type[TrainConfig]] = {}
+RESOLVED = ("method",)  # keys of `resolved`
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. Steps, learning rate and warm-up are counted in end-to-end steps: block-wise training takes
-    B times as many, each through 1/B of the layers."""
+    """What the runs of all architectures have in common; each adds its data and its model.
 
-    data: Literal["digits", "fashion-mnist", "cifar100", "tiny-imagenet"] = "digits"
-    folder: Path | None = None
-    """Where the data's files are; None: found or fetched by name."""
-    out: Path = Path("runs/vit-digits")
+    Steps, learning rate and warm-up are counted in end-to-end steps: block-wise training takes B times as many, each
+    through 1/B of the layers."""
+
+    architecture: ClassVar[str]
+    """Its adapter's name."""
+
+    out: Path = Path("runs/run")
     """Run folder; must not hold another run."""
-    recipe: Literal["corrected", "published"] = "corrected"
-    switch: tuple[str, ...] = ()
-    """Fields of the recipe to take from the other one (ablation)."""
     blocks: int = 3
     shared: Literal["shared", "per_block", "frozen"] = "shared"
     overlap: float = 0.05
@@ -44,22 +42,23 @@ class TrainConfig:
     ema: float = 0.99
     """Decay of the weights' moving average; 0 keeps none."""
     walk_steps: int = 8
-    sampler: Literal["euler", "heun", "dpmpp_2m"] = "euler"
+    """Steps from the highest noise to none."""
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     store: Literal["auto", "host", "disk"] = "auto"
     """Where waiting blocks are; auto: the host's memory, or disk where the host itself trains."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
-    baseline: tuple[Baseline, ...] = ("end-to-end",)
+    baseline: tuple[Literal["end-to-end", "checkpointing"], ...] = ("end-to-end",)
     tune_lr: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """End-to-end learning rates to choose from on the validation split."""
     tune_warmup: tuple[float, ...] = (0.05, 0.2)
-    augment: bool = False
-    """Random crops and flips."""
     device: str = "auto"
     seed: int = 0
-    model: ViTConfig = field(default_factory=ViTConfig)
+    model: Any = None
+
+    def __init_subclass__(cls) -> None:
+        CONFIGS[cls.architecture] = cls
 
     def __post_init__(self) -> None:
         _check_positive(self, "blocks", "steps", "visit", "batch_size", "accumulate", "walk_steps", "checkpoint_every")
@@ -75,15 +74,20 @@ class TrainConfig:
             raise ValueError(f"need lr > 0 and 0 <= warmup < 1, got lr={self.lr}, warmup={self.warmup}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
-        if self.accumulate > 1 and self.method.block_choice == "vote":
-            raise ValueError(f"accumulate={self.accumulate} needs --switch block_choice: batches may vote differently")
-        if self.shared != "shared" and self.method.codebook == "learned":
-            raise ValueError(f"shared={self.shared!r} needs a fixed codebook: add --switch codebook")
 
     @property
-    def method(self) -> Recipe:
-        """The recipe with its switches."""
-        return resolve(self.recipe, self.switch)
+    def layers(self) -> int:
+        """Layers that are trained, all blocks together."""
+        return int(self.model.layers)
+
+    def resolved(self) -> dict[str, Any]:
+        """What the config stands for besides its fields; written to config.yaml, and part of a run's identity."""
+        return {}
+
+    @property
+    def votes(self) -> bool:
+        """Whether noise is drawn first and a batch goes to the block that most of it belongs to (published ViT)."""
+        return False
 
     @property
     def total_steps(self) -> int:
@@ -92,10 +96,10 @@ class TrainConfig:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The config with its resolved recipe, for people and for `from_yaml`."""
+    """The config, for people and for `from_yaml`."""
     values = dataclasses.asdict(config)
     plain = {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return yaml.safe_dump({**plain, "method": dataclasses.asdict(config.method)}, sort_keys=False)
+    return yaml.safe_dump({"architecture": config.architecture, **plain, **config.resolved()}, sort_keys=False)
 
 
 def from_yaml(text: str) -> TrainConfig:
@@ -104,24 +108,25 @@ def from_yaml(text: str) -> TrainConfig:
         values: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"not a run's config.yaml: {error}") from error
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
-    if not isinstance(values, dict) or set(values) - known - {"method"}:
-        raise ValueError("not a run's config.yaml: it holds other keys than a training run's")
-    values.pop("method", None)
-    for name in ("switch", "baseline", "tune_lr", "tune_warmup"):
-        values[name] = tuple(values[name])
-    values["folder"] = Path(values["folder"]) if values["folder"] else None
-    return TrainConfig(**{**values, "out": Path(values["out"]), "model": ViTConfig(**values["model"])})
+    kind = CONFIGS.get(values.pop("architecture", None)) if isinstance(values, dict) else None
+    if kind is None:
+        raise ValueError(f"not a run's config.yaml: its architecture must be one of {', '.join(CONFIGS)}")
+    types, names = typing.get_type_hints(kind), [f.name for f in dataclasses.fields(kind)]
+    if not set(names) <= set(values) <= {*names, *RESOLVED}:
+        raise ValueError("not a run's config.yaml: its keys are not those of a training run")
+    return kind(**{name: _typed(types[name], values[name]) for name in names})
+
+
+def _typed(type_: Any, value: Any) -> Any:
+    """A value read from YAML as its field's type."""
+    if dataclasses.is_dataclass(type_):
+        return typing.cast(Any, type_)(**value)
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if isinstance(value, str) and Path in (type_, *typing.get_args(type_)) else value
 
 
 def _check_positive(config: TrainConfig, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-
-
-def augmentation(config: TrainConfig) -> dict[str, Any]:
-    """Loader's `pad` and `flip` for a config: an eighth of the image's width; digits are never mirrored."""
-    if not config.augment:
-        return {"pad": 0, "flip": False}
-    return {"pad": max(1, config.model.image_size // 8), "flip": config.data != "digits"}

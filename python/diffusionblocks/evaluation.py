@@ -1,4 +1,4 @@
-"""What a trained model is worth: accuracy along the walk, and the information bound with its per-block regret."""
+"""A trained model read where it stands, a block at a time; the information bound with its per-block regret."""
 
 from __future__ import annotations
 
@@ -6,111 +6,76 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
-
-import dbkernels
 
 from .blocks import DiffusionBlocks
 from .information import information_bound
-from .partition import equal_mass_edges, step_levels
+from .partition import equal_mass_edges
 from .residency import Residency
 from .rng import stream
-from .sampling import SAMPLERS
 from .targets import Output
 
 BATCH = 512
 
 
 class Walker:
-    """Denoises whole splits, one resident block at a time.
+    """Denoises whole splits, one resident block at a time. Weights are used as they are: enter `residency.averages()`
+    for averages.
 
-    walk_start: "mean" starts at z = 0, the centre of the noise; "noise" at sigma_max eps.
+    residency: where the blocks wait; None for a model that is wholly on its device.
     """
 
-    def __init__(self, model: DiffusionBlocks, residency: Residency, *, walk_start: str = "mean"):
-        self.model, self.residency, self.walk_start = model, residency, walk_start
+    def __init__(self, model: DiffusionBlocks, residency: Residency | None = None):
+        self.model, self.residency = model, residency
 
-    def read(self, x: Tensor, z: Tensor, sigma: float) -> Output:
-        """The owner's output for all of x, in batches; z is (N, d)."""
+    @property
+    def device(self) -> torch.device:
+        """Where the active block is."""
+        return self.residency.device if self.residency else next(self.model.parameters()).device
+
+    def owner(self, sigma: float) -> int:
+        """The block that owns `sigma`, on the device from now on."""
         block = int(self.model.partition.block_of(sigma))
-        self.residency.activate(block)
+        self.activate(block)
+        return block
+
+    def activate(self, block: int) -> None:
+        """Bring `block` to the device."""
+        if self.residency:
+            self.residency.activate(block)
+
+    @torch.no_grad()
+    def read(self, x: Tensor, z: Tensor, sigma: float, batch: int = BATCH) -> Output:
+        """The owner's output for all of x, `batch` samples at a time."""
+        block = self.owner(sigma)
         pieces = [
             self.model.denoise(x_, z_, sigma, block=block)
-            for x_, z_ in zip(x.split(BATCH), z.split(BATCH), strict=True)
+            for x_, z_ in zip(x.split(batch), z.split(batch), strict=True)
         ]
         return Output(torch.cat([p.raw for p in pieces]), torch.cat([p.denoised for p in pieces]))
 
-    def walk(
-        self, x: Tensor, levels: list[float], *, sampler: str = "euler", seed: int = 0
-    ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """From the highest level to 0: the last step's logits (N, K), and each step's level, block and logits."""
-        start = torch.zeros(len(x), self.model.target.table.shape[1], device=x.device)
-        if self.walk_start == "noise":
-            sigma = torch.tensor(levels[0], device=x.device)
-            start = dbkernels.inject_noise(start, sigma, seed=stream(seed, "walk"), offset=0)
-        logits: dict[float, Tensor] = {}
-
-        def denoise(z: Tensor, sigma: float) -> Tensor:
-            output = self.read(x, z, sigma)
-            logits[sigma] = output.raw  # a level's own step comes after Heun has looked ahead to it
-            return output.denoised
-
-        SAMPLERS[sampler](denoise, start, levels)
-        steps = [
-            {"step": i, "sigma": s, "block": int(self.model.partition.block_of(s)), "logits": logits[s]}
-            for i, s in enumerate(levels[:-1])
-        ]
-        return steps[-1]["logits"], steps
-
 
 @torch.no_grad()
-def evaluate(
-    walker: Walker,
-    x: Tensor,
-    labels: Tensor,
-    *,
-    steps: int,
-    levels: str = "karras",
-    sampler: str = "euler",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Accuracy along a walk of `steps` steps, and the information bound read at 32 noise levels.
-
-    x: (N, ...) conditioning; labels: (N,). Weights are used as they are: enter `residency.averages()` for averages.
-    Raises: ValueError on an empty split or steps < B.
-    """
-    if len(x) == 0:
-        raise ValueError("nothing to evaluate: the split is empty")
-    walker.model.eval()
-    sigmas = step_levels(walker.model.partition, steps, kind=levels)
-    logits, path = walker.walk(x, sigmas, sampler=sampler, seed=seed)
-    walk = [
-        {k: step[k] for k in ("step", "sigma", "block")} | {"accuracy": accuracy(step["logits"], labels)}
-        for step in path
-    ]
-    return {
-        "accuracy": accuracy(logits, labels),
-        "images": len(x),
-        "walk": walk,
-        **bound(walker, x, labels, seed=seed),
-    }
-
-
 def bound(walker: Walker, x: Tensor, labels: Tensor, *, count: int = 32, seed: int = 0) -> dict[str, Any]:
-    """Cross-entropy, error and bound at `count` levels of equal probability, true labels noised; regret per block."""
+    """Cross-entropy, error and bound at `count` levels of equal probability, true labels noised; regret per block.
+
+    x: conditioning; labels: (B,) or (B, N), each a class of the target's codebook.
+    """
     model = walker.model
+    model.eval()
     sigmas = list(equal_mass_edges(model.partition.density, count - 1))
-    clean = model.target.clean(labels)
+    clean, shape = model.target.clean(labels), model.target.level_shape(labels)
     levels = []
     for sigma in sigmas:
-        level = torch.full((len(x),), sigma, device=x.device)
-        z = dbkernels.inject_noise(clean, level, seed=stream(seed, "bound"))  # one draw for all levels
+        level = torch.full(shape, sigma, device=x.device)
+        z = model.target.noised(labels, level, seed=stream(seed, "bound"), offset=0)  # one draw for all levels
         output = walker.read(x, z, sigma)
         levels.append(
             {
                 "sigma": sigma,
                 "block": int(model.partition.block_of(sigma)),
-                "cross_entropy": float(model.target.loss(output, z, labels, level).double().mean()),
+                "cross_entropy": cross_entropy(output.raw, labels),
                 "error": float((output.denoised - clean).double().square().sum(-1).mean()),
                 "accuracy": accuracy(output.raw, labels),
             }
@@ -121,6 +86,11 @@ def bound(walker: Walker, x: Tensor, labels: Tensor, *, count: int = 32, seed: i
         level["bound"] = value
     bits = 1 / math.log(2)
     return {"levels": levels, "bound_bits": read.bound[-1] * bits, "regret_bits": [r * bits for r in read.regret]}
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> float:
+    """Mean over labels, in nats."""
+    return float(functional.cross_entropy(logits.flatten(0, -2).double(), labels.flatten().long()))
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

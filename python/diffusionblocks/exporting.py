@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import snapshots
-from .adapters.vit import vit_blocks
+from .adapters import adapter_of
 from .blocks import DiffusionBlocks
 from .config import from_yaml, to_yaml
 from .training import Session
@@ -52,7 +52,7 @@ def load_model(path: Path | str) -> DiffusionBlocks:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by `dblocks export`; pass a file that was")
     config = from_yaml(metadata["config"])
-    model = vit_blocks(config.model, config.blocks, recipe=config.method, shared=config.shared, overlap=config.overlap)
+    model = adapter_of(config).blocks()
     model.partition = snapshots.partition_from_dict(json.loads(metadata["partition"]))
     model.load_state_dict(weights)
     return model.eval()

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .baselines import BATCH, Log, Result, evaluating, memory_row, usage
-from .config import TrainConfig, augmentation
-from .data import ImageData, Loader, Split, prepare
+from .adapters.base import Row
+from .adapters.vit import ViTAdapter, ViTRun
+from .baselines import Log, Result, memory_row, usage
+from .evaluation import BATCH, accuracy
 from .memory import SavedTensors
 from .models import ViT
 from .optim import PartOptimizer, clip_gradients, learning_rate
@@ -27,7 +28,7 @@ from .training import LOG_EVERY, NonFiniteLoss
 class ForwardForward(nn.Module):
     """An ordinary ViT's stem and layers, the label's embedding in the place of [CLS]."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: ViTRun):
         super().__init__()
         network = ViT(config.model, conditioned=False)
         self.patch, self.position, self.layers = network.stem.patch, network.stem.position, network.layers
@@ -65,23 +66,24 @@ def wrong_labels(y: Tensor, classes: int, generator: torch.Generator) -> Tensor:
     return (y + shift) % classes
 
 
-def forward_forward(config: TrainConfig, data: ImageData, device: torch.device, *, on_log: Log) -> Result:
+def forward_forward(adapter: ViTAdapter, device: torch.device, *, on_log: Log) -> Result:
     """Train at equal layer evaluations: a step runs a true and a false batch, so there are half as many steps.
 
     A layer's loss is softplus(-goodness) of true pairs plus softplus(goodness) of false ones; its activations are
     freed before the next layer's are made. Raises: NonFiniteLoss, naming the step.
     """
+    config = adapter.config
     torch.manual_seed(stream(config.seed, "init") % 2**63)
     network = ForwardForward(config).to(device)
     optimizer = PartOptimizer(network.named_parameters(), weight_decay=config.weight_decay, ema_decay=config.ema)
-    loader = Loader(data.train, data, config.batch_size, seed=config.seed, device=device, **augmentation(config))
+    batches = adapter.batches(device)
     steps, began = max(1, config.steps // 2), time.perf_counter()
     peak: dict[str, int] = {}
     lr, warm = config.tune_lr[0], max(1, round(config.tune_warmup[0] * steps))
     for step in range(steps):
         generator = torch.Generator().manual_seed(stream(config.seed, "wrong", step))
-        x, y = loader.batch(step)
-        false = wrong_labels(y, data.classes, generator)
+        x, y = batches.batch(step)
+        false = wrong_labels(y, config.model.classes, generator)
         loss, saved = train_layers(network, x.repeat(2, 1, 1, 1), torch.cat([y, false]))
         used = usage(network, optimizer, saved, device)
         norm = clip_gradients([optimizer], config.clip)
@@ -95,7 +97,7 @@ def forward_forward(config: TrainConfig, data: ImageData, device: torch.device, 
             peak = max(peak, used, key=lambda bytes_: sum(bytes_.values()))
     optimizer.swap_ema()
     seconds = time.perf_counter() - began
-    val, test = (score(network, data, split, device) for split in (data.val, data.test))
+    val, test = (score(network, *adapter.inputs(split, device)) for split in ("val", "test"))
     return Result("forward-forward", val, test, seconds, peak, {"lr": lr, "warmup": config.tune_warmup[0]})
 
 
@@ -114,9 +116,8 @@ def train_layers(network: ForwardForward, x: Tensor, y: Tensor) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def score(network: ForwardForward, data: ImageData, split: Split, device: torch.device) -> float:
-    """Accuracy on a split, in percent: the label of most goodness."""
-    x = prepare(split.images, data.mean, data.std, device=device)
-    with evaluating(network):
-        guesses = torch.cat([network.scores(part).argmax(-1) for part in x.split(BATCH)])
-    return float((guesses == split.labels.to(device)).double().mean() * 100)
+def score(network: ForwardForward, x: Tensor, labels: Tensor) -> Row:
+    """Accuracy: the label of most goodness."""
+    network.eval()
+    scores = torch.cat([network.scores(part) for part in x.split(BATCH)])
+    return {"accuracy": accuracy(scores, labels)}

@@ -1,4 +1,4 @@
-"""Image datasets of the Hugging Face hub, or a local copy of one in the same format, as tensors."""
+"""Datasets of the Hugging Face hub, or local copies in the same format: images as tensors, texts as strings."""
 
 from __future__ import annotations
 
@@ -45,6 +45,19 @@ def read(source: HubSource, folder: Path | None) -> dict[str, tuple[Tensor, Tens
         "train": _tensors(_pick(splits, ("train",), where), source, f"{where} (train)"),
         "test": _tensors(_pick(splits, source.test, where), source, f"{where} (test)"),
     }
+
+
+def read_text(name: str) -> list[str]:
+    """The column "text" of the training split: a dataset of the hub by its name, or a folder with a copy of one.
+
+    Raises: as `read`.
+    """
+    folder = Path(name).expanduser()
+    source = HubSource(name, "", "", test=(), size=0)
+    rows = _pick(_open(source, folder if folder.is_dir() else None), ("train",), name)
+    if "text" not in rows.column_names:
+        raise ValueError(f"{name} (train) lacks a column 'text', it has {rows.column_names}; rename one")
+    return [text for text in rows["text"][:] if text]
 
 
 def _open(source: HubSource, folder: Path | None) -> Mapping[str, Any]:

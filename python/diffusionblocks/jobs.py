@@ -14,19 +14,18 @@ from typing import Any
 
 import torch
 
-from . import baselines, checkpoint, evaluation, plots, snapshots
-from .adapters.vit import vit_blocks
+from . import baselines, checkpoint, plots, snapshots
+from .adapters import adapter_of
+from .adapters.base import Adapter, Row
+from .adapters.vit import ViTAdapter
 from .checkpoint import CheckpointError
-from .config import TrainConfig, augmentation, from_yaml, to_yaml
-from .data import ImageData, Loader, Split, load, prepare
+from .config import TrainConfig, from_yaml, to_yaml
 from .evaluation import Walker
 from .forward_forward import forward_forward
 from .manifest import package_version
 from .planning import plan
 from .progress import Progress
 from .training import Session, train
-
-Row = dict[str, Any]
 
 
 def pick_device(name: str) -> torch.device:
@@ -55,9 +54,8 @@ def resume(folder: Path) -> Row:
 
 def carry_on(config: TrainConfig) -> Row:
     """Train what is not trained yet, block-wise and the baselines; then summary and pictures."""
-    device = pick_device(config.device)
-    data = load(config.data, folder=config.folder, seed=config.seed)
-    session = open_session(config, device)
+    adapter = adapter_of(config)
+    session = open_session(adapter)
     log = config.out / "metrics.jsonl"
     finished = {name: path for name in ("block-wise", *config.baseline) if (path := _result(config, name)).exists()}
     _trim(log, session.step, finished)
@@ -70,7 +68,7 @@ def carry_on(config: TrainConfig) -> Row:
 
         for name in ("block-wise", *config.baseline):
             if name not in finished:
-                write(_result(config, name), json.dumps(_run(name, session, data, on_log)))
+                write(_result(config, name), json.dumps(_run(name, adapter, session, on_log)))
     summary = summarize(session)
     write(config.out / "summary.json", json.dumps(summary, indent=1))
     shutil.rmtree(config.out / "waiting", ignore_errors=True)
@@ -78,45 +76,40 @@ def carry_on(config: TrainConfig) -> Row:
     return summary
 
 
-def open_session(config: TrainConfig, device: torch.device) -> Session:
-    """A session for the config: at its last checkpoint if there is one, else at the start."""
-    model = vit_blocks(
-        config.model,
-        config.blocks,
-        recipe=config.method,
-        shared=config.shared,
-        overlap=config.overlap,
-        seed=config.seed,
-    )
-    session = Session(model, config, device=device, folder=config.out / "waiting")
+def open_session(adapter: Adapter) -> Session:
+    """A session for the adapter's config: at its last checkpoint if there is one, else at the start."""
+    config = adapter.config
+    device = pick_device(config.device)
+    session = Session(adapter.blocks(), config, device=device, folder=config.out / "waiting")
     if (config.out / "checkpoint" / checkpoint.MANIFEST).exists():
         session.seconds = snapshots.restore(session, config.out / "checkpoint")
     return session
 
 
-def _run(name: str, session: Session, data: ImageData, on_log: Callable[[Row], None]) -> Row:
-    config = session.config
+def open_run(folder: Path) -> tuple[Adapter, Session]:
+    """A run's architecture, and its last checkpoint. Raises: CheckpointError if there is none."""
+    adapter = adapter_of(read_config(folder))
+    if not (folder / "checkpoint" / checkpoint.MANIFEST).exists():
+        raise CheckpointError(f"{folder} has no checkpoint yet; train it on with `dblocks resume {folder}`")
+    return adapter, open_session(adapter)
+
+
+def _run(name: str, adapter: Adapter, session: Session, on_log: Callable[[Row], None]) -> Row:
     if name == "block-wise":
-        return _block_wise(session, data, on_log)
+        return _block_wise(adapter, session, on_log)
     if name == "forward-forward":
-        return dataclasses.asdict(forward_forward(config, data, session.device, on_log=on_log))
+        assert isinstance(adapter, ViTAdapter)  # the only config that takes it
+        return dataclasses.asdict(forward_forward(adapter, session.device, on_log=on_log))
     checkpointing, choice = name == "checkpointing", None
-    tuned = _result(config, "end-to-end")
+    tuned = _result(session.config, "end-to-end")
     if checkpointing and tuned.exists():
         choice = json.loads(tuned.read_text())["choice"]
-    result = baselines.end_to_end(
-        config, data, session.device, on_log=on_log, checkpointing=checkpointing, choice=choice
-    )
+    result = baselines.end_to_end(adapter, session.device, on_log=on_log, checkpointing=checkpointing, choice=choice)
     return dataclasses.asdict(result)
 
 
-def _block_wise(session: Session, data: ImageData, on_log: Callable[[Row], None]) -> Row:
-    config, folder, before, began = (
-        session.config,
-        session.config.out / "checkpoint",
-        session.seconds,
-        time.perf_counter(),
-    )
+def _block_wise(adapter: Adapter, session: Session, on_log: Callable[[Row], None]) -> Row:
+    config, before, began = session.config, session.seconds, time.perf_counter()
 
     def seconds() -> float:
         return before + time.perf_counter() - began
@@ -126,37 +119,30 @@ def _block_wise(session: Session, data: ImageData, on_log: Callable[[Row], None]
 
     def stepped() -> None:
         if session.step % config.checkpoint_every == 0 or session.step == config.total_steps:
-            snapshots.save(session, folder, seconds=seconds())
+            snapshots.save(session, config.out / "checkpoint", seconds=seconds())
 
-    loader = Loader(
-        data.train, data, config.batch_size, seed=config.seed, device=session.device, **augmentation(config)
-    )
-    train(session, loader, on_log=logged, on_step=stepped)
+    train(session, adapter.batches(session.device), on_log=logged, on_step=stepped)
     session.seconds = seconds()
     return {
         "seconds": session.seconds,
         "memory": _peak(config),
-        "plan": plan(config, session.device).by_category,
-        "val": evaluate(session, data, data.val),
-        "test": evaluate(session, data, data.test),
+        "plan": plan(adapter, session.device).by_category,
+        "val": evaluate(adapter, session, "val"),
+        "test": evaluate(adapter, session, "test"),
     }
 
 
-def evaluate(session: Session, data: ImageData, split: Split, *, steps: int | None = None) -> Row:
-    """Evaluate a session's averaged weights on a split: accuracy along the walk, information bound."""
-    config, method = session.config, session.config.method
-    x = prepare(split.images, data.mean, data.std, device=session.device)
-    walker = Walker(session.model, session.residency, walk_start=method.walk_start)
+def evaluate(adapter: Adapter, session: Session, split: str, *, steps: int | None = None) -> Row:
+    """What a session's averaged weights are worth on a split, in the architecture's terms."""
     with session.residency.averages():
-        return evaluation.evaluate(
-            walker,
-            x,
-            split.labels.to(session.device),
-            steps=steps or config.walk_steps,
-            levels=method.levels,
-            sampler=config.sampler,
-            seed=config.seed,
-        )
+        return adapter.evaluate(Walker(session.model, session.residency), split, steps=steps)
+
+
+def sample(adapter: Adapter, session: Session, folder: Path, **options: Any) -> list[Path]:
+    """Samples by a session's averaged weights, written to `folder`; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with session.residency.averages():
+        return adapter.sample(Walker(session.model, session.residency), folder, **options)
 
 
 def summarize(session: Session) -> Row:
@@ -166,9 +152,7 @@ def summarize(session: Session) -> Row:
         "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         "machine": machine(session.device),
         "partition": snapshots.partition_to_dict(session.model.partition),
-        "results": {
-            name: _as_result(json.loads(_result(config, name).read_text())) for name in ("block-wise", *config.baseline)
-        },
+        "results": {name: json.loads(_result(config, name).read_text()) for name in ("block-wise", *config.baseline)},
     }
 
 
@@ -210,14 +194,6 @@ def write(path: Path, text: str) -> None:
 
 def _result(config: TrainConfig, name: str) -> Path:
     return config.out / "results" / f"{name}.json"
-
-
-def _as_result(values: Row) -> Row:
-    """A baseline's Result in the shape of block-wise results."""
-    if "test_accuracy" not in values:
-        return values
-    splits = {split: {"accuracy": values[f"{split}_accuracy"]} for split in ("val", "test")}
-    return {k: v for k, v in values.items() if not k.endswith("_accuracy")} | splits
 
 
 def _trim(log: Path, step: int, finished: Any) -> None:

@@ -49,32 +49,40 @@ def draw(folder: str | os.PathLike[str]) -> list[Path]:
     """
     folder = Path(folder)
     run = read_run(folder)
-    figures = {f"{name}.png": figure(run) for name, figure in FIGURES.items()}
+    figures = {f"{name}.png": figure(run) for name, (figure, needs) in FIGURES.items() if needs <= set(run.test)}
     return [_write(figure, folder / name) for name, figure in figures.items()]
 
 
 def loss_figure(run: Run) -> Figure:
-    """Loss of each block while it trained; beside it cross-entropy by noise level, on the test split."""
-    figure, (left, right) = new_figure(1, 2)
+    """Loss of each block while it trained."""
+    figure, (axes,) = new_figure(1, 1)
     highest = 0.0
     for block, colour in enumerate(colours_of(run)):
         own = [r for r in run.rows[BLOCKWISE] if r["block"] == block]
         steps, losses = [r["step"] for r in own], [r["loss"] for r in own]
         highest = max([highest, *smooth(losses)])
-        left.plot(steps, losses, color=colour, alpha=0.25, lw=0.8)
-        left.plot(steps, smooth(losses), color=colour, lw=1.8, label=f"block {block}")
+        axes.plot(steps, losses, color=colour, alpha=0.25, lw=0.8)
+        axes.plot(steps, smooth(losses), color=colour, lw=1.8, label=f"block {block}")
+    axes.set_ylim(0, 1.08 * highest or 1)
+    caption(axes, "loss of each block while it trains", "step", "loss")
+    axes.legend(frameon=False, fontsize=9, ncols=1 + len(colours_of(run)) // 5)
+    return figure
+
+
+def levels_figure(run: Run) -> Figure:
+    """Cross-entropy by noise level after training, on the test split."""
+    figure, (axes,) = new_figure(1, 1)
+    for block, colour in enumerate(colours_of(run)):
         span = [v for v in run.test["levels"] if v["block"] == block]
         sigmas, entropies = [v["sigma"] for v in span], [v["cross_entropy"] for v in span]
-        right.plot(sigmas, entropies, "o-", ms=3.5, lw=1.5, color=colour, label=f"block {block}")
-    left.set_ylim(0, 1.08 * highest or 1)
-    right.set_ylim(0)
-    caption(left, "loss of each block while it trains", "step", "cross-entropy, nats")
-    caption(right, "by noise level after training, test split", y="cross-entropy, nats")
-    sigma_axis(right)
+        axes.plot(sigmas, entropies, "o-", ms=3.5, lw=1.5, color=colour, label=f"block {block}")
+    axes.set_ylim(0)
+    caption(axes, "by noise level after training, test split", y="cross-entropy, nats")
+    sigma_axis(axes)
     classes = run.summary.get("config", {}).get("model", {}).get("classes")
     if classes:
-        note(right, f"guessing: {math.log(classes):.2f}", (0.98, 0.96), ha="right", va="top")
-    left.legend(frameon=False, fontsize=9, ncols=1 + len(colours_of(run)) // 5)
+        note(axes, f"guessing: {math.log(classes):.2f}", (0.98, 0.96), ha="right", va="top")
+    axes.legend(frameon=False, fontsize=9, ncols=1 + len(colours_of(run)) // 5)
     return figure
 
 
@@ -169,12 +177,14 @@ def bound_figure(run: Run) -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[Run], Figure]] = {
-    "loss": loss_figure,
-    "walk": walk_figure,
-    "memory": memory_figure,
-    "partition": partition_figure,
-    "bound": bound_figure,
+# name -> the picture, and what of the test results it needs
+FIGURES: dict[str, tuple[Callable[[Run], Figure], set[str]]] = {
+    "loss": (loss_figure, set()),
+    "levels": (levels_figure, {"levels"}),
+    "walk": (walk_figure, {"walk"}),
+    "memory": (memory_figure, set()),
+    "partition": (partition_figure, set()),
+    "bound": (bound_figure, {"levels", "bound_bits"}),
 }
 
 

@@ -11,27 +11,30 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .data import ImageData, prepare
+from .adapters.base import Adapter
+from .adapters.vit import ViTAdapter
+from .classification import walk
+from .data import prepare
 from .evaluation import Walker
 from .partition import step_levels
 from .training import Session
 
 
-def predict(session: Session, data: ImageData, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
+def predict(adapter: Adapter, session: Session, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """For each image file, its name, label and probability, by the session's averaged weights.
 
-    data: the data set the model was trained on, for its normalisation.
-
-    Raises: ValueError if a file is no image, or not of the size the model was trained on.
+    Raises: ValueError if the run is no classifier's, or a file is no image, or not of the model's size.
     """
-    config = session.config
+    if not isinstance(adapter, ViTAdapter):
+        raise ValueError(f"a {adapter.config.architecture} run gives no labels; see `dblocks sample`")
+    config, data = adapter.config, adapter.data
     pixels = torch.stack([read_image(path, data.channels, data.image_size) for path in images])
     x = prepare(pixels, data.mean, data.std, device=session.device)
-    walker = Walker(session.model, session.residency, walk_start=config.method.walk_start)
-    levels = step_levels(session.model.partition, config.walk_steps, kind=config.method.levels)
-    with session.residency.averages(), torch.no_grad():
-        logits, _ = walker.walk(x, levels, sampler=config.sampler, seed=config.seed)
-    for path, p in zip(images, logits.softmax(-1), strict=True):
+    how = adapter.walk()
+    levels = step_levels(session.model.partition, config.walk_steps, kind=how.pop("levels"))
+    with session.residency.averages():
+        steps = walk(Walker(session.model, session.residency), x, levels, **how)
+    for path, p in zip(images, steps[-1]["logits"].softmax(-1), strict=True):
         yield {"file": str(path), "label": int(p.argmax()), "probability": float(p.max())}
 
 

@@ -1,4 +1,4 @@
-"""Progress bars of a run: block, its noise, loss, images per second, memory."""
+"""Progress bars of a run: block, its noise, loss, samples per second, memory."""
 
 from __future__ import annotations
 
@@ -40,5 +40,5 @@ class Progress:
         rate = step * self.config.batch_size * self.config.accumulate / max(row["seconds"], 1e-9)
         place = f"block {row['block']} sigma {row['sigma_low']:.2g}-{row['sigma_high']:.2g} " if "block" in row else ""
         memory = f"{readable(row['allocated'])} allocated, {readable(row['reserved'])} reserved"
-        detail = f"{place}loss {row['loss']:.3f}  {rate:.0f} images/s  {memory}"
+        detail = f"{place}loss {row['loss']:.3f}  {rate:.0f} samples/s  {memory}"
         self.bars.update(self.tasks[run], completed=step, detail=detail)

@@ -13,8 +13,7 @@ from .partition import Partition
 BLOCKWISE = "block-wise"
 _NEEDED = (
     *(f"partition.{name}" for name in ("density", "edges", "layers", "overlap")),
-    *(f"results.{BLOCKWISE}.test.{name}" for name in ("walk", "levels", "bound_bits", "regret_bits")),
-    f"results.{BLOCKWISE}.memory",
+    *(f"results.{BLOCKWISE}.{name}" for name in ("test", "memory")),
 )
 
 

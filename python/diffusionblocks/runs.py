@@ -5,31 +5,32 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from .adapters.vit import ViTRun
 from .config import TrainConfig
-from .models import ViTConfig
+from .models.vit import ViTConfig
 
 _FASHION = ViTConfig(image_size=28, patch=4, dim=128, layers=12, mlp=512, cond=32)
 _CIFAR = ViTConfig(image_size=32, channels=3, classes=100, patch=4, dim=128, layers=12, mlp=3072, cond=21)
 
 RUNS: dict[str, tuple[str, TrainConfig]] = {
-    "vit-digits": ("8x8 digits, embedded; minutes on two CPU cores", TrainConfig()),
+    "vit-digits": ("8x8 digits, embedded; minutes on two CPU cores", ViTRun()),
     "vit-fashion-mnist": (
         "28x28 clothes, IDX files",
-        TrainConfig(
+        ViTRun(
             data="fashion-mnist", out=Path("runs/vit-fashion-mnist"), model=_FASHION, steps=9000, batch_size=128,
             lr=1e-3, ema=0.999, checkpoint_every=1000, augment=True,
         ),
     ),
     "vit-cifar100": (
         "32x32, 100 classes, the paper's ViT",
-        TrainConfig(
+        ViTRun(
             data="cifar100", out=Path("runs/vit-cifar100"), model=_CIFAR, steps=195_000, batch_size=128,
             lr=5e-4, ema=0.999, checkpoint_every=5000, augment=True,
         ),
     ),
     "vit-tiny-imagenet": (
         "64x64, 200 classes, B = 2",
-        TrainConfig(
+        ViTRun(
             data="tiny-imagenet", out=Path("runs/vit-tiny-imagenet"), blocks=2, steps=390_000, batch_size=128,
             lr=5e-4, ema=0.999, checkpoint_every=5000, augment=True,
             model=replace(_CIFAR, image_size=64, patch=8, classes=200, dim=192, cond=32),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -24,19 +24,70 @@ class Output(NamedTuple):
     denoised: Tensor
 
 
-class Target(Protocol):
-    """The space of z. The same for all blocks, so with independent blocks it is fixed."""
+class Objective(NamedTuple):
+    """What training wants of a batch, of the levels' shape: unweighted loss, and |y - D|^2 without gradient."""
 
-    sigma_data: float
-
-    def clean(self, y: Tensor) -> Tensor: ...
-
-    def read(self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, sigma: Tensor) -> Output: ...
-
-    def loss(self, output: Output, z: Tensor, y: Tensor, sigma: Tensor) -> Tensor: ...
+    per_sample: Tensor
+    error: Tensor
 
 
-class ClassTarget(nn.Module):
+class Target(nn.Module):
+    """What y is to a block: how noise hides it, what of it the network sees, how an estimate is read, and the loss.
+
+    The same for all blocks, so with independent blocks it is fixed. A subclass defines `read`, `loss`, `check` and
+    `check_noised`; one whose noise isn't y + sigma eps also `noised` and `inputs`.
+    sigma_data: root mean square of the clean target per element. stratified: a batch's levels are spread evenly over
+    their distribution, not drawn one by one.
+    """
+
+    stratified = False
+
+    def __init__(self, sigma_data: float):
+        super().__init__()
+        edm.check_sigma_data(sigma_data)
+        self.sigma_data = sigma_data
+
+    def clean(self, y: Tensor) -> Tensor:
+        """The point that noise is added to."""
+        return y
+
+    def level_shape(self, y: Tensor) -> tuple[int, ...]:
+        """Shape of the noise levels to draw for a batch: (B,), one a sample."""
+        return (len(y),)
+
+    def noised(self, y: Tensor, sigma: Tensor, *, seed: int, offset: int) -> Tensor:
+        """z = y + sigma eps, the same for the same address on every device."""
+        return dbkernels.inject_noise(self.clean(y), sigma, seed=seed, offset=offset)
+
+    def inputs(self, z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """What the stem gets of z and of sigma: c_in z and c_noise."""
+        c = edm.precondition(sigma, self.sigma_data)
+        return edm.expand_as(c.c_in, z) * z, c.c_noise
+
+    def read(self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, sigma: Tensor) -> Output:
+        """Features and conditioning -> raw output and D."""
+        raise NotImplementedError
+
+    def loss(self, output: Output, z: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
+        """Loss per sample, (B,)."""
+        raise NotImplementedError
+
+    def objective(self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, y: Tensor, sigma: Tensor) -> Objective:
+        """Loss and error straight from features, where a target can do without the raw output."""
+        output = self.read(head, h, cond, z, sigma)
+        error = (self.clean(y).detach() - output.denoised.detach()).square().flatten(1).sum(1)
+        return Objective(self.loss(output, z, y, sigma), error)
+
+    def check(self, y: Tensor) -> None:
+        """Raise ValueError unless `y` is a batch of targets."""
+        raise NotImplementedError
+
+    def check_noised(self, z: Tensor) -> None:
+        """Raise ValueError unless `z` is a batch of noised targets."""
+        raise NotImplementedError
+
+
+class ClassTarget(Target):
     """A label as a point of a codebook; cross-entropy of the head's logits.
 
     table: (K, d) embeddings. trainable: learn it (then all blocks must share one copy). normalize: rows are brought to
@@ -59,15 +110,13 @@ class ClassTarget(nn.Module):
         normalize: bool = False,
         raw_estimate: bool = False,
     ):
-        super().__init__()
+        super().__init__(sigma_data or 1 / math.sqrt(max(table.shape[-1], 1)))
         if readout not in self.READOUTS:
             raise ValueError(f"readout must be one of {', '.join(self.READOUTS)}, got {readout!r}")
         if table.dim() != 2 or len(table) < 2:
             raise ValueError(f"table must be (K, d) with K >= 2, got {tuple(table.shape)}")
         self.readout, self.normalize, self.raw_estimate = readout, normalize, raw_estimate
         self.table = nn.Parameter(table.detach().clone(), requires_grad=trainable)
-        self.sigma_data = sigma_data or 1 / math.sqrt(table.shape[1])
-        edm.check_sigma_data(self.sigma_data)
 
     @property
     def classes(self) -> int:
@@ -115,20 +164,14 @@ class ClassTarget(nn.Module):
             raise ValueError(f"z must be a floating (B >= 1, {width}), got {tuple(z.shape)} {z.dtype}")
 
 
-class ContinuousTarget(nn.Module):
+class ContinuousTarget(Target):
     """A target that is itself the point noise is added to (an image, a latent); EDM's weighted L2 loss.
 
     sigma_data: root mean square of the target per element.
     """
 
     def __init__(self, sigma_data: float = edm.SIGMA_DATA):
-        super().__init__()
-        edm.check_sigma_data(sigma_data)
-        self.sigma_data = sigma_data
-
-    def clean(self, y: Tensor) -> Tensor:
-        """The target itself."""
-        return y
+        super().__init__(sigma_data)
 
     def read(self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, sigma: Tensor) -> Output:
         """Features -> F = head(h, cond) and D = c_skip z + c_out F, float32."""

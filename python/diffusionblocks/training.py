@@ -98,7 +98,7 @@ def train(
         logs = step % LOG_EVERY == LOG_EVERY - 1 or step + 1 == config.total_steps
         for micro in range(step * config.accumulate, (step + 1) * config.accumulate):
             x, y = batches.batch(micro)
-            voted, sigma = choose(model, block, len(y), config, micro, x.device)
+            voted, sigma = choose(model, block, y, config, micro)
             if voted != block:
                 block = voted
                 session.residency.activate(block)
@@ -106,7 +106,7 @@ def train(
                 loss = model.loss(block, x, y, seed=config.seed, step=micro, sigma=sigma)
             (loss.loss / config.accumulate).backward()
             if meter:
-                meter.update(loss.sigma, loss.error)
+                meter.update(loss.sigma.flatten(), loss.error.flatten())
         usage = session.residency.usage().with_(activations=saved.bytes) if saved else None
 
         active = [session.optimizers[part] for part in ("shared", f"block_{block}")]
@@ -131,16 +131,15 @@ def block_at(step: int, config: TrainConfig) -> int:
     return int(torch.randperm(config.blocks, generator=generator)[turn % config.blocks])
 
 
-def choose(
-    model: DiffusionBlocks, block: int, count: int, config: TrainConfig, step: int, device: torch.device
-) -> tuple[int, Tensor]:
-    """The block to train and its noise (count,). By "vote" (published) noise comes first and most of it decides."""
-    if config.method.block_choice != "vote":
-        return block, model.draw_sigma(block, count, seed=config.seed, step=step, device=device)
-    u = dbkernels.philox_uniform((count,), seed=stream(config.seed, "vote"), offset=step, device=device)
+def choose(model: DiffusionBlocks, block: int, y: Tensor, config: TrainConfig, step: int) -> tuple[int, Tensor]:
+    """The block to train and its noise levels. By "vote" (published) noise comes first and most of it decides."""
+    shape = model.target.level_shape(y)
+    if not config.votes:
+        return block, model.draw_sigma(block, shape, seed=config.seed, step=step, device=y.device)
+    u = dbkernels.philox_uniform(shape, seed=stream(config.seed, "vote"), offset=step, device=y.device)
     sigma = model.partition.draw_any(u)
     block = int(model.partition.block_of(sigma).mode().values)
-    sigma[: int(model.context * count)] = model.partition.sigma_max
+    sigma[: int(model.context * len(y))] = model.partition.sigma_max
     return block, sigma
 
 

@@ -1,1 +1,14 @@
-"""One file an architecture: from a network to its ends, layers and target."""
+"""One file an architecture: its run's config, and what is x, y, the walk, the loss."""
+
+from ..config import TrainConfig
+from .base import Adapter
+from .vit import ViTAdapter
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    "vit": ViTAdapter,
+}
+
+
+def adapter_of(config: TrainConfig) -> Adapter:
+    """The config's architecture."""
+    return ADAPTERS[config.architecture](config)

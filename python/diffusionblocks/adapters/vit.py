@@ -2,21 +2,134 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-from typing import Any
+import dataclasses
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .. import classification
 from ..blocks import DiffusionBlocks, Ends
+from ..config import TrainConfig
+from ..data import ImageData, Loader, load, prepare
 from ..density import LogNormal, NoiseDensity
+from ..evaluation import Walker
 from ..information import closed_form_density
-from ..models.vit import Head, NoiseEmbedding, Stem, ViT, ViTConfig
-from ..partition import make_partition
-from ..recipes import CORRECTED, Recipe
+from ..models.vit import Head, Stem, ViT, ViTConfig
+from ..partition import Partition, make_partition
+from ..recipes import CORRECTED, Recipe, resolve
 from ..rng import stream
 from ..targets import ClassTarget, spread_codebook
+from ..training import Batches
+from .base import Adapter, Metric, Row
+
+Baseline = Literal["end-to-end", "checkpointing", "forward-forward"]
+
+
+@dataclass(frozen=True)
+class ViTRun(TrainConfig):
+    """A Vision Transformer that learns to label images."""
+
+    architecture: ClassVar[str] = "vit"
+
+    data: Literal["digits", "fashion-mnist", "cifar100", "tiny-imagenet"] = "digits"
+    folder: Path | None = None
+    """Where the data's files are; None: found or fetched by name."""
+    out: Path = Path("runs/vit-digits")
+    recipe: Literal["corrected", "published"] = "corrected"
+    switch: tuple[str, ...] = ()
+    """Fields of the recipe to take from the other one (ablation)."""
+    sampler: Literal["euler", "heun", "dpmpp_2m"] = "euler"
+    augment: bool = False
+    """Random crops and flips."""
+    baseline: tuple[Baseline, ...] = ("end-to-end",)  # type: ignore[assignment]  # one more than others have
+    model: ViTConfig = field(default_factory=ViTConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.accumulate > 1 and self.votes:
+            raise ValueError(f"accumulate={self.accumulate} needs --switch block_choice: batches may vote differently")
+        if self.shared != "shared" and self.method.codebook == "learned":
+            raise ValueError(f"shared={self.shared!r} needs a fixed codebook: add --switch codebook")
+
+    @property
+    def method(self) -> Recipe:
+        """The recipe with its switches."""
+        return resolve(self.recipe, self.switch)
+
+    @property
+    def votes(self) -> bool:
+        return self.method.block_choice == "vote"
+
+    @property
+    def layers(self) -> int:
+        layers = self.model.layers
+        return layers - layers % self.blocks if self.method.remainder == "dropped" else layers
+
+    def resolved(self) -> dict[str, Any]:
+        return {"method": dataclasses.asdict(self.method)}
+
+
+class ViTAdapter(Adapter):
+    """x: images. y: labels."""
+
+    metric = Metric("accuracy", "accuracy %")
+    config: ViTRun
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The splits."""
+        return load(self.config.data, folder=self.config.folder, seed=self.config.seed)
+
+    def batches(self, device: torch.device) -> Batches:
+        config, data = self.config, self.data
+        augment: Row = {"pad": max(1, data.image_size // 8), "flip": config.data != "digits"} if config.augment else {}
+        return Loader(data.train, data, config.batch_size, seed=config.seed, device=device, **augment)
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        config, size = self.config, self.config.model.image_size
+        x = torch.empty(config.batch_size, config.model.channels, size, size)
+        return x, torch.zeros(config.batch_size, dtype=torch.int64)
+
+    def blocks(self, partition: Partition | None = None) -> DiffusionBlocks:
+        c = self.config
+        return vit_blocks(
+            c.model, c.blocks, recipe=c.method, shared=c.shared, overlap=c.overlap, seed=c.seed, partition=partition
+        )
+
+    def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
+        x, labels = self.inputs(split, walker.device)
+        return classification.evaluate(walker, x, labels, steps=steps or self.config.walk_steps, **self.walk())
+
+    def walk(self) -> Row:
+        """How the recipe walks: what `classification.walk` takes."""
+        method = self.config.method
+        return {
+            "levels": method.levels,
+            "start": method.walk_start,
+            "sampler": self.config.sampler,
+            "seed": self.config.seed,
+        }
+
+    def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
+        raise ValueError("a classifier makes no samples; for labels of images use `dblocks predict`")
+
+    def network(self) -> nn.Module:
+        """The ordinary ViT: [CLS], affine LayerNorm, no noise."""
+        torch.manual_seed(stream(self.config.seed, "init") % 2**63)
+        return ViT(self.config.model, conditioned=False)
+
+    def score(self, network: nn.Module, split: str, device: torch.device) -> Row:
+        return {"accuracy": classification.score(network, *self.inputs(split, device))}
+
+    def inputs(self, split: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A whole split, normalised: images and labels."""
+        part = getattr(self.data, split)
+        x = prepare(part.images, self.data.mean, self.data.std, device=device)
+        return x, part.labels.to(device)
 
 
 def vit_blocks(
@@ -27,8 +140,9 @@ def vit_blocks(
     shared: str = "shared",
     overlap: float = 0.05,
     seed: int = 0,
+    partition: Partition | None = None,
 ) -> DiffusionBlocks:
-    """The reference ViT as `blocks` denoisers, initialised from `seed`.
+    """The reference ViT as `blocks` denoisers, initialised from `seed`; noise by the recipe, or by `partition`.
 
     Raises: ValueError if blocks exceeds the layers, or independent blocks get a learned codebook.
     """
@@ -43,7 +157,7 @@ def vit_blocks(
     if shared == "frozen":
         nn.init.xavier_normal_(network.head.linear.weight)  # a head of zeros would pass no gradient to the layers
     target = class_target(codebook(config.classes, config.dim, recipe), recipe)
-    partition = make_partition(noise_density(target, recipe), kept, blocks, overlap=overlap)
+    partition = partition or make_partition(noise_density(target, recipe), kept, blocks, overlap=overlap)
     return DiffusionBlocks(
         ends,
         list(network.layers)[:kept],
@@ -78,77 +192,3 @@ def noise_density(target: ClassTarget, recipe: Recipe = CORRECTED) -> NoiseDensi
     if recipe.noise == "log_normal":
         return LogNormal()
     return closed_form_density(target.embeddings())
-
-
-class Conditioned(nn.Module):
-    """Any residual layer h -> layer(h), made aware of the noise by AdaLN around it; the layer itself at the start."""
-
-    def __init__(self, layer: nn.Module, dim: int, cond: int):
-        super().__init__()
-        self.layer = layer
-        self.linear = nn.Linear(cond, 3 * dim)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
-        shift, scale, gate = self.linear(nn.functional.silu(cond)).unsqueeze(1).chunk(3, dim=-1)
-        out = self.layer(h * (1 + scale) + shift)
-        return h + (1 + gate) * ((out[0] if isinstance(out, tuple) else out) - h)
-
-
-class HuggingFaceStem(nn.Module):
-    """The patch and position embeddings of transformers' ViT; z is added to the [CLS] token."""
-
-    def __init__(self, embeddings: nn.Module, cond: int):
-        super().__init__()
-        self.embeddings, self.noise = embeddings, NoiseEmbedding(cond)
-
-    def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
-        patches = self.embeddings.patch_embeddings(x)
-        token = self.embeddings.cls_token + (CORRECTED.z_gain * z).unsqueeze(1)
-        tokens = torch.cat([token.to(patches.dtype), patches], dim=1)
-        return tokens + self.embeddings.position_embeddings, self.noise(c_noise)
-
-
-class HuggingFaceHead(nn.Module):
-    """transformers' final norm and classifier."""
-
-    def __init__(self, norm: nn.Module, classifier: nn.Module):
-        super().__init__()
-        self.norm, self.classifier = norm, classifier
-
-    def features(self, h: Tensor) -> Tensor:
-        return self.norm(h)[:, 0]
-
-    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
-        return self.classifier(h)
-
-
-def huggingface_vit(
-    network: nn.Module, blocks: int, *, shared: str = "shared", overlap: float = 0.05, cond: int | None = None
-) -> DiffusionBlocks:
-    """transformers' ViTForImageClassification, pretrained or not, as `blocks` denoisers; its modules are used in place.
-
-    cond: width of the noise conditioning, a quarter of the hidden size by default.
-    Raises: TypeError if `network` is another model; ValueError if blocks exceeds its layers.
-    """
-    from transformers import ViTForImageClassification
-
-    if not isinstance(network, ViTForImageClassification):
-        raise TypeError(f"network must be a transformers ViTForImageClassification, got {type(network).__name__}")
-    config: Any = network.config
-    width = config.hidden_size
-    cond = cond or width // 4
-    encoder = network.vit
-    layers = encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer
-    ends = Ends(HuggingFaceStem(encoder.embeddings, cond), HuggingFaceHead(encoder.layernorm, network.classifier))
-    target = class_target(codebook(config.num_labels, width))
-    partition = make_partition(noise_density(target), len(layers), blocks, overlap=overlap)
-    return DiffusionBlocks(
-        [copy.deepcopy(ends) for _ in range(blocks)] if shared == "per_block" else ends,
-        [Conditioned(layer, width, cond) for layer in layers],
-        target,
-        partition,
-        shared=shared,
-        context=CORRECTED.context,
-    )

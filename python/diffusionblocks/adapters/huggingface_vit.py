@@ -1,0 +1,89 @@
+"""transformers' Vision Transformer, pretrained or not, as diffusion blocks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import DiffusionBlocks, Ends
+from ..models.layers import NoiseEmbedding
+from ..partition import make_partition
+from ..recipes import CORRECTED
+from .vit import class_target, codebook, noise_density
+
+
+class Conditioned(nn.Module):
+    """Any residual layer h -> layer(h), made aware of the noise by AdaLN around it; the layer itself at the start."""
+
+    def __init__(self, layer: nn.Module, dim: int, cond: int):
+        super().__init__()
+        self.layer = layer
+        self.linear = nn.Linear(cond, 3 * dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
+        shift, scale, gate = self.linear(nn.functional.silu(cond)).unsqueeze(1).chunk(3, dim=-1)
+        out = self.layer(h * (1 + scale) + shift)
+        return h + (1 + gate) * ((out[0] if isinstance(out, tuple) else out) - h)
+
+
+class HuggingFaceStem(nn.Module):
+    """The patch and position embeddings of transformers' ViT; z is added to the [CLS] token."""
+
+    def __init__(self, embeddings: nn.Module, cond: int):
+        super().__init__()
+        self.embeddings, self.noise = embeddings, NoiseEmbedding(cond)
+
+    def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
+        patches = self.embeddings.patch_embeddings(x)
+        token = self.embeddings.cls_token + (CORRECTED.z_gain * z).unsqueeze(1)
+        tokens = torch.cat([token.to(patches.dtype), patches], dim=1)
+        return tokens + self.embeddings.position_embeddings, self.noise(c_noise)
+
+
+class HuggingFaceHead(nn.Module):
+    """transformers' final norm and classifier."""
+
+    def __init__(self, norm: nn.Module, classifier: nn.Module):
+        super().__init__()
+        self.norm, self.classifier = norm, classifier
+
+    def features(self, h: Tensor) -> Tensor:
+        return self.norm(h)[:, 0]
+
+    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
+        return self.classifier(h)
+
+
+def huggingface_vit(
+    network: nn.Module, blocks: int, *, shared: str = "shared", overlap: float = 0.05, cond: int | None = None
+) -> DiffusionBlocks:
+    """transformers' ViTForImageClassification, pretrained or not, as `blocks` denoisers; its modules are used in place.
+
+    cond: width of the noise conditioning, a quarter of the hidden size by default.
+    Raises: TypeError if `network` is another model; ValueError if blocks exceeds its layers.
+    """
+    from transformers import ViTForImageClassification
+
+    if not isinstance(network, ViTForImageClassification):
+        raise TypeError(f"network must be a transformers ViTForImageClassification, got {type(network).__name__}")
+    config: Any = network.config
+    width = config.hidden_size
+    cond = cond or width // 4
+    encoder = network.vit
+    layers = encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer
+    ends = Ends(HuggingFaceStem(encoder.embeddings, cond), HuggingFaceHead(encoder.layernorm, network.classifier))
+    target = class_target(codebook(config.num_labels, width))
+    partition = make_partition(noise_density(target), len(layers), blocks, overlap=overlap)
+    return DiffusionBlocks(
+        [copy.deepcopy(ends) for _ in range(blocks)] if shared == "per_block" else ends,
+        [Conditioned(layer, width, cond) for layer in layers],
+        target,
+        partition,
+        shared=shared,
+        context=CORRECTED.context,
+    )

@@ -1,0 +1,115 @@
+"""The layers that the reference models are made of."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+import dbkernels
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What all models have. mlp, cond: widths of the MLP and of the noise conditioning.
+
+    gate_start: what AdaLN's gates start from: 0 is AdaLN-Zero; from 1 a shallow block learns sooner (docs/method.md).
+    silu_after: put SiLU after AdaLN's linear layer, as the published code does, not before it.
+    """
+
+    dim: int = 64
+    layers: int = 6
+    heads: int = 4
+    mlp: int = 256
+    cond: int = 16
+    norm_eps: float = 1e-6
+    gate_start: float = 1.0
+    silu_after: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"every size must be at least 1, got {sizes}")
+        if self.dim % self.heads:
+            raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
+
+
+class NoiseEmbedding(nn.Module):
+    """c_noise (B,) -> conditioning (B, cond): sinusoids, then an MLP."""
+
+    def __init__(self, cond: int, frequencies: int = 64):
+        super().__init__()
+        rates = torch.exp(-math.log(1e4) * torch.arange(frequencies) / frequencies)
+        self.register_buffer("rates", rates, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, cond), nn.SiLU(), nn.Linear(cond, cond))
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        # c_noise spans about [-1.6, 1.1]: scaled so that the fastest sinusoid turns several times over it
+        angles = 16 * c_noise.unsqueeze(-1) * self.rates
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class Modulation(nn.Module):
+    """Conditioning (B, C) -> `parts` vectors (B, 1, D), all zero at the start."""
+
+    def __init__(self, cond: int, dim: int, parts: int, silu_after: bool):
+        super().__init__()
+        self.parts, self.silu_after = parts, silu_after
+        self.linear = nn.Linear(cond, parts * dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
+        out = functional.silu(self.linear(cond)) if self.silu_after else self.linear(functional.silu(cond))
+        return out.unsqueeze(1).chunk(self.parts, dim=-1)
+
+
+class Layer(nn.Module):
+    """Attention and MLP on (B, N, D), each with a residual; AdaLN where conditioned, affine LayerNorm where not."""
+
+    def __init__(self, config: LayerConfig, conditioned: bool):
+        super().__init__()
+        d = config.dim
+        self.heads, self.gate_start = config.heads, config.gate_start
+        self.norm1 = nn.LayerNorm(d, config.norm_eps, elementwise_affine=not conditioned)
+        self.norm2 = nn.LayerNorm(d, config.norm_eps, elementwise_affine=not conditioned)
+        self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp = nn.Sequential(nn.Linear(d, config.mlp), nn.GELU(), nn.Linear(config.mlp, d))
+        self.modulation = Modulation(config.cond, d, 6, config.silu_after) if conditioned else None
+
+    def forward(self, h: Tensor, cond: Tensor | None) -> Tensor:
+        if self.modulation is None:
+            h = h + self.attend(self.norm1(h))
+            return h + self.mlp(self.norm2(h))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond)
+        branch = self.attend(dbkernels.ada_layer_norm(h, shift1, scale1, eps=self.norm1.eps))
+        gate1, gate2 = self.gate_start + gate1, self.gate_start + gate2
+        h, normed = dbkernels.gated_residual_norm(h, branch, gate1, shift2, scale2, eps=self.norm2.eps)
+        return torch.addcmul(h, gate2, self.mlp(normed))
+
+    def attend(self, h: Tensor) -> Tensor:
+        B, N, D = h.shape
+        q, k, v = self.qkv(h).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+        out = functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(B, N, D))
+
+
+def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN's affine map. h: (B, N, D); shift, scale: (B, 1, D)."""
+    return h * (1 + scale) + shift
+
+
+def rotary(x: Tensor, first: int = 0, base: float = 1e4) -> Tensor:
+    """Queries or keys (..., N, C) turned by their positions first, first + 1, ...: scores depend on distances alone.
+
+    Source: Su et al. 2021, arXiv 2104.09864, in the form that turns the halves against each other.
+    """
+    half = x.shape[-1] // 2
+    rates = base ** (-torch.arange(half, device=x.device) / half)
+    angles = torch.arange(first, first + x.shape[-2], device=x.device).unsqueeze(-1) * rates
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
