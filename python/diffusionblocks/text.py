@@ -57,7 +57,7 @@ def load(source: str, *, symbols: int, seed: int = 0) -> TextData:
     train, val, test = text[: -2 * held], text[-2 * held : -held], text[-held:]
     frequent = [symbol for symbol, _ in Counter(train).most_common(symbols - 1)]
     alphabet = "".join(sorted(frequent)) + UNKNOWN
-    return TextData(*(encode(part, alphabet) for part in (train, val, test)), alphabet)
+    return TextData(encode(train, alphabet), encode(val, alphabet), encode(test, alphabet), alphabet)
 
 
 def read(source: str) -> list[str]:
