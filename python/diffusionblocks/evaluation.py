@@ -34,6 +34,10 @@ class Walker:
         """Where the active block is."""
         return self.residency.device if self.residency else next(self.model.parameters()).device
 
+    def weights(self) -> dict[str, Tensor]:
+        """The weights in use, all blocks', by the names of the model's state_dict."""
+        return self.residency.weights() if self.residency else self.model.state_dict()
+
     def owner(self, sigma: float) -> int:
         """The block that owns `sigma`, on the device from now on."""
         block = int(self.model.partition.block_of(sigma))

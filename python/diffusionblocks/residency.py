@@ -82,6 +82,23 @@ class Residency:
             return load_file(self._file(part))
         return self._live(part)
 
+    def weights(self) -> dict[str, Tensor]:
+        """All weights as they are used now (averages within `averages()`), by the names of the model's state_dict.
+
+        Copies on the host; waiting blocks stay where they are.
+        """
+        gathered: dict[str, Tensor] = {}
+        for part, module in self.parts.items():
+            tensors = self.tensors(part)
+            waits = part not in ("shared", f"block_{self.active}")
+            prefix = "" if part == "shared" else f"blocks.{part.removeprefix('block_')}."
+            for name in module.state_dict():
+                used = tensors[f"weight/{name}"]
+                if self.averaged and waits:
+                    used = tensors.get(f"ema/{name}", used).to(used.dtype)
+                gathered[prefix + name] = used.detach().to("cpu", copy=True).contiguous()
+        return gathered
+
     def load(self, part: str, tensors: dict[str, Tensor]) -> None:
         """Replace a part's tensors; it stays where it is. Raises: ValueError if names or shapes differ."""
         live = self._live(part)

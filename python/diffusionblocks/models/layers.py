@@ -53,7 +53,7 @@ class NoiseEmbedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Conditioning (B, C) -> `parts` vectors (B, 1, D), all zero at the start."""
+    """Conditioning (B, C) -> `parts` vectors (B, 1, D), or per token (B, N, C) -> (B, N, D); all zero at the start."""
 
     def __init__(self, cond: int, dim: int, parts: int, silu_after: bool):
         super().__init__()
@@ -64,7 +64,7 @@ class Modulation(nn.Module):
 
     def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
         out = functional.silu(self.linear(cond)) if self.silu_after else self.linear(functional.silu(cond))
-        return out.unsqueeze(1).chunk(self.parts, dim=-1)
+        return (out.unsqueeze(1) if out.dim() == 2 else out).chunk(self.parts, dim=-1)
 
 
 class Layer(nn.Module):
