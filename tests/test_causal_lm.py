@@ -14,6 +14,7 @@ from diffusionblocks.generation import Generator
 from diffusionblocks.language import TextOptions, estimates
 from diffusionblocks.models.causal_lm import CausalLMConfig
 from diffusionblocks.partition import step_levels
+from diffusionblocks.residency import before
 from diffusionblocks.training import Session, train
 
 MODEL = CausalLMConfig(dim=16, layers=3, heads=2, mlp=24, cond=8, symbols=12)
@@ -55,7 +56,7 @@ def test_a_token_sees_the_clean_ones_before_its_group_and_the_noise_of_its_group
 
     def features(x, z):
         with torch.no_grad():
-            return made.blocks[1](x, z, level, made.target, made.ends).h[0]
+            return made.blocks[1](x, z, level, made.target, made.ends, made.before(1, x)).h[0]
 
     before = features(x, z)
     for j in range(N):
@@ -80,7 +81,7 @@ def test_caches_give_what_training_saw(model):
         generator.extend(x[:, max(0, start - group) : start])
         for block in range(3):
             with torch.no_grad():
-                head, h, cond = made.blocks[block](x, z, level, made.target, made.ends)
+                head, h, cond = made.blocks[block](x, z, level, made.target, made.ends, made.before(block, x))
                 want = head(h, cond)[:, start : start + group].float()
                 got = generator.logits(z[:, start : start + group], torch.full((2, group), 0.3), block)
             # float64 arithmetic, sums in another order; logits are returned as float32
@@ -91,7 +92,8 @@ def test_caches_give_what_training_saw(model):
 def test_only_the_active_block_and_the_ends_learn(model):
     made = CausalLMAdapter(config(model, shared="per_block")).blocks()
     x = torch.randint(12, (4, N))
-    loss = made.loss(1, x, x, seed=0, step=0)
+    before = made.before(1, x)
+    loss = made.loss(1, x, x, seed=0, step=0, before=before)
     loss.loss.backward()
     assert loss.sigma.shape == loss.error.shape == (4, N // model.group_size)
     touched = {name.split(".")[1] for name, p in made.named_parameters() if p.grad is not None}
@@ -99,9 +101,10 @@ def test_only_the_active_block_and_the_ends_learn(model):
     # a head of zeros passes no gradient on; once it has moved, all of the block learns
     with torch.no_grad():
         made.blocks[1].ends.head.linear.weight.normal_()
-    made.loss(1, x, x, seed=0, step=0).loss.backward()
+    made.loss(1, x, x, seed=0, step=0, before=before).loss.backward()
     idle = [name for name, p in made.blocks[1].named_parameters() if p.requires_grad and p.grad is None]
     assert not idle
+    assert all(p.grad is None for p in made.blocks[0].parameters()), "what is carried carries no gradient back"
 
 
 @kinds
@@ -125,10 +128,41 @@ def test_the_bound_of_an_untrained_model_is_the_entropy_of_the_alphabet(model):
     found = adapter.evaluate(Walker(adapter.blocks()), "val")
     # 7,200 draws of noise, and an integral over 32 levels
     assert found["bits"] == pytest.approx(math.log2(12), abs=0.04)
-    assert found["first_bits"] == pytest.approx(math.log2(12), abs=0.04)
+    assert found["first_bits"] == pytest.approx(math.log2(12), abs=0.1)  # of an eighth of the tokens
     assert all(abs(regret) < 0.02 for regret in found["regret_bits"])
     assert found["mixture_bits"] < found["last_bits"], "a mixture is never worse than the mean of its parts"
     assert found["last_bits"] > 5, "the last step commits to a token that the noise chose"
+
+
+@pytest.mark.parametrize("store", ["host", "disk"])
+def test_what_is_carried_comes_from_borrowed_blocks(store, tmp_path):
+    """One earlier block at a time, its weights alone, and gone again: the same as with all of them at hand."""
+    settings, cpu = config(shared="per_block", store=store), torch.device("cpu")
+    adapter = CausalLMAdapter(settings)
+    x = torch.randint(12, (2, N))
+    want = [adapter.blocks().before(block, x) for block in range(3)]
+    session = Session(adapter.blocks(), settings, device=cpu, folder=tmp_path)
+    assert want[0] is None and not torch.allclose(want[1], want[2])
+    for block in range(3):
+        session.residency.activate(block)
+        held = session.residency.usage()
+        got = before(session.model, session.residency, block, x)
+        assert got is want[block] is None or torch.equal(got, want[block])
+        assert session.residency.usage() == held
+    with torch.no_grad():
+        session.residency.activate(0)
+        for average in session.optimizers["block_0"].emas:
+            average.zero_()
+    session.residency.activate(2)
+    with session.residency.averages():
+        averaged = before(session.model, session.residency, 1, x)
+    assert torch.count_nonzero(averaged) == 0, "evaluation borrows averages"
+    assert torch.equal(before(session.model, session.residency, 1, x), want[1]), "training does not"
+
+
+def test_independent_blocks_know_nothing_of_each_other():
+    made = CausalLMAdapter(config(carried=False)).blocks()
+    assert not made.carried and made.before(2, torch.zeros(1, N, dtype=torch.int64)) is None
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from torch import Tensor
 from .blocks import DiffusionBlocks
 from .information import information_bound
 from .partition import equal_mass_edges
-from .residency import Residency
+from .residency import Residency, before
 from .rng import stream
 from .targets import Output
 
@@ -49,12 +49,16 @@ class Walker:
         if self.residency:
             self.residency.activate(block)
 
+    def before(self, block: int, x: Tensor) -> Tensor | None:
+        """What the blocks before `block` make of x, for a model that carries it."""
+        return before(self.model, self.residency, block, x) if self.residency else self.model.before(block, x)
+
     @torch.no_grad()
     def read(self, x: Tensor, z: Tensor, sigma: float, batch: int = BATCH) -> Output:
         """The owner's output for all of x, `batch` samples at a time."""
         block = self.owner(sigma)
         pieces = [
-            self.model.denoise(x_, z_, sigma, block=block)
+            self.model.denoise(x_, z_, sigma, block=block, before=self.before(block, x_))
             for x_, z_ in zip(x.split(batch), z.split(batch), strict=True)
         ]
         return Output(torch.cat([p.raw for p in pieces]), torch.cat([p.denoised for p in pieces]))

@@ -50,18 +50,19 @@ class Generator:
 
     def extend(self, tokens: Tensor) -> None:
         """Let every block read clean tokens (B, n)."""
+        self.length += tokens.shape[1]
+        stem, made = self.ends(0).stem, None
+        if not stem.two_streams and self.caches[0][0].length == 0:
+            tokens = torch.cat([stem.start(tokens), tokens], 1)  # in one stream places are one behind
+        if tokens.shape[1] == 0:
+            return
         for b, block in enumerate(self.model.blocks):
             ends = self.ends(b)
-            read = tokens
-            if not ends.stem.two_streams and self.caches[b][0].length == 0:
-                read = torch.cat([ends.stem.start(tokens), tokens], 1)  # in one stream places are one behind
-            if read.shape[1] == 0:
-                continue
-            h = ends.stem.embedding(read)
+            h = ends.stem.embedding(tokens)
+            h = h if made is None or block.carry is None else block.carry(h, made)
             for layer, cache in zip(block.layers, self.caches[b], strict=True):
                 h = layer.extend(h, cache)
-            self.ahead[b] = ends.head(ends.head.features(h[:, -1:]), None).float()
-        self.length += tokens.shape[1]
+            self.ahead[b], made = ends.head(ends.head.features(h[:, -1:]), None).float(), h
 
     def walk(self, batch: int, device: torch.device) -> Tensor:
         """The next group (B, g), from noise down."""

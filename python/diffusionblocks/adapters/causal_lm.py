@@ -18,7 +18,7 @@ from ..evaluation import Walker, bound, cross_entropy
 from ..generation import Generator
 from ..information import closed_form_density
 from ..language import TextOptions, estimates, write_texts
-from ..models.causal_lm import CausalHead, CausalLayer, CausalLM, CausalLMConfig, CausalStem
+from ..models.causal_lm import Carry, CausalHead, CausalLayer, CausalLM, CausalLMConfig, CausalStem
 from ..partition import Partition, make_partition, step_levels
 from ..rng import stream
 from ..targets import spread_codebook
@@ -40,8 +40,11 @@ class CausalLMRun(TrainConfig):
     out: Path = Path("runs/lm-text")
     blocks: int = 2
     steps: int = 2000
-    context: float = 0.5
+    context: float = 0.9
     """Share of the draws at the highest noise, where the answer must come from the tokens before."""
+    carried: bool = True
+    """Give each block what the blocks before made of the clean tokens, without gradient: the depth of all of them, at
+    the price of a forward pass and of the blocks' independence."""
     evaluated: int = 16384
     """Tokens of a split that are evaluated."""
     model: CausalLMConfig = field(default_factory=CausalLMConfig)
@@ -76,12 +79,15 @@ class CausalLMAdapter(Adapter):
             density = closed_form_density(target.table)
             partition = make_partition(density, model.layers, c.blocks, overlap=c.overlap)
         layers = [CausalLayer(model) for _ in range(model.layers)]
-        return DiffusionBlocks(ends if own else ends[0], layers, target, partition, shared=c.shared, context=c.context)
+        carries = [Carry(model) for _ in range(c.blocks - 1)] if c.carried else []
+        return DiffusionBlocks(
+            ends if own else ends[0], layers, target, partition, shared=c.shared, context=c.context, carries=carries
+        )
 
     def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
         """The information bound of the whole chain, and the three estimates on an eighth of the windows."""
         x = self.windows(split, walker.device)
-        found = bound(walker, x, x, seed=self.config.seed)
+        found = bound(walker, x, x, count=64, seed=self.config.seed)
         sigmas = step_levels(walker.model.partition, steps or self.config.walk_steps)
         some = x[: max(1, len(x) // 8)]
         return {"bits": found["bound_bits"], **found, **estimates(walker, some, sigmas, seed=self.config.seed)}

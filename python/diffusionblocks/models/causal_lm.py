@@ -161,9 +161,13 @@ class CausalStem(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor | Streams, Tensor | None]:
         if not self.two_streams:
-            return self.embedding(torch.cat([self.start(x), x[:, :-1]], 1)), None
+            return self.clean(x), None
         noisy, cond = self.noised(z, c_noise)
-        return Streams(self.embedding(x), noisy), cond
+        return Streams(self.clean(x), noisy), cond
+
+    def clean(self, x: Tensor) -> Tensor:
+        """The clean tokens (B, N, D), each at its place; in one stream one place later, behind the start."""
+        return self.embedding(x if self.two_streams else torch.cat([self.start(x), x[:, :-1]], 1))
 
     @property
     def two_streams(self) -> bool:
@@ -184,6 +188,19 @@ class CausalStem(nn.Module):
         """Raise ValueError unless `x` is a non-empty batch of tokens."""
         if x.dim() != 2 or x.dtype != torch.int64 or x.numel() == 0:
             raise ValueError(f"tokens must be a non-empty (B, N) int64, got {tuple(x.shape)} {x.dtype}")
+
+
+class Carry(nn.Module):
+    """What the blocks before made of the clean tokens, added to them: normalised, through a map that starts as 1."""
+
+    def __init__(self, config: CausalLMConfig):
+        super().__init__()
+        self.eps, self.linear = config.norm_eps, nn.Linear(config.dim, config.dim, bias=False)
+        nn.init.eye_(self.linear.weight)
+
+    def forward(self, h: Tensor | Streams, before: Tensor) -> Tensor | Streams:
+        added = self.linear(dbkernels.ada_rms_norm(before, eps=self.eps))
+        return h + added if isinstance(h, Tensor) else Streams(h.clean + added, h.noisy)
 
 
 class CausalHead(nn.Module):
