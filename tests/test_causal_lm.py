@@ -224,6 +224,14 @@ def test_walks_draw_what_the_network_says():
     torch.testing.assert_close(share[:3], logits.softmax(0)[:3], rtol=0, atol=0.05)
 
 
+def test_steps_are_counted_in_layer_evaluations():
+    """Of two layers a block: forward and backward are 2, a forward pass through the block before 2/3."""
+    base = config(MODEL, steps=600, blocks=2)
+    assert replace(base, carried=False).total_steps == 1200
+    assert base.total_steps == round(600 * 4 / ((2 + 2 + 2 / 3) / 2))
+    assert replace(base, carried=False, model=KINDS["own z"]).total_steps == 600
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="group_size=4 needs sees_z"):
         CausalLMConfig(group_size=4)

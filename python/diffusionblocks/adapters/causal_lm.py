@@ -49,6 +49,13 @@ class CausalLMRun(TrainConfig):
     """Tokens of a split that are evaluated."""
     model: CausalLMConfig = field(default_factory=CausalLMConfig)
 
+    @property
+    def total_steps(self) -> int:
+        """As many layer evaluations as `steps` end-to-end steps: a forward pass alone counts a third, and block b
+        takes b of them for what it is given; a noisy stream doubles the tokens."""
+        carrying = (self.blocks - 1) / 6 if self.carried else 0
+        return round(self.steps * self.blocks / (1 + carrying) / (2 if self.model.sees_z else 1))
+
 
 class CausalLMAdapter(Adapter):
     """x and y: the tokens. Noisy token i is given the clean ones before it."""
