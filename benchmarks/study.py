@@ -51,11 +51,9 @@ def end_to_end(adapter: Adapter) -> Row:
     return dataclasses.asdict(baselines.end_to_end(adapter, CPU, on_log=lambda row: None))
 
 
-def forward_forward(adapter: Adapter) -> Row:
-    """The Forward-Forward baseline."""
-    from diffusionblocks.forward_forward import forward_forward as run
-
-    return dataclasses.asdict(run(adapter, CPU, on_log=lambda row: None))
+def other(name: str) -> Callable[[Adapter], Row]:
+    """A baseline of classifiers."""
+    return lambda adapter: dataclasses.asdict(jobs.OTHERS[name](adapter, CPU, on_log=lambda row: None))
 
 
 def shallow(adapter: Adapter) -> Row:
@@ -68,7 +66,7 @@ def shallow(adapter: Adapter) -> Row:
 CONTROLS: dict[str, Callable[[Adapter], Row]] = {
     "end-to-end": end_to_end,
     "shallow": shallow,
-    "forward-forward": forward_forward,
+    **{name: other(name) for name in jobs.OTHERS},
 }
 
 

@@ -51,7 +51,7 @@ def causal_lm(base: Any) -> Variants:
 
 
 # With what an architecture is compared, if not with the end-to-end network alone.
-COMPARED = {"vit": ("end-to-end", "forward-forward"), "causal_lm": ("end-to-end", "shallow")}
+COMPARED = {"vit": ("end-to-end", "forward-forward", "noprop"), "causal_lm": ("end-to-end", "shallow")}
 VARIANTS: dict[str, Callable[[Any], Variants]] = {"vit": vit, "causal_lm": causal_lm}
 
 
