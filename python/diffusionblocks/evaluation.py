@@ -75,9 +75,10 @@ def bound(walker: Walker, x: Tensor, labels: Tensor, *, count: int = 32, seed: i
     sigmas = list(equal_mass_edges(model.partition.density, count - 1))
     clean, shape = model.target.clean(labels), model.target.level_shape(labels)
     levels = []
-    for sigma in sigmas:
+    for i, sigma in enumerate(sigmas):
         level = torch.full(shape, sigma, device=x.device)
-        z = model.target.noised(labels, level, seed=stream(seed, "bound"), offset=0)  # one draw for all levels
+        # a draw of its own for each level: with one for all, chance would not average out in the integral
+        z = model.target.noised(labels, level, seed=stream(seed, "bound"), offset=i)
         output = walker.read(x, z, sigma)
         levels.append(
             {

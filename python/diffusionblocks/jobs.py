@@ -103,11 +103,10 @@ def _run(name: str, adapter: Adapter, session: Session, on_log: Callable[[Row], 
     if name in OTHERS:
         assert isinstance(adapter, ViTAdapter)  # the only config that takes them
         return dataclasses.asdict(OTHERS[name](adapter, session.device, on_log=on_log))
-    checkpointing, choice = name == "checkpointing", None
-    tuned = _result(session.config, "end-to-end")
-    if checkpointing and tuned.exists():
+    tuned, choice = _result(session.config, "end-to-end"), None
+    if name == "checkpointing" and tuned.exists():
         choice = json.loads(tuned.read_text())["choice"]
-    result = baselines.end_to_end(adapter, session.device, on_log=on_log, checkpointing=checkpointing, choice=choice)
+    result = baselines.end_to_end(adapter, session.device, on_log=on_log, name=name, choice=choice)
     return dataclasses.asdict(result)
 
 

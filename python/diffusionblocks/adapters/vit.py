@@ -26,7 +26,7 @@ from ..targets import ClassTarget, spread_codebook
 from ..training import Batches
 from .base import Adapter, Metric, Row
 
-Baseline = Literal["end-to-end", "checkpointing", "forward-forward", "noprop"]
+Baseline = Literal["end-to-end", "checkpointing", "shallow", "forward-forward", "noprop"]
 
 
 @dataclass(frozen=True)
