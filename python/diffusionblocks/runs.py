@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from .adapters.masked_lm import MaskedLMRun
 from .adapters.vit import ViTRun
 from .config import TrainConfig
 from .models.vit import ViTConfig
@@ -36,4 +37,5 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
             model=replace(_CIFAR, image_size=64, patch=8, classes=200, dim=192, cond=32),
         ),
     ),
+    "mdlm-text": ("masked diffusion of text, by characters; minutes on two CPU cores", MaskedLMRun()),
 }  # fmt: skip

@@ -2,9 +2,11 @@
 
 from ..config import TrainConfig
 from .base import Adapter
+from .masked_lm import MaskedLMAdapter
 from .vit import ViTAdapter
 
 ADAPTERS: dict[str, type[Adapter]] = {
+    "masked_lm": MaskedLMAdapter,
     "vit": ViTAdapter,
 }
 
