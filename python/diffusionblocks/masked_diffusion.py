@@ -33,10 +33,10 @@ class Step(NamedTuple):
 def bound(walker: Walker, tokens: Tensor, *, levels: int, seed: int = 0) -> dict[str, Any]:
     """Bits a token that the model's likelihood costs at most: a mean over windows (W, N), with its standard error.
 
-    An integral over time, by the owner of each part: "block_0", "block_1", ... are the shares. The rest is exact too:
-    "prior", the tokens that are still there at t = 1, coded by what block 0 says of masks alone; "reconstruction", those
-    masked at the lowest time, told at once. levels: parts of time, in each of which a window is read at one random
-    time; every block has at least one. The estimate has no bias.
+    An integral over time, by the owner of each part: "block_0", "block_1", ... are the shares. The rest:
+    "prior", the tokens that are still there at t = 1, coded by what block 0 says of masks alone; "reconstruction",
+    those masked at the lowest time, told at once. levels: parts of time, in each of which a window is read at one
+    random time; every block has at least one. The estimate has no bias.
     Raises: ValueError on fewer than two windows or levels < B. Source: Shi et al. 2024 (MD4), eq. 4 and 5.
     """
     model, partition = walker.model, walker.model.partition
@@ -81,7 +81,9 @@ def _parts(partition: Partition, levels: int) -> list[tuple[int, Range]]:
 def _ends(walker: Walker, tokens: Tensor, seed: int) -> dict[str, Tensor]:
     """What the integral leaves out, (W,) each: above the highest time, where alpha isn't 0, and below the lowest."""
     target, partition = walker.model.target, walker.model.partition
-    high, low = (torch.full((len(tokens),), t, device=tokens.device) for t in (partition.sigma_max, partition.sigma_min))
+    high, low = (
+        torch.full((len(tokens),), t, device=tokens.device) for t in (partition.sigma_max, partition.sigma_min)
+    )
     nothing = torch.full_like(tokens, target.mask_id)
     nearly_all = target.noised(tokens, low, seed=stream(seed, "reconstruction"), offset=0)
     return {
@@ -132,6 +134,6 @@ def generate(
 
 
 def unigram_bits(train: Tensor, tokens: Tensor, symbols: int) -> float:
-    """Bits a token by the frequencies of the training split, each count one more: what a model of no context reaches."""
+    """Bits a token by the training split's frequencies, each count one more: what a model without context reaches."""
     counts = torch.bincount(train.flatten(), minlength=symbols).double() + 1
     return float(functional.cross_entropy(counts.log().expand(tokens.numel(), -1), tokens.flatten()) / math.log(2))

@@ -18,12 +18,13 @@ C_NOISE = 4.0  # t spans [0, 1], the embedding expects about [-2, 2]
 class MaskedTarget(Target):
     """Tokens (B, N) int64, of which noise at time t in (0, 1] leaves a share alpha(t) and masks the others.
 
-    symbols: size of the alphabet; `symbols` itself is the mask. The loss of a sample is the masked places' cross-entropy
-    times weight(t) / N: its mean over t in [0, 1] is the bound, in nats a token.
+    symbols: size of the alphabet; `symbols` itself is the mask. The loss of a sample is the masked places'
+    cross-entropy times weight(t) / N: its mean over t in [0, 1] is the bound, in nats a token.
     Raises: ValueError if there are fewer than two symbols.
     Source: Shi et al. 2024 (MD4), eq. 5.
     """
 
+    level = "t"
     stratified = True
 
     def __init__(self, symbols: int):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import masked_diffusion, masking
 from ..blocks import DiffusionBlocks, Ends
@@ -20,7 +20,7 @@ from ..masked_target import T_MIN, MaskedTarget
 from ..models.masked_lm import Head, MaskedLMConfig, Stem, layers
 from ..partition import Partition, make_partition, step_levels
 from ..rng import stream
-from ..text import TextData, Windows, load, rows
+from ..text import UNKNOWN, TextData, Windows, load, rows
 from ..training import Batches
 from .base import Adapter, Metric, Row
 
@@ -35,13 +35,16 @@ class MaskedLMRun(TrainConfig):
 
     text: str = "topics"
     """"topics" (Python's own help), a text file, a folder of .txt files, or hub:NAME."""
-    length: int = 128
+    length: int = 64
     """Characters of a window."""
     out: Path = Path("runs/mdlm-text")
     overlap: float = 0.0
-    walk_steps: int = 128
-    levels: int = 24
+    batch_size: int = 16
+    lr: float = 3e-3
+    walk_steps: int = 64
+    levels: int = 12
     """Times that a window is read at for the bound."""
+    tune_lr: tuple[float, ...] = (2e-3, 4e-3)
     model: MaskedLMConfig = field(default_factory=MaskedLMConfig)
 
 
@@ -76,6 +79,8 @@ class MaskedLMAdapter(Adapter):
         c = self.config
         torch.manual_seed(stream(c.seed, "init") % 2**63)
         copies = [Ends(Stem(c.model), Head(c.model)) for _ in range(c.blocks if c.shared == "per_block" else 1)]
+        if c.shared == "frozen":
+            nn.init.xavier_normal_(copies[0].head.weight)  # a head of zeros would pass no gradient to the layers
         edges = [*masking.edges(c.blocks)[:-1], T_MIN]
         partition = partition or make_partition(Uniform(T_MIN, 1.0), c.layers, edges=edges, overlap=c.overlap)
         target = MaskedTarget(c.model.symbols)
@@ -89,29 +94,17 @@ class MaskedLMAdapter(Adapter):
         return {**found, "unigram": unigram}
 
     def sample(
-        self,
-        walker: Walker,
-        folder: Path,
-        *,
-        count: int,
-        seed: int,
-        steps: int | None = None,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
+        self, walker: Walker, folder: Path, *, count: int, seed: int, steps: int | None = None, **decode: Any
     ) -> list[Path]:
-        """samples.txt, and trajectory.txt: the first of them as each block takes it over, and at the end."""
+        """samples.txt, and trajectory.txt: the first of them as each block leaves it. decode: temperature, top_k, top_p
+        of `decoding.filtered`."""
         c = self.config
         levels = step_levels(walker.model.partition, steps or c.walk_steps, kind="probability")
-        walk = list(
-            masked_diffusion.generate(
-                walker, levels, (count, c.length), seed=seed, temperature=temperature, top_p=top_p
-            )
-        )
-        taken = {step.block: step for step in walk}  # as each block leaves it
-        texts = [self.show(row) for row in walk[-1].z]
-        drafts = [f"after block {block}, from t = {step.t:.2f}\n{self.show(step.z[0])}" for block, step in taken.items()]
-        real = distinct_2(self.windows("test")[:count])
-        print(f"distinct-2 {distinct_2(walk[-1].z):.3f}; as much real text {real:.3f}")
+        walk = list(masked_diffusion.generate(walker, levels, (count, c.length), seed=seed, **decode))
+        left = {step.block: step for step in walk}  # the last of each block
+        drafts = [f"after block {b}, its last step from t = {s.t:.2f}\n{self.show(s.z[0])}" for b, s in left.items()]
+        texts, real = [self.show(row) for row in walk[-1].z], self.windows("test")[:count]
+        print(f"distinct-2 {distinct_2(walk[-1].z):.3f}; of as much real text {distinct_2(real):.3f}")
         files = {"samples.txt": texts, "trajectory.txt": drafts}
         for name, parts in files.items():
             (folder / name).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -123,5 +116,5 @@ class MaskedLMAdapter(Adapter):
 
     def show(self, tokens: Tensor) -> str:
         """The text of tokens with masks, (N,)."""
-        alphabet = self.data.alphabet + MASK
+        alphabet = self.data.alphabet.ljust(self.config.model.symbols, UNKNOWN) + MASK
         return "".join(alphabet[i] for i in tokens.tolist())
