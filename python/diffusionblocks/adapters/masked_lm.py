@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import masked_diffusion, masking
 from ..blocks import DiffusionBlocks, Ends
-from ..config import TrainConfig
+from ..config import TrainConfig, check_positive
 from ..decoding import distinct_2
 from ..density import Uniform
 from ..evaluation import Walker
@@ -40,12 +40,20 @@ class MaskedLMRun(TrainConfig):
     out: Path = Path("runs/mdlm-text")
     overlap: float = 0.0
     batch_size: int = 16
-    lr: float = 3e-3
+    lr: float = 5e-3
     walk_steps: int = 64
     levels: int = 12
     """Times that a window is read at for the bound."""
-    tune_lr: tuple[float, ...] = (2e-3, 4e-3)
+    tune_lr: tuple[float, ...] = (3e-3, 5e-3)
     model: MaskedLMConfig = field(default_factory=MaskedLMConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "length")
+        if self.overlap:
+            raise ValueError(f"overlap={self.overlap} must be 0: widening by logarithms means nothing near t = 0")
+        if self.levels < self.blocks:
+            raise ValueError(f"levels={self.levels} must be at least blocks={self.blocks}: every block must be read")
 
 
 class UnconditionalWindows(Windows):
