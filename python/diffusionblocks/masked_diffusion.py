@@ -55,8 +55,9 @@ def bound(walker: Walker, tokens: Tensor, *, levels: int, seed: int = 0) -> dict
         name = f"block_{block}"
         shares[name] = shares.get(name, torch.zeros_like(share)) + share
         masked = float((z == model.target.mask_id).double().mean())
-        level = {"sigma": (part.high + part.low) / 2, "block": block, "cross_entropy": float(entropy.mean()) / masked}
-        found.append(level)
+        if masked:
+            level = {"sigma": (part.high + part.low) / 2, "block": block}
+            found.append(level | {"cross_entropy": float(entropy.mean()) / masked})
     shares |= _ends(walker, tokens, seed)
     total = torch.stack(list(shares.values())).sum(0) / math.log(2)
     return {
