@@ -40,11 +40,12 @@ class MaskedLMRun(TrainConfig):
     out: Path = Path("runs/mdlm-text")
     overlap: float = 0.0
     batch_size: int = 16
-    lr: float = 5e-3
+    lr: float = 1e-2
     walk_steps: int = 64
     levels: int = 12
     """Times that a window is read at for the bound."""
-    tune_lr: tuple[float, ...] = (3e-3, 5e-3)
+    tune_lr: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
+    tune_warmup: tuple[float, ...] = (0.2,)
     model: MaskedLMConfig = field(default_factory=MaskedLMConfig)
 
     def __post_init__(self) -> None:
