@@ -185,8 +185,8 @@ def test_memory_bars_add_up_and_tell_the_ratio(tmp_path):
 
 def test_the_partition_is_drawn_over_a_density_of_mass_one(tmp_path):
     run = run_of(tmp_path)
-    log_sigma, height = plots._density_curve(run.partition)
-    assert np.trapezoid(height, log_sigma) == pytest.approx(1, abs=0.01)
+    sigma, height = plots._density_curve(run.partition, "sigma")
+    assert np.trapezoid(height, np.log(sigma)) == pytest.approx(1, abs=0.01)
     top, lanes = plots.partition_figure(run).axes
     for block, colour in enumerate(plots.colours_of(run)):
         trained, owned = lines_of(lanes.figure, 1, colour)
@@ -195,6 +195,20 @@ def test_the_partition_is_drawn_over_a_density_of_mass_one(tmp_path):
     masses = [shape.get_paths()[0].vertices for shape in top.collections]
     assert len(masses) == 3
     assert top.get_xlim()[0] > top.get_xlim()[1]  # noise falls from left to right
+
+
+def test_masks_are_drawn_over_time_as_it_is(tmp_path):
+    write_run(tmp_path)
+    made = summary() | {"level": "t"}
+    cut = make_partition(density.Uniform(1e-3, 1.0), 6, edges=[1, 2 / 3, 1 / 3, 1e-3], overlap=0)
+    made["partition"] |= {"edges": list(cut.edges), "density": density.to_dict(cut.density), "overlap": 0}
+    (tmp_path / "summary.json").write_text(json.dumps(made))
+    run = plots.read_run(tmp_path)
+    t, height = plots._density_curve(run.partition, run.level)
+    assert height == pytest.approx([1 / 0.999] * len(t)) and np.trapezoid(height, t) == pytest.approx(1, abs=0.01)
+    for axes in (plots.partition_figure(run).axes[1], plots.levels_figure(run).axes[0]):
+        assert axes.get_xscale() == "linear" and axes.get_xlim() == (1, 0)
+        assert "time" in axes.get_xlabel() and "sigma" not in axes.get_xlabel() and "overlap" not in axes.get_xlabel()
 
 
 def test_the_bound_is_in_bits_with_each_block_s_regret(tmp_path):

@@ -61,15 +61,19 @@ def caption(axes: Axes, title: str = "", x: str | None = None, y: str | None = N
         axes.set_ylabel(y, fontsize=9)
 
 
-def sigma_axis(axes: Axes, label: str = "noise level $\\sigma$, falling as the walk goes") -> None:
-    """Noise from high to low, in its logarithm, labelled in sigma."""
+def noise_axis(axes: Axes, level: str, label: str = "falling as the walk goes") -> None:
+    """Noise from high to low: sigma in its logarithm, or the time t as it is."""
+    if level == "t":
+        axes.set_xlim(1, 0)
+        axes.set_xlabel(f"time $t$, about the share of masks, {label}", fontsize=9)
+        return
     axes.set_xscale("log")
     axes.invert_xaxis()
     high, low = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 1000 else (1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda sigma, _: short(sigma)))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(label, fontsize=9)
+    axes.set_xlabel(f"noise level $\\sigma$, {label}", fontsize=9)
 
 
 def legend_below(axes: Axes, columns: int, handles: Sequence[Artist] | None = None) -> None:

@@ -61,7 +61,7 @@ class TrainConfig:
         CONFIGS[cls.architecture] = cls
 
     def __post_init__(self) -> None:
-        _check_positive(self, "blocks", "steps", "visit", "batch_size", "accumulate", "walk_steps", "checkpoint_every")
+        check_positive(self, "blocks", "steps", "visit", "batch_size", "accumulate", "walk_steps", "checkpoint_every")
         if self.blocks > self.model.layers:
             raise ValueError(
                 f"blocks={self.blocks} exceeds the model's {self.model.layers} layers; use at most one each"
@@ -126,7 +126,8 @@ def _typed(type_: Any, value: Any) -> Any:
     return Path(value) if isinstance(value, str) and Path in (type_, *typing.get_args(type_)) else value
 
 
-def _check_positive(config: TrainConfig, *names: str) -> None:
+def check_positive(config: TrainConfig, *names: str) -> None:
+    """Raise ValueError unless these fields are at least 1."""
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")

@@ -153,6 +153,7 @@ def summarize(session: Session) -> Row:
     return {
         "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         "machine": machine(session.device),
+        "level": session.model.target.level,
         "partition": snapshots.partition_to_dict(session.model.partition),
         "results": {name: json.loads(_result(config, name).read_text()) for name in ("block-wise", *config.baseline)},
     }

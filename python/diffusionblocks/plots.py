@@ -29,9 +29,9 @@ from .axes import (
     caption,
     legend_below,
     new_figure,
+    noise_axis,
     note,
     short,
-    sigma_axis,
     smooth,
 )
 from .memory import CATEGORIES, readable
@@ -85,7 +85,7 @@ def levels_figure(run: Run) -> Figure:
         axes.plot(sigmas, entropies, "o-", ms=3.5, lw=1.5, color=colour, label=f"block {block}")
     axes.set_ylim(0)
     caption(axes, "by noise level after training, test split", y="cross-entropy, nats")
-    sigma_axis(axes)
+    noise_axis(axes, run.level)
     classes = run.summary.get("config", {}).get("model", {}).get("classes")
     if classes:
         note(axes, f"guessing: {math.log(classes):.2f}", (0.98, 0.96), ha="right", va="top")
@@ -144,19 +144,21 @@ def partition_figure(run: Run) -> Figure:
     """Where training noise is drawn and who owns it; below, the ranges as trained, widened by the overlap."""
     partition = run.partition
     figure, (top, lanes) = new_figure(2, 1, heights=(3, 0.4 + 0.25 * partition.blocks), share=True)
-    log_sigma, height = _density_curve(partition)
+    levels, height = _density_curve(partition, run.level)
     for block, colour in enumerate(colours_of(run)):
         owned, trained, lane = partition.owned(block), partition.trained(block), (block, block)
-        span = np.linspace(math.log(owned.low), math.log(owned.high), 200)
-        top.fill_between(np.exp(span), np.interp(span, log_sigma, height), color=colour, alpha=0.75, lw=0)
+        span = np.geomspace(owned.low, owned.high, 200)
+        top.fill_between(span, np.interp(np.log(span), np.log(levels), height), color=colour, alpha=0.75, lw=0)
         lanes.plot(trained, lane, color=colour, alpha=0.35, lw=7, solid_capstyle="butt")
         lanes.plot(owned, lane, color=colour, lw=7, solid_capstyle="butt")
     top.set_ylim(0, 1.08 * max(height))
     names = [f"block {b}, {n} layer{'s' * (n > 1)}" for b, n in enumerate(partition.layers)]
     lanes.set_yticks(range(partition.blocks), names, fontsize=9 if partition.blocks <= 4 else 7)
     lanes.set_ylim(partition.blocks - 0.4, -0.6)
-    caption(top, "who owns which noise", y="density of training\nnoise over $\\ln\\,\\sigma$")
-    sigma_axis(lanes, "noise level $\\sigma$, falling as the walk goes; pale: the overlap in training")
+    over = "$t$" if run.level == "t" else "$\\ln\\,\\sigma$"
+    caption(top, "who owns which noise", y=f"density of training\nnoise over {over}")
+    pale = "; pale: the overlap in training" if partition.overlap else ""
+    noise_axis(lanes, run.level, f"falling as the walk goes{pale}")
     return figure
 
 
@@ -179,7 +181,7 @@ def bound_figure(run: Run) -> Figure:
     axes.set_ylim(0, top)
     total = f"information bound {run.test['bound_bits']:.3f} bits; by block its regret, what it adds to the bound"
     caption(axes, total, y="bits")
-    sigma_axis(axes)
+    noise_axis(axes, run.level)
     axes.legend(frameon=False, fontsize=9, loc="center left")
     return figure
 
@@ -209,13 +211,15 @@ def _window(walk: Sequence[float], others: Sequence[float]) -> tuple[float, floa
     return max(0.0, low - margin), min(100.5, high + margin)
 
 
-def _density_curve(partition: Partition) -> tuple[list[float], list[float]]:
-    """Rising ln sigma and the density there; a tabulated density is smoothed over about a bin."""
-    low, high = math.log(partition.sigma_min), math.log(partition.sigma_max)
-    grid = torch.linspace(low, high, 641, dtype=torch.float64)
-    q = partition.density.cdf(grid.exp())
-    height = q.diff() / (q[-1] - q[0]) / grid.diff()
-    return ((grid[1:] + grid[:-1]) / 2).tolist(), smooth(height.tolist(), 16)
+def _density_curve(partition: Partition, level: str) -> tuple[list[float], list[float]]:
+    """Rising levels and the density there, per unit of t or of ln sigma, smoothed over about a bin of a table."""
+    low, high = partition.sigma_min, partition.sigma_max
+    grid = np.linspace(low, high, 641) if level == "t" else np.geomspace(low, high, 641)
+    scale = grid if level == "t" else np.log(grid)
+    q = partition.density.cdf(torch.from_numpy(grid)).numpy()
+    height = np.diff(q) / (q[-1] - q[0]) / np.diff(scale)
+    middle = (scale[1:] + scale[:-1]) / 2
+    return (middle if level == "t" else np.exp(middle)).tolist(), smooth(height.tolist(), 16)
 
 
 def _regret(run: Run, block: int) -> float:

@@ -38,7 +38,7 @@ class Progress:
             total = self.config.total_steps if run == "block-wise" else self.config.steps
             self.tasks[run] = self.bars.add_task(run, total=total, detail="")
         rate = step * self.config.batch_size * self.config.accumulate / max(row["seconds"], 1e-9)
-        place = f"block {row['block']} sigma {row['sigma_low']:.2g}-{row['sigma_high']:.2g} " if "block" in row else ""
+        place = f"block {row['block']} noise {row['sigma_low']:.2g}-{row['sigma_high']:.2g} " if "block" in row else ""
         memory = f"{readable(row['allocated'])} allocated, {readable(row['reserved'])} reserved"
         detail = f"{place}loss {row['loss']:.3f}  {rate:.0f} samples/s  {memory}"
         self.bars.update(self.tasks[run], completed=step, detail=detail)

@@ -35,6 +35,11 @@ class Run:
         return self.results[BLOCKWISE]["test"]
 
     @property
+    def level(self) -> str:
+        """What a noise level is called: "sigma", or masked diffusion's "t"."""
+        return self.summary.get("level", "sigma")
+
+    @property
     def partition(self) -> Partition:
         """Who owns which noise."""
         cut = self.summary["partition"]

@@ -40,6 +40,7 @@ class Target(nn.Module):
     their distribution, not drawn one by one.
     """
 
+    level = "sigma"  # what a noise level is called
     stratified = False
 
     def __init__(self, sigma_data: float):

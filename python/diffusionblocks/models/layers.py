@@ -93,8 +93,19 @@ class Layer(nn.Module):
     def attend(self, h: Tensor) -> Tensor:
         B, N, D = h.shape
         q, k, v = self.qkv(h).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
-        out = functional.scaled_dot_product_attention(q, k, v)
+        out = functional.scaled_dot_product_attention(self.placed(q), self.placed(k), v)
         return self.proj(out.transpose(1, 2).reshape(B, N, D))
+
+    def placed(self, x: Tensor) -> Tensor:
+        """Queries or keys (B, H, N, C) that know their positions; here the tokens carry them."""
+        return x
+
+
+class RotaryLayer(Layer):
+    """A layer whose attention knows the distances between tokens, not where they are."""
+
+    def placed(self, x: Tensor) -> Tensor:
+        return rotary(x)
 
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
