@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from .adapters.recurrent import RecurrentRun
 from .adapters.vit import ViTRun
 from .config import TrainConfig
 from .models.vit import ViTConfig
@@ -35,5 +36,10 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
             lr=5e-4, ema=0.999, checkpoint_every=5000, augment=True,
             model=replace(_CIFAR, image_size=64, patch=8, classes=200, dim=192, cond=32),
         ),
+    ),
+    "recurrent-sums": ("running sums of 16 digits; minutes on two CPU cores", RecurrentRun()),
+    "recurrent-mazes": (
+        "where water flows, 6x6 cells",
+        RecurrentRun(task="mazes", size=6, out=Path("runs/recurrent-mazes")),
     ),
 }  # fmt: skip

@@ -2,9 +2,11 @@
 
 from ..config import TrainConfig
 from .base import Adapter
+from .recurrent import RecurrentAdapter
 from .vit import ViTAdapter
 
 ADAPTERS: dict[str, type[Adapter]] = {
+    "recurrent": RecurrentAdapter,
     "vit": ViTAdapter,
 }
 

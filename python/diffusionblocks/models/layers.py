@@ -53,7 +53,7 @@ class NoiseEmbedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Conditioning (B, C) -> `parts` vectors (B, 1, D), all zero at the start."""
+    """Conditioning (B, C) -> `parts` vectors (B, 1, D), or per token (B, N, C) -> (B, N, D); all zero at the start."""
 
     def __init__(self, cond: int, dim: int, parts: int, silu_after: bool):
         super().__init__()
@@ -64,7 +64,7 @@ class Modulation(nn.Module):
 
     def forward(self, cond: Tensor) -> tuple[Tensor, ...]:
         out = functional.silu(self.linear(cond)) if self.silu_after else self.linear(functional.silu(cond))
-        return out.unsqueeze(1).chunk(self.parts, dim=-1)
+        return (out.unsqueeze(1) if out.dim() == 2 else out).chunk(self.parts, dim=-1)
 
 
 class Layer(nn.Module):
@@ -93,8 +93,19 @@ class Layer(nn.Module):
     def attend(self, h: Tensor) -> Tensor:
         B, N, D = h.shape
         q, k, v = self.qkv(h).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
-        out = functional.scaled_dot_product_attention(q, k, v)
+        out = functional.scaled_dot_product_attention(self.placed(q), self.placed(k), v)
         return self.proj(out.transpose(1, 2).reshape(B, N, D))
+
+    def placed(self, x: Tensor) -> Tensor:
+        """Queries or keys (B, H, N, C) that know their positions; here the tokens carry them."""
+        return x
+
+
+class RotaryLayer(Layer):
+    """A layer whose attention knows the distances between tokens, not where they are."""
+
+    def placed(self, x: Tensor) -> Tensor:
+        return rotary(x)
 
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
