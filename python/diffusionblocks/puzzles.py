@@ -1,7 +1,7 @@
 """Puzzles whose answers follow from each other: a few layers can't give them all at once, step by step they are easy.
 
-Nothing here has state: which puzzles make up a batch is a function of (seed, step). What a puzzle asks decides its split,
-so validation and test never meet training, whatever the seeds.
+Nothing here has state: which puzzles make up a batch is a function of (seed, step). What a puzzle asks decides its
+split, so validation and test never meet training, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class Sums(Puzzle):
 
 
 class Maps(Puzzle):
-    """f is a permutation of `size` symbols, s one of them; answer i is f applied i times to s. x: f's table, s, blanks."""
+    """f is a permutation of `size` symbols, s one of them; answer i is f applied i times to s.
+
+    x: f's table, s, blanks.
+    """
 
     def __init__(self, size: int):
         super().__init__(size)
@@ -86,8 +89,8 @@ class Maps(Puzzle):
 
 
 class Mazes(Puzzle):
-    """`size` by `size` cells, 2 in 5 of them walls (1), a free one the entrance (2); a cell's answer is whether water that
-    enters there reaches it.
+    """`size` by `size` cells, 2 in 5 of them walls (1), a free one the entrance (2); a cell's answer is whether water
+    that enters there reaches it.
     """
 
     def __init__(self, size: int):
@@ -121,7 +124,7 @@ PUZZLES: dict[str, type[Puzzle]] = {"sums": Sums, "maps": Maps, "mazes": Mazes}
 def draw(puzzle: Puzzle, count: int, split: str, key: int) -> tuple[Tensor, Tensor]:
     """`count` puzzles of "train", "val" or "test" with their answers, the same for the same key.
 
-    Raises: ValueError on another split.
+    Raises: ValueError on another split, or if so small puzzles leave none for it.
     """
     if split not in SHARES:
         raise ValueError(f"split must be one of {', '.join(SHARES)}, got {split!r}")
@@ -132,6 +135,10 @@ def draw(puzzle: Puzzle, count: int, split: str, key: int) -> tuple[Tensor, Tens
         part = digest(x) % 16
         mine = (share.start <= part) & (part < share.stop)
         pieces.append((x[mine], y[mine]))
+        if len(pieces) == 64 and not any(len(x) for x, _ in pieces):
+            raise ValueError(
+                f"with size={puzzle.size} there are so few puzzles that {split} has none: take a larger one"
+            )
     x, y = (torch.cat(parts)[:count] for parts in zip(*pieces, strict=True))
     return x, y
 

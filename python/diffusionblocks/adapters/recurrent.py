@@ -32,9 +32,10 @@ PASSES = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class RecurrentRun(TrainConfig):
-    """A recurrent-depth network that learns to solve puzzles. `steps` are those of the ordinary one, trained through time.
+    """A recurrent-depth network that learns to solve puzzles.
 
-    Block-wise training gets as many steps as `share` of their layer evaluations pay for."""
+    `steps` are those of the ordinary network, trained through time; block-wise training gets as many as `share` of
+    their layer evaluations pay for."""
 
     architecture: ClassVar[str] = "recurrent"
 

@@ -38,7 +38,7 @@ class RecurrentConfig(LayerConfig):
 
 
 class Prelude(nn.Module):
-    """Puzzles (B, T) and the state (B, N, width) of the last N <= T tokens -> the core's input (B, T, D); no conditioning."""
+    """Puzzles (B, T) and the state (B, N, width) of the last N <= T tokens -> the core's input (B, T, D), and None."""
 
     def __init__(self, config: RecurrentConfig, puzzle: Puzzle, width: int):
         super().__init__()
