@@ -1,4 +1,4 @@
-"""Recurrent depth: the core is applied once a step of the walk, and learns from one pass; the ordinary one through time."""
+"""Recurrent depth: one pass of the core trains it, a walk applies it again and again; the ordinary one through time."""
 
 from __future__ import annotations
 
