@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbkernels._levels import check_floating, compute_dtype
+from dbkernels._levels import check_floating, compute_dtype, readable
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -28,7 +28,7 @@ def check_rows(
     if posterior is not None:
         check_posterior(posterior, h, weight)
     check_softcap(softcap)
-    if target.device.type == "cpu" and target.numel() and not torch.compiler.is_compiling():
+    if readable(target):
         wrong = (target != ignore_index) & ((target < 0) | (target >= len(weight)))
         if wrong.any():
             raise ValueError(f"target {int(target[wrong][0])} is outside [0, {len(weight)}) and isn't ignore_index")

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -16,6 +17,12 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
 def broadcast(sigma: Tensor, dims: int) -> Tensor:
     """sigma (), (B,) or (B, N) with size-1 dimensions appended, to broadcast over `dims` dimensions."""
     return sigma.reshape(sigma.shape + (1,) * (dims - sigma.dim()))
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether a check may look at values: not on a device, where it would wait, and not where there are none."""
+    hidden = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and not hidden
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbkernels._levels import readable
+
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # of the GPU kernels
 _CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -96,7 +98,7 @@ def _lengths(cache_lengths: Any, k_cache: Tensor) -> list[str]:
     whole = isinstance(cache_lengths, Tensor) and cache_lengths.dtype in (torch.int32, torch.int64)
     if not whole or cache_lengths.shape != (batch,) or cache_lengths.device != k_cache.device:
         return [f"cache_lengths must be ({batch},) int32 or int64 on {k_cache.device}"]
-    if k_cache.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+    if readable(cache_lengths):
         low, high = (int(end) for end in cache_lengths.aminmax())
         if low < 0 or high > most:
             return [f"cache_lengths go from {low} to {high}, and the cache holds {most}"]
@@ -147,7 +149,7 @@ def _sequences(k: Tensor, cu_seqlens: Any) -> list[str]:
         reasons.append(f"with cu_seqlens sequences lie behind each other in B = 1, got B={k.shape[0]}")
     if cu_seqlens.device != k.device:
         reasons.append(f"cu_seqlens is on {cu_seqlens.device}, k on {k.device}")
-    elif not reasons and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    elif not reasons and readable(cu_seqlens):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != k.shape[2] or any(a > b for a, b in pairwise(ends)):
             reasons.append(f"cu_seqlens must rise from 0 to N={k.shape[2]}, got {ends}")

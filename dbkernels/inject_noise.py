@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from dbkernels._levels import broadcast, check_floating, check_sigma, check_sigma_data, compute_dtype
+from dbkernels._levels import broadcast, check_floating, check_sigma, check_sigma_data, compute_dtype, readable
 from dbkernels._library import NAMESPACE, backend, define, lib, register_triton
 from dbkernels.philox import check_address, normal_reference, signed
 
@@ -120,7 +120,7 @@ def _check_rows(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         raise TypeError(f"indices must be an int64 or int32 tensor, got {getattr(indices, 'dtype', type(indices))}")
     if indices.device != table.device:
         raise ValueError(f"indices are on {indices.device} and table on {table.device}: move them to one device")
-    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+    if readable(indices):
         low, high = (int(end) for end in indices.aminmax())
         if low < 0 or high >= len(table):
             raise ValueError(f"indices go from {low} to {high}, and table has rows 0 to {len(table) - 1}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,21 +52,43 @@ class Ends(nn.Module):
 
 
 class Block(nn.Module):
-    """Some layers of the network, with ends of their own or shared ones: a complete denoiser."""
+    """Some layers of the network, with ends of their own or shared ones: a complete denoiser.
 
-    def __init__(self, layers: Iterable[nn.Module], ends: Ends | None = None):
+    carry: (h, before) -> h, how what the blocks before made of x enters, for a network that carries it on.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], ends: Ends | None = None, carry: nn.Module | None = None):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.ends = ends
+        self.carry = carry
 
-    def forward(self, x: Tensor, z: Tensor, sigma: Tensor, target: Target, shared: Ends | None) -> Features:
-        """x: the conditioning; z: noised target, (B, ...); sigma: (B,) -> what the head reads."""
-        ends = self.ends if self.ends is not None else shared
-        assert ends is not None
+    def forward(
+        self, x: Tensor, z: Tensor, sigma: Tensor, target: Target, shared: Ends | None, before: Tensor | None = None
+    ) -> Features:
+        """x: the conditioning; z: noised target, (B, ...); sigma: (B,); before: see `clean` -> what the head reads."""
+        ends = self.own(shared)
         h, cond = ends.stem(x, *target.inputs(z, sigma))
+        h = self.run(h, cond, before)
+        return Features(ends.head, ends.head.features(h), cond)
+
+    def clean(self, x: Tensor, shared: Ends | None, before: Tensor | None) -> Tensor:
+        """What this block makes of x alone, for the next one; before: what the one before made of it."""
+        return self.run(self.own(shared).stem.clean(x), None, before)
+
+    def run(self, h: Any, cond: Tensor | None, before: Tensor | None) -> Any:
+        """The layers, behind what the blocks before made of x."""
+        if before is not None and self.carry is not None:
+            h = self.carry(h, before)
         for layer in self.layers:
             h = layer(h, cond)
-        return Features(ends.head, ends.head.features(h), cond)
+        return h
+
+    def own(self, shared: Ends | None) -> Ends:
+        """The ends in use."""
+        ends = self.ends if self.ends is not None else shared
+        assert ends is not None
+        return ends
 
 
 class DiffusionBlocks(nn.Module):
@@ -76,7 +98,8 @@ class DiffusionBlocks(nn.Module):
     target: a ClassTarget or ContinuousTarget. partition: who owns which noise and which layers.
     shared: "shared" (one copy of the ends, trained by whichever block is active), "per_block" (each its own),
     "frozen" (one copy, never trained). context: share of each training batch drawn at sigma_max, where the answer must
-    come from x alone. weighting: "none", or "batch_mean", the published mean(loss) * mean(weight).
+    come from x alone. weighting: "none", or "batch_mean", the published mean(loss) * mean(weight). carries: for every
+    block but the first, how what the blocks before made of x enters it, without gradient; the stem then has clean(x).
     Raises: ValueError if the counts don't fit, or a trainable codebook meets independent blocks.
     Source: arXiv 2506.14202.
     """
@@ -91,6 +114,7 @@ class DiffusionBlocks(nn.Module):
         shared: str = "shared",
         context: float = 0.0,
         weighting: str = "none",
+        carries: Sequence[nn.Module] = (),
     ):
         super().__init__()
         copies = [ends] if isinstance(ends, Ends) else list(ends)
@@ -105,8 +129,8 @@ class DiffusionBlocks(nn.Module):
         self.target = target
         remaining = iter(layers)
         self.blocks = nn.ModuleList(
-            Block([next(remaining) for _ in range(count)], copies[b] if own else None)
-            for b, count in enumerate(partition.layers)
+            Block([next(remaining) for _ in range(count)], copies[b] if own else None, carry)
+            for b, (count, carry) in enumerate(zip(partition.layers, _entries(carries, partition), strict=True))
         )
         if shared == "frozen" and self.ends is not None:
             self.ends.requires_grad_(False)
@@ -125,11 +149,35 @@ class DiffusionBlocks(nn.Module):
         sigma.view(-1)[: int(self.context * sigma.numel())] = self.partition.sigma_max
         return sigma
 
-    def loss(self, block: int, x: Tensor, y: Tensor, *, seed: int, step: int, sigma: Tensor | None = None) -> BlockLoss:
+    @property
+    def carried(self) -> bool:
+        """Whether a block is given what the blocks before made of x."""
+        return any(block.carry is not None for block in self.blocks)
+
+    @torch.no_grad()
+    def before(self, block: int, x: Tensor) -> Tensor | None:
+        """What the blocks before `block` make of x; all must be on its device (see residency.before)."""
+        made = None
+        for b in range(block if self.carried else 0):
+            made = self.blocks[b].clean(x, self.ends, made)
+        return made
+
+    def loss(
+        self,
+        block: int,
+        x: Tensor,
+        y: Tensor,
+        *,
+        seed: int,
+        step: int,
+        sigma: Tensor | None = None,
+        before: Tensor | None = None,
+    ) -> BlockLoss:
         """The denoising loss of one block; nothing of the other blocks is touched.
 
         x: conditioning. y: the target (labels or a tensor). seed, step: address the noise; the same pair gives the same
         noise on every device. sigma: levels to use instead of drawing them, of the target's level_shape.
+        before: what `before` gives, for a block that carries it.
         Raises: ValueError on a wrong shape, dtype, device, label, noise level or block.
         """
         self.check(block, x, y)
@@ -137,12 +185,14 @@ class DiffusionBlocks(nn.Module):
             sigma = self.draw_sigma(block, self.target.level_shape(y), seed=seed, step=step, device=x.device)
         else:
             _check_levels(sigma, y, self.target.level_shape(y))
-        return self.loss_at(block, x, y, sigma, seed=seed, step=step)
+        return self.loss_at(block, x, y, sigma, seed=seed, step=step, before=before)
 
-    def loss_at(self, block: int, x: Tensor, y: Tensor, sigma: Tensor, *, seed: int, step: int) -> BlockLoss:
+    def loss_at(
+        self, block: int, x: Tensor, y: Tensor, sigma: Tensor, *, seed: int, step: int, before: Tensor | None = None
+    ) -> BlockLoss:
         """`loss` at given noise levels, without its checks."""
         z = self.target.noised(y, sigma, seed=stream(seed, "eps", block), offset=step)
-        head, h, cond = self.blocks[block](x, z, sigma, self.target, self.ends)
+        head, h, cond = self.blocks[block](x, z, sigma, self.target, self.ends, before)
         per_sample, error = self.target.objective(head, h, cond, z, y, sigma)
         loss = per_sample.mean()
         if self.weighting == "batch_mean":
@@ -150,7 +200,9 @@ class DiffusionBlocks(nn.Module):
         return BlockLoss(loss, sigma, per_sample.detach(), error)
 
     @torch.no_grad()
-    def denoise(self, x: Tensor, z: Tensor, sigma: float, *, block: int | None = None) -> Output:
+    def denoise(
+        self, x: Tensor, z: Tensor, sigma: float, *, block: int | None = None, before: Tensor | None = None
+    ) -> Output:
         """What the owner of `sigma` (or `block`) makes of z: raw output and D.
 
         Raises: ValueError if sigma is not positive, or shapes, devices or the block don't fit.
@@ -162,7 +214,7 @@ class DiffusionBlocks(nn.Module):
         self.target.check_noised(z)
         self._check_input(block, x, z, "z")
         levels = torch.full(self.target.level_shape(z), sigma, dtype=torch.float32, device=z.device)
-        head, h, cond = self.blocks[block](x, z, levels, self.target, self.ends)
+        head, h, cond = self.blocks[block](x, z, levels, self.target, self.ends, before)
         return self.target.read(head, h, cond, z, levels)
 
     def repartition(self, density: NoiseDensity) -> None:
@@ -196,6 +248,13 @@ class DiffusionBlocks(nn.Module):
         check_x = getattr(ends.stem, "check", None) if ends is not None else None
         if check_x is not None:
             check_x(x)
+
+
+def _entries(carries: Sequence[nn.Module], partition: Partition) -> list[nn.Module | None]:
+    """How each block is entered: the first one only by its stem."""
+    if len(carries) not in (0, partition.blocks - 1):
+        raise ValueError(f"{partition.blocks} blocks take {partition.blocks - 1} carries or none, got {len(carries)}")
+    return [None, *carries] if carries else [None] * partition.blocks
 
 
 def _check_levels(sigma: Tensor, y: Tensor, shape: tuple[int, ...]) -> None:

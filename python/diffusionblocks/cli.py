@@ -71,6 +71,11 @@ def sample(
     count: int = 16,
     seed: int = 0,
     steps: int | None = None,
+    prompt: str | None = None,
+    length: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> None:
     """Samples of a run's last checkpoint, and how they came about.
 
@@ -80,9 +85,16 @@ def sample(
         count: how many.
         seed: of the noise they start from.
         steps: steps of the walk; the run's own by default.
+        prompt: text to go on with.
+        length: characters of a text.
+        temperature: of the network's distribution over tokens.
+        top_k: keep only the likeliest tokens, so many.
+        top_p: keep only the likeliest tokens, of this probability together.
     """
     adapter, session = jobs.open_run(folder)
-    for path in jobs.sample(adapter, session, to or folder / "samples", count=count, seed=seed, steps=steps):
+    given = dict(steps=steps, prompt=prompt, length=length, temperature=temperature, top_k=top_k, top_p=top_p)
+    options = {name: value for name, value in given.items() if value is not None}
+    for path in jobs.sample(adapter, session, to or folder / "samples", count=count, seed=seed, **options):
         print(path)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .blocks import DiffusionBlocks
 from .information import information_bound
 from .partition import equal_mass_edges
-from .residency import Residency
+from .residency import Residency, before
 from .rng import stream
 from .targets import Output
 
@@ -34,6 +34,10 @@ class Walker:
         """Where the active block is."""
         return self.residency.device if self.residency else next(self.model.parameters()).device
 
+    def weights(self) -> dict[str, Tensor]:
+        """The weights in use, all blocks', by the names of the model's state_dict."""
+        return self.residency.weights() if self.residency else self.model.state_dict()
+
     def owner(self, sigma: float) -> int:
         """The block that owns `sigma`, on the device from now on."""
         block = int(self.model.partition.block_of(sigma))
@@ -45,12 +49,16 @@ class Walker:
         if self.residency:
             self.residency.activate(block)
 
+    def before(self, block: int, x: Tensor) -> Tensor | None:
+        """What the blocks before `block` make of x, for a model that carries it."""
+        return before(self.model, self.residency, block, x) if self.residency else self.model.before(block, x)
+
     @torch.no_grad()
     def read(self, x: Tensor, z: Tensor, sigma: float, batch: int = BATCH) -> Output:
         """The owner's output for all of x, `batch` samples at a time."""
         block = self.owner(sigma)
         pieces = [
-            self.model.denoise(x_, z_, sigma, block=block)
+            self.model.denoise(x_, z_, sigma, block=block, before=self.before(block, x_))
             for x_, z_ in zip(x.split(batch), z.split(batch), strict=True)
         ]
         return Output(torch.cat([p.raw for p in pieces]), torch.cat([p.denoised for p in pieces]))
@@ -67,9 +75,10 @@ def bound(walker: Walker, x: Tensor, labels: Tensor, *, count: int = 32, seed: i
     sigmas = list(equal_mass_edges(model.partition.density, count - 1))
     clean, shape = model.target.clean(labels), model.target.level_shape(labels)
     levels = []
-    for sigma in sigmas:
+    for i, sigma in enumerate(sigmas):
         level = torch.full(shape, sigma, device=x.device)
-        z = model.target.noised(labels, level, seed=stream(seed, "bound"), offset=0)  # one draw for all levels
+        # a draw of its own for each level: with one for all, chance would not average out in the integral
+        z = model.target.noised(labels, level, seed=stream(seed, "bound"), offset=i)
         output = walker.read(x, z, sigma)
         levels.append(
             {

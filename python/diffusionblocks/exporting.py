@@ -7,7 +7,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from . import snapshots
 from .adapters import adapter_of
@@ -25,16 +24,12 @@ def export(session: Session, to: Path) -> None:
     """
     if to.suffix != ".safetensors":
         raise ValueError(f"to must end in .safetensors, got {to}")
-    weights: dict[str, Tensor] = {}
-    for part in session.residency.parts:
-        tensors = session.residency.tensors(part)
-        prefix = "" if part == "shared" else f"blocks.{part.removeprefix('block_')}."
-        for name in session.residency.parts[part].state_dict():
-            weights[prefix + name] = tensors.get(f"ema/{name}", tensors[f"weight/{name}"]).contiguous()
+    with session.residency.averages():
+        weights = session.residency.weights()
     partition = json.dumps(snapshots.partition_to_dict(session.model.partition))
     metadata = {"format": FORMAT, "config": to_yaml(session.config), "partition": partition}
     aside = to.with_name(to.name + ".tmp")
-    save_file({name: t.detach().cpu().clone() for name, t in weights.items()}, aside, metadata=metadata)
+    save_file(weights, aside, metadata=metadata)
     aside.replace(to)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -82,6 +83,35 @@ class Residency:
             return load_file(self._file(part))
         return self._live(part)
 
+    def weights(self) -> dict[str, Tensor]:
+        """All weights as they are used now (averages within `averages()`), by the names of the model's state_dict.
+
+        Copies on the host; waiting blocks stay where they are.
+        """
+        gathered: dict[str, Tensor] = {}
+        for part in self.parts:
+            prefix = "" if part == "shared" else f"blocks.{part.removeprefix('block_')}."
+            for name, t in self._used(part).items():
+                gathered[prefix + name] = t.detach().to("cpu", copy=True).contiguous()
+        return gathered
+
+    @contextlib.contextmanager
+    def borrowed(self, block: int) -> Iterator[None]:
+        """Within it the weights of `block` are on the device too, without its optimizer state, for a forward pass."""
+        part = f"block_{block}"
+        if block == self.active:
+            yield
+            return
+        live, used = self._live(part), self._used(part)
+        own = {name: live[f"weight/{name}"].data for name in used}
+        try:
+            for name, t in used.items():
+                live[f"weight/{name}"].data = t.detach().to(self.device)
+            yield
+        finally:
+            for name, t in own.items():
+                live[f"weight/{name}"].data = t
+
     def load(self, part: str, tensors: dict[str, Tensor]) -> None:
         """Replace a part's tensors; it stays where it is. Raises: ValueError if names or shapes differ."""
         live = self._live(part)
@@ -108,6 +138,19 @@ class Residency:
         module = self.parts[part]
         tensors = {f"weight/{name}": p for name, p in [*module.named_parameters(), *module.named_buffers()]}
         return tensors | (self.optimizers[part].tensors() if part in self.optimizers else {})
+
+    def _used(self, part: str) -> dict[str, Tensor]:
+        """A part's weights by their names in its state_dict: averages of a part that waits within `averages()`."""
+        waits = part not in ("shared", f"block_{self.active}")
+        kind = "ema" if self.averaged and waits else "weight"
+        names = list(self.parts[part].state_dict())
+        if not self._on_disk(part):
+            live = self._live(part)
+            return {name: live.get(f"{kind}/{name}", live[f"weight/{name}"]) for name in names}
+        with safe_open(self._file(part), "pt") as file:
+            stored = set(file.keys())
+            found = {name: f"{kind}/{name}" if f"{kind}/{name}" in stored else f"weight/{name}" for name in names}
+            return {name: file.get_tensor(key) for name, key in found.items()}
 
     def _fetch(self, part: str) -> None:
         if self._on_disk(part):
@@ -147,3 +190,13 @@ class Residency:
 
 def _category(name: str) -> str:
     return {"weight": "weights", "ema": "averages"}.get(name.split("/")[0], "moments")
+
+
+@torch.no_grad()
+def before(model: DiffusionBlocks, residency: Residency, block: int, x: Tensor) -> Tensor | None:
+    """What the blocks before `block` make of x, for a model that carries it: each is borrowed in its turn."""
+    made = None
+    for b in range(block if model.carried else 0):
+        with residency.borrowed(b):
+            made = model.blocks[b].clean(x, model.ends, made)
+    return made

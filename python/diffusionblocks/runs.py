@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from .adapters.causal_lm import CausalLMRun
 from .adapters.recurrent import RecurrentRun
 from .adapters.vit import ViTRun
 from .config import TrainConfig
@@ -37,6 +38,7 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
             model=replace(_CIFAR, image_size=64, patch=8, classes=200, dim=192, cond=32),
         ),
     ),
+    "lm-text": ("text by characters, autoregressive: Python's help, embedded", CausalLMRun()),
     "recurrent-sums": ("running sums of 16 digits; minutes on two CPU cores", RecurrentRun()),
     "recurrent-mazes": (
         "where water flows, 6x6 cells",

@@ -17,7 +17,7 @@ from .density import Tabulated
 from .information import InformationMeter
 from .memory import SavedTensors, Usage, allocated
 from .optim import PartOptimizer, clip_gradients, learning_rate
-from .residency import Residency
+from .residency import Residency, before
 from .rng import stream
 
 LOG_EVERY = 25
@@ -102,8 +102,10 @@ def train(
             if voted != block:
                 block = voted
                 session.residency.activate(block)
+            with autocast(config, x.device):
+                made = before(model, session.residency, block, x)
             with saved_tensors(model, block) if logs else nullcontext() as saved, autocast(config, x.device):
-                loss = model.loss(block, x, y, seed=config.seed, step=micro, sigma=sigma)
+                loss = model.loss(block, x, y, seed=config.seed, step=micro, sigma=sigma, before=made)
             (loss.loss / config.accumulate).backward()
             if meter:
                 meter.update(loss.sigma.flatten(), loss.error.flatten())

@@ -1,11 +1,15 @@
 """One file an architecture: its run's config, and what is x, y, the walk, the loss."""
 
 from ..config import TrainConfig
-from .base import Adapter
+from .base import Adapter, Metric
+from .causal_lm import CausalLMAdapter
 from .recurrent import RecurrentAdapter
 from .vit import ViTAdapter
 
+__all__ = ["ADAPTERS", "Adapter", "Metric", "adapter_of"]
+
 ADAPTERS: dict[str, type[Adapter]] = {
+    "causal_lm": CausalLMAdapter,
     "recurrent": RecurrentAdapter,
     "vit": ViTAdapter,
 }

@@ -1,0 +1,134 @@
+"""Autoregressive language models as diffusion blocks: the next token's embedding is denoised, given those before."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import text
+from ..blocks import DiffusionBlocks, Ends
+from ..config import TrainConfig
+from ..evaluation import Walker, bound, cross_entropy
+from ..generation import Generator
+from ..information import closed_form_density
+from ..language import TextOptions, estimates, write_texts
+from ..models.causal_lm import Carry, CausalHead, CausalLayer, CausalLM, CausalLMConfig, CausalStem
+from ..partition import Partition, make_partition, step_levels
+from ..rng import stream
+from ..targets import spread_codebook
+from ..token_target import TokenTarget
+from ..training import Batches
+from .base import Adapter, Metric, Row
+
+
+@dataclass(frozen=True)
+class CausalLMRun(TrainConfig):
+    """A language model that learns to go on with a text."""
+
+    architecture: ClassVar[str] = "causal_lm"
+
+    text: str = "topics"
+    """"topics" (Python's help, embedded), a file, a folder of .txt files, or hub:NAME."""
+    length: int = 64
+    """Tokens of a training window."""
+    out: Path = Path("runs/lm-text")
+    blocks: int = 2
+    steps: int = 2000
+    context: float = 0.9
+    """Share of the draws at the highest noise, where the answer must come from the tokens before."""
+    carried: bool = True
+    """Give each block what the blocks before made of the clean tokens, without gradient: the depth of all of them, at
+    the price of a forward pass and of the blocks' independence."""
+    evaluated: int = 16384
+    """Tokens of a split that are evaluated."""
+    model: CausalLMConfig = field(default_factory=CausalLMConfig)
+
+    @property
+    def total_steps(self) -> int:
+        """As many layer evaluations as `steps` end-to-end steps: a forward pass alone counts a third, and block b
+        takes b of them for what it is given; a noisy stream doubles the tokens."""
+        carrying = (self.blocks - 1) / 6 if self.carried else 0
+        return round(self.steps * self.blocks / (1 + carrying) / (2 if self.model.sees_z else 1))
+
+
+class CausalLMAdapter(Adapter):
+    """x and y: the tokens. Noisy token i is given the clean ones before it."""
+
+    metric = Metric("bits", "bits a character", higher=False)
+    config: CausalLMRun
+
+    @cached_property
+    def data(self) -> text.TextData:
+        """The splits."""
+        return text.load(self.config.text, symbols=self.config.model.symbols)
+
+    def batches(self, device: torch.device) -> Batches:
+        c = self.config
+        return text.Windows(self.data.train, c.length, c.batch_size, seed=c.seed, device=device)
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        y = torch.zeros(self.config.batch_size, self.config.length, dtype=torch.int64)
+        return y, y
+
+    def blocks(self, partition: Partition | None = None) -> DiffusionBlocks:
+        c, model = self.config, self.config.model
+        torch.manual_seed(stream(c.seed, "init") % 2**63)
+        own = c.shared == "per_block"
+        ends = [Ends(CausalStem(model), CausalHead(model)) for _ in range(c.blocks if own else 1)]
+        target = TokenTarget(spread_codebook(model.symbols, model.dim), group_size=model.group_size)
+        if partition is None:
+            density = closed_form_density(target.table)
+            partition = make_partition(density, model.layers, c.blocks, overlap=c.overlap)
+        layers = [CausalLayer(model) for _ in range(model.layers)]
+        carries = [Carry(model) for _ in range(c.blocks - 1)] if c.carried else []
+        return DiffusionBlocks(
+            ends if own else ends[0], layers, target, partition, shared=c.shared, context=c.context, carries=carries
+        )
+
+    def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
+        """The information bound of the whole chain, and the three estimates on an eighth of the windows."""
+        x = self.windows(split, walker.device)
+        found = bound(walker, x, x, count=64, seed=self.config.seed)
+        sigmas = step_levels(walker.model.partition, steps or self.config.walk_steps)
+        some = x[: max(1, len(x) // 8)]
+        return {"bits": found["bound_bits"], **found, **estimates(walker, some, sigmas, seed=self.config.seed)}
+
+    def windows(self, split: str, device: torch.device) -> Tensor:
+        """The windows of a split that are evaluated."""
+        every = text.rows(getattr(self.data, split), self.config.length)
+        return every[: max(1, self.config.evaluated // self.config.length)].to(device)
+
+    def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
+        """samples.txt: `count` texts; judge.json: how likely and how varied they are. options: TextOptions' and steps.
+
+        All blocks are on the device at once: every token needs each of them.
+        """
+        steps = options.pop("steps", None) or self.config.walk_steps
+        how = TextOptions(**options)
+        model = self.blocks(walker.model.partition).to(walker.device)
+        model.load_state_dict(walker.weights())
+        size = self.config.model.group_size
+        prompt = text.encode(how.prompt, self.data.alphabet).to(walker.device)
+        prompt = prompt[: len(prompt) // size * size].expand(count, -1)
+        generator = Generator(model, step_levels(model.partition, steps), seed=seed, keep=how.keep)
+        tokens = generator.generate(prompt, -(-how.length // size) * size)
+        return write_texts(folder, self.data, tokens)
+
+    def network(self) -> nn.Module:
+        """The ordinary language model."""
+        torch.manual_seed(stream(self.config.seed, "init") % 2**63)
+        return CausalLM(self.config.model)
+
+    @torch.no_grad()
+    def score(self, network: nn.Module, split: str, device: torch.device) -> Row:
+        network.eval()
+        x = self.windows(split, device)
+        nats = [cross_entropy(network(part), part) * len(part) for part in x.split(64)]
+        network.train()
+        return {"bits": sum(nats) / len(x) / math.log(2)}

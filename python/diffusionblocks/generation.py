@@ -1,0 +1,98 @@
+"""Text from a causal language model in blocks: for each group of tokens a walk down the noise, behind a cache of keys
+and values a layer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import dbkernels
+
+from . import edm
+from .blocks import DiffusionBlocks, Ends
+from .models.causal_lm import Cache
+from .rng import stream
+
+Filter = Callable[[Tensor], Tensor]
+
+
+class Generator:
+    """A batch of texts that grow; all blocks must be on one device.
+
+    sigmas: falling levels of the walk, the last 0. keep: what of the network's logits is kept, e.g. decoding.filtered
+    with a temperature; it acts on what the network says of the context, before z's evidence.
+    """
+
+    def __init__(self, model: DiffusionBlocks, sigmas: Sequence[float], *, seed: int, keep: Filter = lambda x: x):
+        self.model, self.sigmas, self.seed, self.keep = model.eval(), sigmas, seed, keep
+        self.table = model.target.table
+        self.group_size = model.target.group_size
+        self.caches = [[Cache() for _ in block.layers] for block in model.blocks]
+        self.ahead: list[Tensor | None] = [None] * len(
+            model.blocks
+        )  # one stream: each block's logits of the next token
+        self.length = 0
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, count: int) -> Tensor:
+        """Tokens (B, n) of a prompt, `count` more behind them. n and count: multiples of the group's size."""
+        if tokens.shape[1] % self.group_size or count % self.group_size:
+            raise ValueError(f"prompt and count must be multiples of the group's {self.group_size} tokens")
+        self.extend(tokens)
+        for _ in range(count // self.group_size):
+            group = self.walk(len(tokens), tokens.device)
+            self.extend(group)
+            tokens = torch.cat([tokens, group], 1)
+        return tokens
+
+    def extend(self, tokens: Tensor) -> None:
+        """Let every block read clean tokens (B, n)."""
+        self.length += tokens.shape[1]
+        stem, made = self.ends(0).stem, None
+        if not stem.two_streams and self.caches[0][0].length == 0:
+            tokens = torch.cat([stem.start(tokens), tokens], 1)  # in one stream places are one behind
+        if tokens.shape[1] == 0:
+            return
+        for b, block in enumerate(self.model.blocks):
+            ends = self.ends(b)
+            h = ends.stem.embedding(tokens)
+            h = h if made is None or block.carry is None else block.carry(h, made)
+            for layer, cache in zip(block.layers, self.caches[b], strict=True):
+                h = layer.extend(h, cache)
+            self.ahead[b], made = ends.head(ends.head.features(h[:, -1:]), None).float(), h
+
+    def walk(self, batch: int, device: torch.device) -> Tensor:
+        """The next group (B, g), from noise down."""
+        shape = (batch, self.group_size, self.table.shape[1])
+        key = stream(self.seed, "generate", self.length)
+        z = self.sigmas[0] * dbkernels.philox_normal(shape, seed=key, device=device).to(self.table.dtype)
+        for sigma, below in itertools.pairwise(self.sigmas):
+            level = torch.full((batch, self.group_size), sigma, device=device)
+            logits = self.logits(z, level, int(self.model.partition.block_of(sigma)))
+            evidence = z @ self.table.T - self.table.square().sum(-1) / 2
+            logits = self.keep(logits) + evidence / sigma**2
+            r = below / sigma
+            z = r * z + (1 - r) * logits.softmax(-1) @ self.table
+        return logits.argmax(-1)
+
+    def logits(self, z: Tensor, sigma: Tensor, block: int) -> Tensor:
+        """What `block` says of the next group (B, g, V), z's own evidence left out."""
+        ends = self.ends(block)
+        if not ends.stem.two_streams:
+            ahead = self.ahead[block]
+            assert ahead is not None
+            return ahead
+        c = edm.precondition(sigma, self.model.target.sigma_data)
+        h, cond = ends.stem.noised(c.c_in.unsqueeze(-1) * z, c.c_noise)
+        for layer, cache in zip(self.model.blocks[block].layers, self.caches[block], strict=True):
+            h = layer.decode(h, cond, cache)
+        return ends.head(ends.head.features(h), cond).float()
+
+    def ends(self, block: int) -> Ends:
+        """What stands before and after the layers of `block`."""
+        ends = self.model.blocks[block].ends or self.model.ends
+        assert ends is not None
+        return ends

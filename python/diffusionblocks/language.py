@@ -1,0 +1,106 @@
+"""What a language model in blocks is worth: three estimates of its code length, and a judge of what it writes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+import dbkernels
+
+from .decoding import distinct_2, filtered
+from .evaluation import Walker
+from .ngram import NGram
+from .rng import stream
+from .text import TextData
+
+BIT = 1 / math.log(2)
+ORDER = 5  # characters of the judge's context: the best on the embedded text's validation split
+
+
+@torch.no_grad()
+def estimates(
+    walker: Walker, x: Tensor, sigmas: Sequence[float], *, draws: int = 8, seed: int = 0, batch: int = 64
+) -> dict[str, float]:
+    """Bits a token of three models that the walk makes, each a code length that can be achieved.
+
+    x: tokens (B, N), which are given and predicted. sigmas: the walk's falling levels, the last 0. Noise is drawn
+    independently of the tokens, so that given the noise each step's distribution is normalised.
+    first_bits: after the first step, which is block 0 alone. last_bits: after the last step, mean over draws: at least
+    the mixture's. mixture_bits: of the mean of the last steps' distributions over the draws. None is the sampler's
+    own likelihood, nor the information bound.
+    """
+    first, last = [], []
+    for draw in range(draws):
+        logs = [
+            _walk(walker, part, sigmas, stream(seed, "estimates", draw, i)) for i, part in enumerate(x.split(batch))
+        ]
+        first.append(torch.cat([a for a, _ in logs]))
+        last.append(torch.cat([b for _, b in logs]))
+    ends = torch.stack(last)
+    return {
+        "first_bits": -float(torch.stack(first).double().mean()) * BIT,
+        "last_bits": -float(ends.double().mean()) * BIT,
+        "mixture_bits": -float((torch.logsumexp(ends.double(), 0) - math.log(draws)).mean()) * BIT,
+    }
+
+
+def _walk(walker: Walker, x: Tensor, sigmas: Sequence[float], key: int) -> tuple[Tensor, Tensor]:
+    """ln p of the tokens x (B, N) after the first and after the last step, given one draw of noise."""
+    width = walker.model.target.table.shape[1]
+    z = sigmas[0] * dbkernels.philox_normal((*x.shape, width), seed=key, device=x.device)
+    logs: list[Tensor] = []
+    for sigma, below in itertools.pairwise(sigmas):
+        output = walker.read(x, z, sigma)
+        r = below / sigma
+        z = r * z + (1 - r) * output.denoised
+        logs.append(-functional.cross_entropy(output.raw.flatten(0, 1), x.flatten(), reduction="none").view(x.shape))
+    return logs[0], logs[-1]
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What of a text can be asked for: its beginning, its length in characters, and how tokens are drawn."""
+
+    prompt: str = ""
+    length: int = 256
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def keep(self, logits: Tensor) -> Tensor:
+        """What is kept of logits (..., V)."""
+        return filtered(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+def write_texts(folder: Path, data: TextData, samples: Tensor) -> list[Path]:
+    """samples.txt with the text of tokens (B, N), and judge.json about it; returns the files."""
+    texts = "\n\n----\n\n".join(data.decode(sample) for sample in samples)
+    files = {"samples.txt": texts, "judge.json": json.dumps(judged(data, samples.cpu()), indent=1)}
+    for name, content in files.items():
+        (folder / name).write_text(content + "\n", encoding="utf-8")
+    return [folder / name for name in files]
+
+
+def judged(data: TextData, samples: Tensor) -> dict[str, Any]:
+    """How likely generated tokens (B, N) are to an n-gram model of the training text, and the same for the test text;
+    and how varied they are, since loops are likely too.
+
+    judge_bits: bits a character of the samples; judge_test_bits: of real text. distinct_2: share of different pairs.
+    """
+    judge = NGram(data.decode(data.train), order=ORDER, symbols=len(data.alphabet))
+    real = data.test[: samples.numel()]
+    return {
+        "judge_bits": sum(judge.bits(data.decode(sample)) for sample in samples) / len(samples),
+        "judge_test_bits": judge.bits(data.decode(real)),
+        "distinct_2": distinct_2(samples),
+        "distinct_2_test": distinct_2(real.unsqueeze(0)),
+    }

@@ -1,0 +1,256 @@
+"""The causal language model: who sees whom, caches that change nothing, an honest bound, text from noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diffusionblocks.adapters.causal_lm import CausalLMAdapter, CausalLMRun
+from diffusionblocks.evaluation import Walker
+from diffusionblocks.generation import Generator
+from diffusionblocks.language import TextOptions, estimates
+from diffusionblocks.models.causal_lm import CausalLMConfig
+from diffusionblocks.partition import step_levels
+from diffusionblocks.residency import before
+from diffusionblocks.training import Session, train
+
+MODEL = CausalLMConfig(dim=16, layers=3, heads=2, mlp=24, cond=8, symbols=12)
+KINDS = {
+    "one stream": MODEL,
+    "own z": replace(MODEL, sees_z=True),
+    "groups of 4": replace(MODEL, sees_z=True, group_size=4),
+}
+N = 12
+kinds = pytest.mark.parametrize("model", KINDS.values(), ids=KINDS)
+
+
+def config(model: CausalLMConfig = MODEL, **changes) -> CausalLMRun:
+    base = CausalLMRun(model=model, blocks=3, length=N, batch_size=8, steps=8, visit=2, walk_steps=4, baseline=())
+    return replace(base, **changes)
+
+
+def blocks(model: CausalLMConfig, scale: float = 0.5):
+    """An untrained model with weights where training starts from zeros, in float64: logits that mean something."""
+    made = CausalLMAdapter(config(model)).blocks().double().eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "modulation" in name or "head" in name:
+                p.add_(scale * torch.randn(p.shape))
+    return made
+
+
+def noised(model, x):
+    z = model.target.clean(x) + 0.3 * torch.randn(*x.shape, 16, dtype=torch.float64)
+    return z, torch.full(model.target.level_shape(x), 0.3)
+
+
+@kinds
+def test_a_token_sees_the_clean_ones_before_its_group_and_the_noise_of_its_group(model):
+    made, group = blocks(model), model.group_size
+    x = torch.randint(12, (1, N))
+    z, level = noised(made, x)
+
+    def features(x, z):
+        with torch.no_grad():
+            return made.blocks[1](x, z, level, made.target, made.ends, made.before(1, x)).h[0]
+
+    before = features(x, z)
+    for j in range(N):
+        other = x.clone()
+        other[0, j] = (x[0, j] + 1) % 12
+        changed = (features(other, z) != before).any(-1)
+        assert changed.tolist() == [j < i // group * group for i in range(N)], f"clean token {j}"
+        moved = z.clone()
+        moved[0, j] += 1
+        changed = (features(x, moved) != before).any(-1)
+        assert changed.tolist() == [model.sees_z and i // group == j // group for i in range(N)], f"noise of token {j}"
+
+
+@kinds
+def test_caches_give_what_training_saw(model):
+    """Group by group behind a cache, the logits are those of one pass over the whole sequence."""
+    made, group = blocks(model), model.group_size
+    x = torch.randint(12, (2, N))
+    z, level = noised(made, x)
+    generator = Generator(made, [1.0, 0.0], seed=0)
+    for start in range(0, N, group):
+        generator.extend(x[:, max(0, start - group) : start])
+        for block in range(3):
+            with torch.no_grad():
+                head, h, cond = made.blocks[block](x, z, level, made.target, made.ends, made.before(block, x))
+                want = head(h, cond)[:, start : start + group].float()
+                got = generator.logits(z[:, start : start + group], torch.full((2, group), 0.3), block)
+            # float64 arithmetic, sums in another order; logits are returned as float32
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@kinds
+def test_only_the_active_block_and_the_ends_learn(model):
+    made = CausalLMAdapter(config(model, shared="per_block")).blocks()
+    x = torch.randint(12, (4, N))
+    before = made.before(1, x)
+    loss = made.loss(1, x, x, seed=0, step=0, before=before)
+    loss.loss.backward()
+    assert loss.sigma.shape == loss.error.shape == (4, N // model.group_size)
+    touched = {name.split(".")[1] for name, p in made.named_parameters() if p.grad is not None}
+    assert touched == {"1"}
+    # a head of zeros passes no gradient on; once it has moved, all of the block learns
+    with torch.no_grad():
+        made.blocks[1].ends.head.linear.weight.normal_()
+    made.loss(1, x, x, seed=0, step=0, before=before).loss.backward()
+    idle = [name for name, p in made.blocks[1].named_parameters() if p.requires_grad and p.grad is None]
+    assert not idle
+    assert all(p.grad is None for p in made.blocks[0].parameters()), "what is carried carries no gradient back"
+
+
+@kinds
+def test_the_fused_objective_is_the_loss_of_what_is_read(model):
+    made = blocks(model).float()
+    x = torch.randint(12, (4, N))
+    z, level = noised(made, x)
+    z = z.float()
+    features = made.blocks[0](x, z, level, made.target, made.ends)
+    output = made.target.read(*features, z, level)
+    loss, error = made.target.objective(*features, z, x, level)
+    # float32 logits of about 10; the readout's are divided by 0.09
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(output.raw.flatten(0, 1), x.flatten()))
+    want = (output.denoised - made.target.clean(x)).square().sum(-1).view(4, -1, model.group_size).mean(-1)
+    torch.testing.assert_close(error, want.detach(), rtol=1e-4, atol=1e-5)
+
+
+@kinds
+def test_the_bound_of_an_untrained_model_is_the_entropy_of_the_alphabet(model):
+    adapter = CausalLMAdapter(config(model, evaluated=7200, length=240, text="topics"))
+    found = adapter.evaluate(Walker(adapter.blocks()), "val")
+    # 7,200 draws of noise, and an integral over 32 levels
+    assert found["bits"] == pytest.approx(math.log2(12), abs=0.04)
+    assert found["first_bits"] == pytest.approx(math.log2(12), abs=0.1)  # of an eighth of the tokens
+    assert all(abs(regret) < 0.02 for regret in found["regret_bits"])
+    assert found["mixture_bits"] < found["last_bits"], "a mixture is never worse than the mean of its parts"
+    assert found["last_bits"] > 5, "the last step commits to a token that the noise chose"
+
+
+@pytest.mark.parametrize("store", ["host", "disk"])
+def test_what_is_carried_comes_from_borrowed_blocks(store, tmp_path):
+    """One earlier block at a time, its weights alone, and gone again: the same as with all of them at hand."""
+    settings, cpu = config(shared="per_block", store=store), torch.device("cpu")
+    adapter = CausalLMAdapter(settings)
+    x = torch.randint(12, (2, N))
+    want = [adapter.blocks().before(block, x) for block in range(3)]
+    session = Session(adapter.blocks(), settings, device=cpu, folder=tmp_path)
+    assert want[0] is None and not torch.allclose(want[1], want[2])
+    for block in range(3):
+        session.residency.activate(block)
+        held = session.residency.usage()
+        got = before(session.model, session.residency, block, x)
+        assert got is want[block] is None or torch.equal(got, want[block])
+        assert session.residency.usage() == held
+    with torch.no_grad():
+        session.residency.activate(0)
+        for average in session.optimizers["block_0"].emas:
+            average.zero_()
+    session.residency.activate(2)
+    with session.residency.averages():
+        averaged = before(session.model, session.residency, 1, x)
+    assert torch.count_nonzero(averaged) == 0, "evaluation borrows averages"
+    assert torch.equal(before(session.model, session.residency, 1, x), want[1]), "training does not"
+
+
+def test_independent_blocks_know_nothing_of_each_other():
+    made = CausalLMAdapter(config(carried=False)).blocks()
+    assert not made.carried and made.before(2, torch.zeros(1, N, dtype=torch.int64)) is None
+
+
+@pytest.fixture(scope="module")
+def rhyme(tmp_path_factory):
+    """A text that can be foretold."""
+    path = tmp_path_factory.mktemp("text") / "rhyme.txt"
+    path.write_text("one two buckle my shoe, " * 300)
+    return str(path)
+
+
+@kinds
+def test_it_learns_and_writes_what_it_learnt(model, rhyme, tmp_path):
+    small = replace(model, symbols=16)
+    settings = config(small, text=rhyme, length=24, batch_size=16, steps=120, lr=1e-2, ema=0.9, visit=20, overlap=0.1)
+    adapter = CausalLMAdapter(settings)
+    session = Session(adapter.blocks(), settings, device=torch.device("cpu"), folder=tmp_path / "waiting")
+    train(session, adapter.batches(torch.device("cpu")), on_log=lambda row: None, on_step=lambda: None)
+    with session.residency.averages():
+        walker = Walker(session.model, session.residency)
+        found = adapter.evaluate(walker, "test")
+        files = adapter.sample(walker, tmp_path, count=3, seed=0, prompt="one two buck", length=12, temperature=0.01)
+    # the first letters of a window can't be known, nor a whole first group
+    assert found["bits"] < 2, found["bits"]
+    assert found["first_bits"] < 2  # of 4, for symbols equally likely
+    assert files[0].read_text().split("\n\n----\n\n")[0].startswith("one two buck")
+
+
+@kinds
+def test_generation_is_by_seed_and_keeps_the_prompt(model):
+    made = blocks(model).float()
+    prompt = torch.randint(12, (2, 4))
+    levels = step_levels(made.partition, 5)
+    one, same, other = (Generator(made, levels, seed=seed).generate(prompt, 8) for seed in (3, 3, 4))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert one.shape == (2, 12) and torch.equal(one[:, :4], prompt)
+    empty = Generator(made, levels, seed=3).generate(prompt[:, :0], 8)
+    assert empty.shape == (2, 8) and not torch.equal(empty[0], empty[1])
+
+
+def test_every_block_is_asked_from_high_noise_to_low(monkeypatch):
+    made, asked = blocks(MODEL), []
+    original = Generator.logits
+    monkeypatch.setattr(Generator, "logits", lambda self, z, s, b: asked.append(b) or original(self, z, s, b))
+    Generator(made, step_levels(made.partition, 6), seed=0).generate(torch.zeros(1, 0, dtype=torch.int64), 2)
+    assert asked[:6] == sorted(asked[:6]) == asked[6:] and set(asked) == {0, 1, 2}
+
+
+def test_walks_draw_what_the_network_says():
+    """One stream and many steps: the walk from noise has the distribution of the network's own logits."""
+    made = blocks(MODEL, scale=0.0)
+    logits = torch.tensor([2.0, 1.0, 0.0] + [-9.0] * 9)
+    with torch.no_grad():
+        made.ends.head.linear.bias.copy_(logits)
+    tokens = Generator(made, step_levels(made.partition, 40), seed=0).generate(
+        torch.zeros(4000, 0, dtype=torch.int64), 1
+    )
+    share = torch.bincount(tokens.flatten(), minlength=12) / 4000
+    # 4,000 draws: three standard errors of a share are 0.024; 40 Euler steps of the walk add about as much
+    torch.testing.assert_close(share[:3], logits.softmax(0)[:3], rtol=0, atol=0.05)
+
+
+def test_steps_are_counted_in_layer_evaluations():
+    """Of two layers a block: forward and backward are 2, a forward pass through the block before 2/3."""
+    base = config(MODEL, steps=600, blocks=2)
+    assert replace(base, carried=False).total_steps == 1200
+    assert base.total_steps == round(600 * 4 / ((2 + 2 + 2 / 3) / 2))
+    assert replace(base, carried=False, model=KINDS["own z"]).total_steps == 600
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="group_size=4 needs sees_z"):
+        CausalLMConfig(group_size=4)
+    with pytest.raises(ValueError, match="must be even"):
+        CausalLMConfig(dim=12, heads=4)
+    made = blocks(KINDS["groups of 4"])
+    with pytest.raises(ValueError, match="multiples of the group's 4"):
+        Generator(made, [1.0, 0.0], seed=0).generate(torch.zeros(1, 2, dtype=torch.int64), 4)
+    with pytest.raises(ValueError, match="non-empty"):
+        made.loss(0, torch.zeros(2, 3), torch.zeros(2, 3), seed=0, step=0)
+    with pytest.raises(TypeError, match="colour"):
+        TextOptions(colour="red")
+
+
+def test_estimates_read_block_by_block_in_batches():
+    made = blocks(MODEL).float()
+    x = torch.randint(12, (6, N))
+    levels = step_levels(made.partition, 4)
+    whole = estimates(Walker(made), x, levels, draws=2)
+    assert whole["first_bits"] < whole["last_bits"] and set(whole) == {"first_bits", "last_bits", "mixture_bits"}
+    again = estimates(Walker(made), x, levels, draws=2)
+    assert whole == again
