@@ -43,12 +43,17 @@ class RecurrentRun(TrainConfig):
     size: int = 16
     out: Path = Path("runs/recurrent-sums")
     blocks: int = 1
+    steps: int = 800
+    lr: float = 3e-3
+    warmup: float = 0.1
+    tune_lr: tuple[float, ...] = (2e-3,)
+    tune_warmup: tuple[float, ...] = (0.1,)
     share: float = 0.1
     """Layer evaluations of block-wise training as a share of the ordinary network's."""
     context: float = 0.1
     """Share of the draws at the highest noise, where the answers must come from the puzzle alone."""
     walk_steps: int = 16
-    evaluated: int = 1024
+    evaluated: int = 512
     """Puzzles of a split that are evaluated."""
     model: RecurrentConfig = field(default_factory=RecurrentConfig)
 
@@ -125,8 +130,9 @@ class RecurrentAdapter(Adapter):
     def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
         """Accuracy by number of passes, along one walk, and the information bound."""
         x, y = self.puzzles(split, walker.device)
-        path = self.walk(walker, x, steps or self.config.walk_steps)
-        ends = {passes: self.walk(walker, x, passes)[-1]["logits"] for passes in PASSES}
+        steps = steps or self.config.walk_steps
+        paths = {passes: self.walk(walker, x, passes) for passes in {*PASSES, steps}}
+        path, ends = paths[steps], {passes: paths[passes][-1]["logits"] for passes in PASSES}
         rows = [{k: step[k] for k in ("step", "sigma", "block")} | solved(step["logits"], y) for step in path]
         return {
             **solved(path[-1]["logits"], y),
