@@ -80,6 +80,11 @@ class TrainConfig:
         """Layers that are trained, all blocks together."""
         return int(self.model.layers)
 
+    @property
+    def block_counts(self) -> range:
+        """The numbers of blocks that the network can be cut into."""
+        return range(1, self.model.layers + 1)
+
     def resolved(self) -> dict[str, Any]:
         """What the config stands for besides its fields; written to config.yaml, and part of a run's identity."""
         return {}

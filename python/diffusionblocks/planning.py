@@ -51,11 +51,11 @@ class Unread(TorchDispatchMode):
 
 
 def plans(adapter: Adapter, device: torch.device) -> dict[int, Usage]:
-    """A plan for every B from 1 to the number of layers."""
+    """A plan for every B that the network can be cut into."""
     config, kind = adapter.config, type(adapter)
     return {
         blocks: plan(kind(replace(config, blocks=blocks, walk_steps=max(blocks, config.walk_steps))), device)
-        for blocks in range(1, config.model.layers + 1)
+        for blocks in config.block_counts
     }
 
 

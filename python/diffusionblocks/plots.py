@@ -16,7 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from .axes import (
     BLOCK_COLOURS,
@@ -186,6 +186,25 @@ def bound_figure(run: Run) -> Figure:
     return figure
 
 
+def passes_figure(run: Run) -> Figure:
+    """Accuracy by the number of passes through a recurrent core, beside the baselines'."""
+    figure, panels = new_figure(1, 2)
+    names = [name for name in run.results if "passes" in run.results[name]["test"]]
+    for axes, key, title in zip(panels, ("accuracy", "exact"), ("answers", "whole puzzles"), strict=True):
+        for name in names:
+            rows = run.results[name]["test"]["passes"]
+            style, colour = BASELINES.get(name, "-"), GREY if name in BASELINES else BLOCK_COLOURS[0]
+            cost = f"{name}, {run.results[name]['test']['layer_evaluations']:.3g} layer evaluations"
+            values = [row["passes"] for row in rows], [row[key] for row in rows]
+            axes.plot(*values, marker="o", ls=style, ms=5, lw=2, color=colour, label=cost)
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(0, 103)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        caption(axes, f"{title} solved, test split", "passes through the core", "%")
+    legend_below(panels[0], 1)
+    return figure
+
+
 # name -> the picture, and what of the test results it needs
 FIGURES: dict[str, tuple[Callable[[Run], Figure], set[str]]] = {
     "loss": (loss_figure, set()),
@@ -194,6 +213,7 @@ FIGURES: dict[str, tuple[Callable[[Run], Figure], set[str]]] = {
     "memory": (memory_figure, set()),
     "partition": (partition_figure, set()),
     "bound": (bound_figure, {"levels", "bound_bits"}),
+    "passes": (passes_figure, {"passes"}),
 }
 
 

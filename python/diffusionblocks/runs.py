@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .adapters.causal_lm import CausalLMRun
 from .adapters.masked_lm import MaskedLMRun
+from .adapters.recurrent import RecurrentRun
 from .adapters.vit import ViTRun
 from .config import TrainConfig
 from .models.vit import ViTConfig
@@ -40,4 +41,9 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
     ),
     "lm-text": ("text by characters, autoregressive: Python's help, embedded", CausalLMRun()),
     "mdlm-text": ("masked diffusion of text, by characters; minutes on two CPU cores", MaskedLMRun()),
+    "recurrent-sums": ("running sums of 16 digits; minutes on two CPU cores", RecurrentRun()),
+    "recurrent-mazes": (
+        "where water flows, 6x6 cells",
+        RecurrentRun(task="mazes", size=6, out=Path("runs/recurrent-mazes")),
+    ),
 }  # fmt: skip

@@ -4,6 +4,7 @@ from ..config import TrainConfig
 from .base import Adapter, Metric
 from .causal_lm import CausalLMAdapter
 from .masked_lm import MaskedLMAdapter
+from .recurrent import RecurrentAdapter
 from .vit import ViTAdapter
 
 __all__ = ["ADAPTERS", "Adapter", "Metric", "adapter_of"]
@@ -11,6 +12,7 @@ __all__ = ["ADAPTERS", "Adapter", "Metric", "adapter_of"]
 ADAPTERS: dict[str, type[Adapter]] = {
     "causal_lm": CausalLMAdapter,
     "masked_lm": MaskedLMAdapter,
+    "recurrent": RecurrentAdapter,
     "vit": ViTAdapter,
 }
 
