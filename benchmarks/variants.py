@@ -38,10 +38,10 @@ def causal_lm(base: Any) -> Variants:
     return {
         "B=1": sized(base, 1),
         "B=2": base,
-        "B=2 independent": replace(base, carried=False),
-        "B=2 per_block": replace(base, shared="per_block"),
-        "B=2 per_block, independent": replace(base, shared="per_block", carried=False),
         "B=4": sized(base, 4),
+        "B=2 per_block": replace(base, shared="per_block"),
+        "B=2, carried": replace(base, carried=True),
+        "B=4, carried": sized(base, 4, carried=True),
         "B=2, half at the highest noise": replace(base, context=0.5),
         "B=2, all by information": replace(base, context=0.0),
         "B=2, sees its own z": replace(base, model=replace(model, sees_z=True)),
