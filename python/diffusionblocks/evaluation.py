@@ -96,6 +96,23 @@ def bound(walker: Walker, x: Tensor, labels: Tensor, *, count: int = 32, seed: i
     return {"levels": levels, "bound_bits": read.bound[-1] * bits, "regret_bits": [r * bits for r in read.regret]}
 
 
+@torch.no_grad()
+def held_out_loss(walker: Walker, x: Tensor, y: Tensor, *, count: int = 32, seed: int = 0) -> dict[str, Any]:
+    """The denoising loss at `count` levels, each standing for the same share of the training noise, and their mean.
+
+    x: conditioning; y: targets.
+    """
+    model, levels = walker.model, []
+    model.eval()
+    for sigma in equal_mass_edges(model.partition.density, 2 * count)[1::2]:
+        level = torch.full(model.target.level_shape(y), sigma, device=y.device)
+        z = model.target.noised(y, level, seed=stream(seed, "held out"), offset=0)  # one draw for all levels
+        loss = model.target.loss(walker.read(x, z, sigma), z, y, level)
+        block = int(model.partition.block_of(sigma))
+        levels.append({"sigma": sigma, "block": block, "loss": float(loss.double().mean())})
+    return {"loss": sum(level["loss"] for level in levels) / count, "levels": levels}
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> float:
     """Mean over labels, in nats."""
     return float(functional.cross_entropy(logits.flatten(0, -2).double(), labels.flatten().long()))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .adapters.causal_lm import CausalLMRun
+from .adapters.dit import DiTRun
 from .adapters.vit import ViTRun
 from .config import TrainConfig
 from .models.vit import ViTConfig
@@ -38,4 +39,5 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "lm-text": ("text by characters, autoregressive: Python's help, embedded", CausalLMRun()),
+    "dit-digits": ("8x8 digits, made from noise; minutes on two CPU cores", DiTRun()),
 }  # fmt: skip

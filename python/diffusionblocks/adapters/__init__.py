@@ -3,12 +3,14 @@
 from ..config import TrainConfig
 from .base import Adapter, Metric
 from .causal_lm import CausalLMAdapter
+from .dit import DiTAdapter
 from .vit import ViTAdapter
 
 __all__ = ["ADAPTERS", "Adapter", "Metric", "adapter_of"]
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "causal_lm": CausalLMAdapter,
+    "dit": DiTAdapter,
     "vit": ViTAdapter,
 }
 
