@@ -23,11 +23,12 @@ class Walker:
     """Denoises whole splits, one resident block at a time. Weights are used as they are: enter `residency.averages()`
     for averages.
 
-    residency: where the blocks wait; None for a model that is wholly on its device.
+    residency: where the blocks wait; None for a model that is wholly on its device. prefetch: while a block works,
+    bring the next one, which falling levels will want: no wait, for the memory of a second block.
     """
 
-    def __init__(self, model: DiffusionBlocks, residency: Residency | None = None):
-        self.model, self.residency = model, residency
+    def __init__(self, model: DiffusionBlocks, residency: Residency | None = None, *, prefetch: bool = False):
+        self.model, self.residency, self.prefetch = model, residency, prefetch
 
     @property
     def device(self) -> torch.device:
@@ -48,6 +49,8 @@ class Walker:
         """Bring `block` to the device."""
         if self.residency:
             self.residency.activate(block)
+            if self.prefetch and block + 1 < len(self.model.blocks):
+                self.residency.prefetch(block + 1)
 
     def before(self, block: int, x: Tensor) -> Tensor | None:
         """What the blocks before `block` make of x, for a model that carries it."""

@@ -35,7 +35,7 @@ def write_grid(images: Tensor, path: Path, columns: int) -> Path:
 
 
 def write_trajectory(estimates: Sequence[tuple[float, int, Tensor]], path: Path, blocks: int) -> Path:
-    """What the owners of some levels make of the same images, a level a column: (sigma, block, D (N, C, S, S) uint8)."""
+    """What the owners of some levels make of the same images: (sigma, block, D as (N, C, S, S) uint8) a column."""
     rows, columns, colours = len(estimates[0][2]), len(estimates), block_colours(blocks)
     figure = Figure(figsize=(0.8 * columns, 0.8 * rows + 0.5), dpi=DPI)
     FigureCanvasAgg(figure)
