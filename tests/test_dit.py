@@ -181,10 +181,18 @@ def test_training_makes_it_better(tmp_path):
     assert loss() < 0.6 * before
 
 
-def test_what_an_evaluation_says(session, monkeypatch):
-    monkeypatch.setattr(metrics, "STEPS", 100)
-    monkeypatch.setattr(metrics, "EPOCHS", 0)
+@pytest.fixture(scope="module")
+def quick_judge():
+    """Less of the judge's training: enough to tell digits apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "STEPS", 100)
+        patch.setattr(metrics, "EPOCHS", 0)
+        metrics.judge.cache_clear()
+        yield
     metrics.judge.cache_clear()
+
+
+def test_what_an_evaluation_says(session, quick_judge):
     adapter = DiTAdapter(session.config)
     found = jobs.evaluate(adapter, session, "val")
     assert found["images"] == len(adapter.data.val)
@@ -194,7 +202,18 @@ def test_what_an_evaluation_says(session, monkeypatch):
     assert jobs.evaluate(adapter, session, "val")["frechet"] == found["frechet"]
     whole = adapter.network()
     assert adapter.score(whole, "val", CPU)["layer_evaluations"] == 6 * 3 * 2
-    metrics.judge.cache_clear()
+
+
+def test_a_run_from_start_to_pictures(tmp_path, quick_judge):
+    control = {"baseline": ("end-to-end",), "tune_lr": (1e-2,), "tune_warmup": (0.1,)}
+    summary = jobs.start(config(out=tmp_path / "run", walk_steps=3, **control))
+    ours, control = summary["results"]["block-wise"], summary["results"]["end-to-end"]
+    for result in (ours, control):
+        assert result["test"]["images"] == 360 and result["test"]["frechet"] > 0
+    assert ours["memory"]["activations"] < 0.6 * control["memory"]["activations"]
+    assert sum(ours["memory"].values()) == pytest.approx(sum(ours["plan"].values()), rel=0.05)
+    drawn = {path.name for path in (tmp_path / "run").glob("*.png")}
+    assert drawn == {"loss.png", "levels.png", "memory.png", "partition.png"}
 
 
 def test_samples_are_written_a_class_a_row(session, tmp_path):

@@ -9,6 +9,7 @@ from .adapters.causal_lm import CausalLMRun
 from .adapters.dit import DiTRun
 from .adapters.vit import ViTRun
 from .config import TrainConfig
+from .models.dit import DiTConfig
 from .models.vit import ViTConfig
 
 _FASHION = ViTConfig(image_size=28, patch=4, dim=128, layers=12, mlp=512, cond=32)
@@ -39,5 +40,13 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "lm-text": ("text by characters, autoregressive: Python's help, embedded", CausalLMRun()),
-    "dit-digits": ("8x8 digits, made from noise; minutes on two CPU cores", DiTRun()),
+    "dit-digits": ("8x8 digits made from noise, embedded; minutes on two CPU cores", DiTRun()),
+    "dit-fashion": (
+        "28x28 clothes made from noise, IDX files",
+        DiTRun(
+            data="fashion-mnist", out=Path("runs/dit-fashion"), steps=9000, batch_size=128, lr=2e-3, ema=0.999,
+            checkpoint_every=1000, tune_lr=(1e-3, 2e-3),
+            model=DiTConfig(image_size=28, patch=4, dim=128, layers=12, mlp=512),
+        ),
+    ),
 }  # fmt: skip

@@ -16,6 +16,7 @@ from .layers import LayerConfig, Modulation, NoiseEmbedding
 class DiTConfig(LayerConfig):
     """Sizes of a Diffusion Transformer."""
 
+    cond: int = 64
     image_size: int = 8
     channels: int = 1
     classes: int = 10
@@ -37,7 +38,8 @@ class DiTStem(nn.Module):
         super().__init__()
         self.config = config
         self.patch = nn.Linear(config.channels * config.patch**2, config.dim)
-        self.position = nn.Parameter(torch.randn(1, (config.image_size // config.patch) ** 2, config.dim) * 0.02)
+        # as large as an embedded patch: from a start near zero, where a patch lies is learnt late
+        self.position = nn.Parameter(torch.randn(1, (config.image_size // config.patch) ** 2, config.dim) * 0.5)
         self.noise = NoiseEmbedding(config.cond)
         self.label = nn.Embedding(config.classes + 1, config.cond)
 
