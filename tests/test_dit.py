@@ -313,6 +313,9 @@ def test_a_folder_of_images(tmp_path):
     Image.fromarray(numpy.zeros((8, 9), dtype=numpy.uint8)).save(tmp_path / "dogs" / "wide.png")
     with pytest.raises(ValueError, match="is 9x8, not 8x8"):
         data.load("folder", folder=tmp_path)
+    (tmp_path / "cats" / "0.png").write_text("a text")
+    with pytest.raises(ValueError, match="is not an image file"):
+        data.load("folder", folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="needs folder="):
         data.load("folder")
     (tmp_path / "empty").mkdir()

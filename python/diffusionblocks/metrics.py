@@ -54,7 +54,10 @@ class FeatureNet(nn.Module):
 
 
 class Judge:
-    """Reads images with a classifier trained on the dataset's own training images, the same for every run's seed."""
+    """Reads images with a classifier trained on the dataset's own training images (validation ones among them).
+
+    The same for every run's seed. With a single class it has nothing to learn: its features are random ones.
+    """
 
     def __init__(self, data: ImageData, device: torch.device):
         torch.manual_seed(stream(0, "judge") % 2**63)

@@ -85,8 +85,8 @@ def image_folder(folder: Path | None) -> Source:
     files = [(path, label) for label, kind in enumerate(kinds) for path in sorted(kind.iterdir()) if path.is_file()]
     if not files:
         raise ValueError(f"{folder} holds no image files, and no sub-folders with any")
-    with Image.open(files[0][0]) as first:
-        channels, size = 1 if first.mode in ("1", "L") else 3, first.width
+    first = _open(files[0][0])
+    channels, size = 1 if first.mode in ("1", "L") else 3, first.width
     images = torch.stack([read_image(path, channels, size) for path, _ in files])
     labels = torch.tensor([label for _, label in files])
     test, train = stratified(labels, len(labels) // 10, stream(0, "folder", "test"))
@@ -96,13 +96,17 @@ def image_folder(folder: Path | None) -> Source:
 
 def read_image(path: Path, channels: int, size: int) -> Tensor:
     """An image file as (C, S, S) uint8. Raises: ValueError if it can't be read or has another size."""
-    try:
-        image = Image.open(path).convert("L" if channels == 1 else "RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image file") from error
+    image = _open(path).convert("L" if channels == 1 else "RGB")
     if image.size != (size, size):
         raise ValueError(f"{path} is {image.width}x{image.height}, not {size}x{size}; resize it first")
     return torch.from_numpy(numpy.array(image)).reshape(size, size, channels).permute(2, 0, 1).contiguous()
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image file") from error
 
 
 def stratified(labels: Tensor, count: int, key: int) -> tuple[Tensor, Tensor]:

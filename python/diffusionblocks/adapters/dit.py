@@ -79,12 +79,10 @@ class DiTAdapter(Adapter):
     @cached_property
     def data(self) -> ImageData:
         """The splits. Raises: ValueError if the model is for other images."""
-        c = self.config
+        c, model = self.config, self.config.model
         data = load(c.data, folder=c.folder, seed=c.seed)
-        have, want = (
-            (data.channels, data.image_size, data.classes),
-            (c.model.channels, c.model.image_size, c.model.classes),
-        )
+        have = (data.channels, data.image_size, data.classes)
+        want = (model.channels, model.image_size, model.classes)
         if have != want:
             raise ValueError(f"{c.data} has (channels, image_size, classes) {have}, the model {want}: set --model.*")
         half = (0.5,) * data.channels
