@@ -17,41 +17,16 @@ from typing import Any
 
 import torch
 import tyro
+from variants import COMPARED, VARIANTS, choices
 
 from diffusionblocks import baselines, jobs
 from diffusionblocks.adapters import adapter_of
 from diffusionblocks.adapters.base import Adapter
-from diffusionblocks.config import TrainConfig
-from diffusionblocks.recipes import Recipe
 from diffusionblocks.runs import RUNS
 from diffusionblocks.training import train
 
 Row = dict[str, Any]
 CPU = torch.device("cpu")
-# With six layers in three blocks there is no remainder; with a fixed codebook of unit vectors "raw" changes nothing.
-SWITCHES = [field.name for field in dataclasses.fields(Recipe) if field.name not in ("remainder", "estimate")]
-
-
-def variants(base: TrainConfig) -> dict[str, TrainConfig]:
-    """Every block-wise training of the results tables, by name."""
-    sizes = {f"B={b}": replace(base, blocks=b, walk_steps=max(b, base.walk_steps)) for b in (1, 2, 3, 6)}
-    independent = {f"B={b} per_block": replace(base, blocks=b, shared="per_block") for b in (2, 3, 6)}
-    switched = {f"corrected, {field} as published": replace(base, switch=(field,)) for field in SWITCHES}
-    published = {"published": replace(base, recipe="published")}
-    restored = {
-        f"published, {field} as corrected": replace(base, recipe="published", switch=(field,)) for field in SWITCHES
-    }
-    return sizes | independent | published | switched | restored
-
-
-def choices(base: TrainConfig) -> dict[str, TrainConfig]:
-    """The learning rates and warm-ups to choose from on the validation split, by number of blocks."""
-    return {
-        f"B={b}, lr {lr:g}, warm-up {warmup:g}": replace(base, blocks=b, lr=lr, warmup=warmup)
-        for b in (1, 2, 3, 6)
-        for lr in base.tune_lr
-        for warmup in base.tune_warmup
-    }
 
 
 def block_wise(adapter: Adapter) -> Row:
@@ -76,11 +51,21 @@ def end_to_end(adapter: Adapter) -> Row:
     return dataclasses.asdict(baselines.end_to_end(adapter, CPU, on_log=lambda row: None))
 
 
-def forward_forward(adapter: Adapter) -> Row:
-    """The Forward-Forward baseline."""
-    from diffusionblocks.forward_forward import forward_forward as run
+def other(name: str) -> Callable[[Adapter], Row]:
+    """A baseline of classifiers."""
+    return lambda adapter: dataclasses.asdict(jobs.OTHERS[name](adapter, CPU, on_log=lambda row: None))
 
-    return dataclasses.asdict(run(adapter, CPU, on_log=lambda row: None))
+
+def shallow(adapter: Adapter) -> Row:
+    """The end-to-end network of one block's depth."""
+    return dataclasses.asdict(baselines.end_to_end(adapter, CPU, on_log=lambda row: None, name="shallow"))
+
+
+CONTROLS: dict[str, Callable[[Adapter], Row]] = {
+    "end-to-end": end_to_end,
+    "shallow": shallow,
+    **{name: other(name) for name in jobs.OTHERS},
+}
 
 
 @dataclass
@@ -102,11 +87,8 @@ class Study:
 def main(study: Study) -> None:
     torch.set_num_threads(study.threads)
     base = RUNS[study.run][1]
-    jobs_: dict[str, Callable[[Adapter], Row]] = {
-        "end-to-end": end_to_end,
-        "forward-forward": forward_forward,
-    }
-    configs = choices(base) if study.choose else dict.fromkeys(jobs_, base) | variants(base)
+    controls = {name: CONTROLS[name] for name in COMPARED.get(base.architecture, ("end-to-end",))}
+    configs = choices(base) if study.choose else dict.fromkeys(controls, base) | VARIANTS[base.architecture](base)
     chosen = [name for name in configs if not study.only or name in study.only]
     tables = [(name, seed) for name in chosen if " as " not in name for seed in study.seeds]
     ablations = [(name, seed) for seed in study.seeds for name in chosen if " as " in name]
@@ -118,8 +100,8 @@ def main(study: Study) -> None:
             continue
         config = replace(configs[name], seed=seed)
         adapter = adapter_of(config)
-        result = jobs_.get(name, block_wise)(adapter)
-        row = {"variant": name, "seed": seed, "machine": jobs.machine(CPU), **result}
+        result = controls.get(name, block_wise)(adapter)
+        row = {"architecture": base.architecture, "variant": name, "seed": seed, "machine": jobs.machine(CPU), **result}
         with study.to.open("a") as file:
             file.write(json.dumps(row) + "\n")
         key = adapter.metric.key

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+Column = Callable[[list[Row]], str]
 
 
 def gather(path: Path) -> dict[str, list[Row]]:
@@ -26,22 +28,57 @@ def spread(values: list[float], digits: int = 1) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
 
 
+def of(split: str, key: str, digits: int = 1) -> Column:
+    """A number of a split, mean and spread over seeds; empty where a training has none."""
+    return lambda rows: spread([row[split][key] for row in rows], digits) if key in rows[0][split] else ""
+
+
+def walk(rows: list[Row]) -> str:
+    """Accuracy as the walk leaves each block."""
+    return " → ".join(f"{a:.1f}" for a in by_block(rows)) if "walk" in rows[0]["test"] else ""
+
+
+def rise(rows: list[Row]) -> str:
+    """What each block adds to the bound, in bits, the mean over seeds."""
+    if "regret_bits" not in rows[0]["test"]:
+        return ""
+    return ", ".join(
+        f"{statistics.mean(b):+.3f}" for b in zip(*(row["test"]["regret_bits"] for row in rows), strict=True)
+    )
+
+
+def memory(rows: list[Row]) -> str:
+    """Peak bytes in training."""
+    return f"{statistics.mean(sum(row['memory'].values()) for row in rows) / 1e6:.1f}"
+
+
+COLUMNS: dict[str, dict[str, Column]] = {
+    "vit": {
+        "test accuracy %": of("test", "accuracy"),
+        "validation %": of("val", "accuracy"),
+        "walk by block, test %": walk,
+        "bound, bits": of("test", "bound_bits", 2),
+        "memory, MB": memory,
+    },
+    "causal_lm": {
+        "test, bits a character": of("test", "bits", 3),
+        "validation": of("val", "bits", 3),
+        "bound's rise by block": rise,
+        "first step": of("test", "first_bits", 3),
+        "last step": of("test", "last_bits", 2),
+        "mixture of 8": of("test", "mixture_bits", 2),
+        "memory, MB": memory,
+    },
+}
+
+
 def main_table(groups: dict[str, list[Row]]) -> list[str]:
-    """Accuracy, memory and bound of each way of training."""
-    lines = [
-        "| training | test accuracy % | validation % | walk by block, test % | bound, bits | memory, MB |",
-        "|---|---|---|---|---|---|",
-    ]
+    """What each way of training reached, and took."""
+    columns = COLUMNS[next(iter(groups.values()))[0].get("architecture", "vit")]
+    lines = [f"| training | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name, rows in groups.items():
-        if " as " in name:
-            continue
-        accuracy = [spread([row[split]["accuracy"] for row in rows]) for split in ("test", "val")]
-        memory = statistics.mean(sum(row["memory"].values()) for row in rows) / 1e6
-        walk, bound = "", ""
-        if "walk" in rows[0]["test"]:
-            bound = spread([row["test"]["bound_bits"] for row in rows], 2)
-            walk = " → ".join(f"{a:.1f}" for a in by_block(rows))
-        lines.append(f"| {name} | {accuracy[0]} | {accuracy[1]} | {walk} | {bound} | {memory:.1f} |")
+        if " as " not in name:
+            lines.append(f"| {name} | {' | '.join(column(rows) for column in columns.values())} |")
     return lines
 
 
@@ -53,16 +90,16 @@ def by_block(rows: list[Row]) -> list[float]:
 
 def memory_table(groups: dict[str, list[Row]]) -> list[str]:
     """Peak bytes by category, in MB, and their ratio to end to end and to one conditioned block."""
-    names = [name for name in groups if name == "end-to-end" or name in {f"B={b}" for b in (1, 2, 3, 6)}]
-    memory = {name: groups[name][0]["memory"] for name in names}
-    total = {name: sum(by_category.values()) for name, by_category in memory.items()}
-    categories = list(memory[names[0]])
+    names = [name for name in groups if name == "end-to-end" or name in {f"B={b}" for b in (1, 2, 3, 4, 6)}]
+    taken = {name: groups[name][0]["memory"] for name in names}
+    total = {name: sum(by_category.values()) for name, by_category in taken.items()}
+    categories = list(taken[names[0]])
     lines = [
         f"| training | {' | '.join(categories)} | total | against end-to-end | against B=1 |",
         "|---" * (len(categories) + 4) + "|",
     ]
     for name in names:
-        cells = [f"{memory[name][category] / 1e6:.2f}" for category in categories]
+        cells = [f"{taken[name][category] / 1e6:.2f}" for category in categories]
         ratios = [f"{total[name] / total[base]:.3f}" for base in ("end-to-end", "B=1")]
         lines.append(f"| {name} | {' | '.join(cells)} | {total[name] / 1e6:.2f} | {' | '.join(ratios)} |")
     return lines

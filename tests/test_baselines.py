@@ -64,7 +64,10 @@ def test_a_given_choice_is_not_searched(tmp_path):
 
 
 def test_checkpointing_changes_memory_and_nothing_else(tmp_path):
-    plain, saved = (end_to_end(adapter(tmp_path), CPU, on_log=lambda row: None, checkpointing=c) for c in (False, True))
+    plain, saved = (
+        end_to_end(adapter(tmp_path), CPU, on_log=lambda row: None, name=name)
+        for name in ("end-to-end", "checkpointing")
+    )
     assert saved.name == "checkpointing" and saved.test == plain.test
     assert saved.memory["activations"] < 0.7 * plain.memory["activations"]
     torch.manual_seed(0)
@@ -77,6 +80,13 @@ def test_checkpointing_changes_memory_and_nothing_else(tmp_path):
         network.layers = torch.nn.ModuleList(Checkpointed(layer) for layer in network.layers)
     # the same operations in the same order: no rounding differs
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_shallow_network_has_the_depth_of_one_block(tmp_path):
+    whole, part = (
+        end_to_end(adapter(tmp_path), CPU, on_log=lambda row: None, name=name) for name in ("end-to-end", "shallow")
+    )
+    assert part.name == "shallow" and part.memory["activations"] < 0.5 * whole.memory["activations"]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,18 +60,19 @@ def end_to_end(
     device: torch.device,
     *,
     on_log: Log,
-    checkpointing: bool = False,
+    name: str = "end-to-end",
     choice: dict[str, float] | None = None,
 ) -> Result:
     """The adapter's network, all layers at once, for config.steps steps.
 
+    name: "checkpointing" makes activations again in the backward pass; "shallow" is a network of one block's depth.
     Learning rate and warm-up are chosen on the validation split at the full budget: every rate of tune_lr at the first
     warm-up, then the other warm-ups at the best rate; ties go to the earlier one. `choice` skips the search. The test
     split is read once, for the chosen run.
     Raises: NonFiniteLoss, naming the step, if the loss isn't finite and there is nothing else to try.
     """
     config, metric = adapter.config, adapter.metric
-    name = "checkpointing" if checkpointing else "end-to-end"
+    adapter = shallow(adapter) if name == "shallow" else adapter
     tried: list[dict[str, float]] = []
     best: Attempt | None = None
 
@@ -79,7 +80,7 @@ def end_to_end(
         nonlocal best, choice
         tried.append({"lr": lr, "warmup": warmup, "val": float("nan")})
         try:
-            run = _train(name, adapter, device, lr, warmup, checkpointing, on_log)
+            run = _train(name, adapter, device, lr, warmup, on_log)
         except NonFiniteLoss:
             if len(config.tune_lr) * len(config.tune_warmup) == 1:
                 raise
@@ -102,11 +103,16 @@ def end_to_end(
     return Result(name, best.val, test, best.seconds, best.memory, choice, tried)
 
 
-def _train(
-    name: str, adapter: Adapter, device: torch.device, lr: float, warmup: float, checkpointing: bool, on_log: Log
-) -> Attempt:
-    """One training; the network comes with its averaged weights."""
+def shallow(adapter: Adapter) -> Adapter:
+    """The same architecture with one block's layers."""
     config = adapter.config
+    layers = max(1, config.model.layers // config.blocks)
+    return type(adapter)(replace(config, blocks=1, model=replace(config.model, layers=layers)))
+
+
+def _train(name: str, adapter: Adapter, device: torch.device, lr: float, warmup: float, on_log: Log) -> Attempt:
+    """One training; the network comes with its averaged weights."""
+    config, checkpointing = adapter.config, name == "checkpointing"
     network: Any = adapter.network().to(device)
     if checkpointing:
         for i, layer in enumerate(network.layers):

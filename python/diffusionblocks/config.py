@@ -49,7 +49,7 @@ class TrainConfig:
     """Where waiting blocks are; auto: the host's memory, or disk where the host itself trains."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
-    baseline: tuple[Literal["end-to-end", "checkpointing"], ...] = ("end-to-end",)
+    baseline: tuple[Literal["end-to-end", "checkpointing", "shallow"], ...] = ("end-to-end",)
     tune_lr: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """End-to-end learning rates to choose from on the validation split."""
     tune_warmup: tuple[float, ...] = (0.05, 0.2)

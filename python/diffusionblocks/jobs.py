@@ -23,9 +23,12 @@ from .config import TrainConfig, from_yaml, to_yaml
 from .evaluation import Walker
 from .forward_forward import forward_forward
 from .manifest import package_version
+from .noprop import noprop
 from .planning import plan
 from .progress import Progress
 from .training import Session, train
+
+OTHERS = {"forward-forward": forward_forward, "noprop": noprop}  # that train without backpropagation through all layers
 
 
 def pick_device(name: str) -> torch.device:
@@ -97,14 +100,13 @@ def open_run(folder: Path) -> tuple[Adapter, Session]:
 def _run(name: str, adapter: Adapter, session: Session, on_log: Callable[[Row], None]) -> Row:
     if name == "block-wise":
         return _block_wise(adapter, session, on_log)
-    if name == "forward-forward":
-        assert isinstance(adapter, ViTAdapter)  # the only config that takes it
-        return dataclasses.asdict(forward_forward(adapter, session.device, on_log=on_log))
-    checkpointing, choice = name == "checkpointing", None
-    tuned = _result(session.config, "end-to-end")
-    if checkpointing and tuned.exists():
+    if name in OTHERS:
+        assert isinstance(adapter, ViTAdapter)  # the only config that takes them
+        return dataclasses.asdict(OTHERS[name](adapter, session.device, on_log=on_log))
+    tuned, choice = _result(session.config, "end-to-end"), None
+    if name == "checkpointing" and tuned.exists():
         choice = json.loads(tuned.read_text())["choice"]
-    result = baselines.end_to_end(adapter, session.device, on_log=on_log, checkpointing=checkpointing, choice=choice)
+    result = baselines.end_to_end(adapter, session.device, on_log=on_log, name=name, choice=choice)
     return dataclasses.asdict(result)
 
 

@@ -38,7 +38,14 @@ from .memory import CATEGORIES, readable
 from .partition import Partition
 from .runfiles import BLOCKWISE, Run, read_run
 
-BASELINES = {"end-to-end": "--", "checkpointing": ":", "forward-forward": "-."}  # name -> line style
+# name -> line style
+BASELINES: dict[str, Any] = {
+    "end-to-end": "--",
+    "checkpointing": ":",
+    "shallow": (0, (6, 2, 1, 2)),
+    "forward-forward": "-.",
+    "noprop": (0, (1, 4)),
+}
 PLAN = "block-wise,\nplan"
 
 
@@ -125,7 +132,7 @@ def memory_figure(run: Run) -> Figure:
         seconds, held = [r["seconds"] for r in rows], [r["allocated"] / per for r in rows]
         if rows:
             colour = BLOCK_COLOURS[0] if name == BLOCKWISE else GREY
-            left.plot(seconds, held, style, color=colour, lw=1.8, label=name)
+            left.plot(seconds, held, ls=style, color=colour, lw=1.8, label=name)
     left.set_ylim(0, 1.1 * left.get_ylim()[1])
     caption(left, "while training", "seconds since it began", f"on the device, {unit}")
     legend_below(left, 2)

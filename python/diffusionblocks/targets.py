@@ -127,6 +127,12 @@ class ClassTarget(Target):
         """The codebook as used: (K, d)."""
         return functional.normalize(self.table, dim=-1) if self.normalize else self.table
 
+    def evidence(self, z: Tensor) -> Tensor:
+        """What z says of each class, in units of 1 / sigma^2: (B, d) -> (B, K), float32."""
+        table = self.embeddings().float()
+        with torch.autocast(z.device.type, enabled=False):
+            return z.float() @ table.T - table.square().sum(-1) / 2
+
     def clean(self, y: Tensor) -> Tensor:
         """Labels (B,) int64 -> (B, d)."""
         return self.embeddings()[y]
@@ -139,9 +145,7 @@ class ClassTarget(Target):
             h = edm.expand_as(c.c_out, h) * h + edm.expand_as(c.c_skip, z) * z
         logits = head(h, cond).float()
         if self.readout == "posterior":
-            with torch.autocast(logits.device.type, enabled=False):
-                evidence = z.float() @ table.T - table.square().sum(-1) / 2
-            logits = logits + evidence / sigma.float().square().unsqueeze(-1)
+            logits = logits + self.evidence(z) / sigma.float().square().unsqueeze(-1)
         with torch.autocast(logits.device.type, enabled=False):
             denoised = logits.softmax(-1) @ (self.table.float() if self.raw_estimate else table)
         return Output(logits, denoised)

@@ -34,6 +34,16 @@ class TokenTarget(Target):
         """K."""
         return len(self.table)
 
+    def embeddings(self) -> Tensor:
+        """The codebook: (K, d)."""
+        return self.table
+
+    def evidence(self, z: Tensor) -> Tensor:
+        """What z says of each label, in units of 1 / sigma^2: (B, N, d) -> (B, N, K), float32."""
+        table = self.table.float()
+        with torch.autocast(z.device.type, enabled=False):
+            return z.float() @ table.T - table.square().sum(-1) / 2
+
     def clean(self, y: Tensor) -> Tensor:
         """Labels (B, N) -> (B, N, d)."""
         return self.table[y]
@@ -61,12 +71,10 @@ class TokenTarget(Target):
 
     def read(self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, sigma: Tensor) -> Output:
         """Features h (B, N, D), z (B, N, d), levels (B, groups) -> logits (B, N, K) and D (B, N, d), float32."""
-        table = self.table.float()
         logits = head(h, cond).float()
+        logits = logits + self.evidence(z) / self.by_token(sigma, z).float().square().unsqueeze(-1)
         with torch.autocast(logits.device.type, enabled=False):
-            evidence = z.float() @ table.T - table.square().sum(-1) / 2
-            logits = logits + evidence / self.by_token(sigma, z).float().square().unsqueeze(-1)
-            return Output(logits, logits.softmax(-1) @ table)
+            return Output(logits, logits.softmax(-1) @ self.table.float())
 
     def objective(self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, y: Tensor, sigma: Tensor) -> Objective:
         """The same, never holding all logits. head: has a `linear` from features to the vocabulary."""

@@ -39,15 +39,26 @@ class CausalLMRun(TrainConfig):
     """Tokens of a training window."""
     out: Path = Path("runs/lm-text")
     blocks: int = 2
-    steps: int = 2000
+    steps: int = 1500
+    lr: float = 4e-3
+    warmup: float = 0.05
+    ema: float = 0.995
+    tune_lr: tuple[float, ...] = (4e-3, 8e-3)
     context: float = 0.9
     """Share of the draws at the highest noise, where the answer must come from the tokens before."""
-    carried: bool = True
+    carried: bool = False
     """Give each block what the blocks before made of the clean tokens, without gradient: the depth of all of them, at
     the price of a forward pass and of the blocks' independence."""
     evaluated: int = 16384
     """Tokens of a split that are evaluated."""
     model: CausalLMConfig = field(default_factory=CausalLMConfig)
+
+    @property
+    def total_steps(self) -> int:
+        """As many layer evaluations as `steps` end-to-end steps: a forward pass alone counts a third, and block b
+        takes b of them for what it is given; a noisy stream doubles the tokens."""
+        carrying = (self.blocks - 1) / 6 if self.carried else 0
+        return round(self.steps * self.blocks / (1 + carrying) / (2 if self.model.sees_z else 1))
 
 
 class CausalLMAdapter(Adapter):

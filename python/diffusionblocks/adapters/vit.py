@@ -26,7 +26,7 @@ from ..targets import ClassTarget, spread_codebook
 from ..training import Batches
 from .base import Adapter, Metric, Row
 
-Baseline = Literal["end-to-end", "checkpointing", "forward-forward"]
+Baseline = Literal["end-to-end", "checkpointing", "shallow", "forward-forward", "noprop"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ViTRun(TrainConfig):
     sampler: Literal["euler", "heun", "dpmpp_2m"] = "euler"
     augment: bool = False
     """Random crops and flips."""
-    baseline: tuple[Baseline, ...] = ("end-to-end",)  # type: ignore[assignment]  # one more than others have
+    baseline: tuple[Baseline, ...] = ("end-to-end",)  # type: ignore[assignment]  # more than others have
     model: ViTConfig = field(default_factory=ViTConfig)
 
     def __post_init__(self) -> None:

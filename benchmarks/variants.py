@@ -1,0 +1,66 @@
+"""What each study compares: variants of a run, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from diffusionblocks.config import TrainConfig
+from diffusionblocks.recipes import Recipe
+
+# With six layers in three blocks there is no remainder; with a fixed codebook of unit vectors "raw" changes nothing.
+SWITCHES = [field.name for field in dataclasses.fields(Recipe) if field.name not in ("remainder", "estimate")]
+Variants = dict[str, TrainConfig]
+
+
+def sized(base: TrainConfig, blocks: int, **changes: Any) -> TrainConfig:
+    """The run in so many blocks, with steps enough to visit all."""
+    return replace(base, blocks=blocks, walk_steps=max(blocks, base.walk_steps), **changes)
+
+
+def vit(base: TrainConfig) -> Variants:
+    """Numbers of blocks, independent blocks, and every difference between the two recipes."""
+    sizes = {f"B={b}": sized(base, b) for b in (1, 2, 3, 6)}
+    independent = {f"B={b} per_block": sized(base, b, shared="per_block") for b in (2, 3, 6)}
+    switched = {f"corrected, {field} as published": replace(base, switch=(field,)) for field in SWITCHES}
+    published = {"published": replace(base, recipe="published")}
+    restored = {
+        f"published, {field} as corrected": replace(base, recipe="published", switch=(field,)) for field in SWITCHES
+    }
+    return sizes | independent | published | switched | restored
+
+
+def causal_lm(base: Any) -> Variants:
+    """Numbers of blocks, what they share and carry, and what the network sees of z; each alone."""
+    model = base.model
+    return {
+        "B=1": sized(base, 1),
+        "B=2": base,
+        "B=2 independent": replace(base, carried=False),
+        "B=2 per_block": replace(base, shared="per_block"),
+        "B=2 per_block, independent": replace(base, shared="per_block", carried=False),
+        "B=4": sized(base, 4),
+        "B=2, half at the highest noise": replace(base, context=0.5),
+        "B=2, all by information": replace(base, context=0.0),
+        "B=2, sees its own z": replace(base, model=replace(model, sees_z=True)),
+        "B=2, groups of 4": replace(base, model=replace(model, sees_z=True, group_size=4)),
+        "B=2, groups of 16": replace(base, model=replace(model, sees_z=True, group_size=16)),
+    }
+
+
+# With what an architecture is compared, if not with the end-to-end network alone.
+COMPARED = {"vit": ("end-to-end", "forward-forward", "noprop"), "causal_lm": ("end-to-end", "shallow")}
+VARIANTS: dict[str, Callable[[Any], Variants]] = {"vit": vit, "causal_lm": causal_lm}
+
+
+def choices(base: TrainConfig) -> Variants:
+    """Learning rates and warm-ups to choose from on the validation split, by number of blocks."""
+    return {
+        f"B={b}, lr {lr:g}, warm-up {warmup:g}": sized(base, b, lr=lr, warmup=warmup)
+        for b in (1, 2, 3, 6)
+        if b <= base.model.layers
+        for lr in base.tune_lr
+        for warmup in base.tune_warmup
+    }
