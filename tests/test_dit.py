@@ -21,7 +21,7 @@ from diffusionblocks.training import train
 
 CPU = torch.device("cpu")
 MODEL = DiTConfig(dim=16, layers=3, heads=2, mlp=24, cond=8, patch=4)
-CONFIG = DiTRun(model=MODEL, steps=6, visit=2, batch_size=8, walk_steps=6, baseline=(), ema=0.9, lr=1e-2)
+CONFIG = DiTRun(model=MODEL, steps=6, visit=2, batch_size=8, walk_steps=6, baseline=(), ema=0.9, lr=1e-2, guidance=2.0)
 
 
 def config(**changes) -> DiTRun:

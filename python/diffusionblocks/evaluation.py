@@ -126,9 +126,9 @@ def held_out_loss(walker: Walker, x: Tensor, y: Tensor, *, count: int = 32, seed
     """
     model, levels = walker.model, []
     model.eval()
-    for sigma in equal_mass_edges(model.partition.density, 2 * count)[1::2]:
+    for i, sigma in enumerate(equal_mass_edges(model.partition.density, 2 * count)[1::2]):
         level = torch.full(model.target.level_shape(y), sigma, device=y.device)
-        z = model.target.noised(y, level, seed=stream(seed, "held out"), offset=0)  # one draw for all levels
+        z = model.target.noised(y, level, seed=stream(seed, "held out"), offset=i)
         loss = model.target.loss(walker.read(x, z, sigma), z, y, level)
         block = int(model.partition.block_of(sigma))
         levels.append({"sigma": sigma, "block": block, "loss": float(loss.double().mean())})
