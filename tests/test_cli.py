@@ -117,7 +117,7 @@ def test_errors_are_one_line_and_say_what_to_do(folder, tmp_path, capsys):
     assert "switch must name" in fails(capsys, "train", "vit-digits", "--switch", "nothing", "--out", tmp_path / "x")
     wrong = tmp_path / "wrong.png"
     Image.fromarray(numpy.zeros((9, 9), dtype=numpy.uint8)).save(wrong)
-    assert "is 9x9, the model needs 8x8" in fails(capsys, "predict", folder, wrong)
+    assert "is 9x9, not 8x8" in fails(capsys, "predict", folder, wrong)
     wrong.write_text("text")
     assert "not an image" in fails(capsys, "predict", folder, wrong)
     assert "must end in .safetensors" in fails(capsys, "export", folder, "--to", tmp_path / "x.pt")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 import torch
 
 import tiny
+from diffusionblocks import residency as module
+from diffusionblocks.classification import walk
+from diffusionblocks.evaluation import Walker
 from diffusionblocks.memory import count_bytes
+from diffusionblocks.partition import step_levels
 from diffusionblocks.residency import Residency
 from diffusionblocks.training import train
 
@@ -105,3 +110,59 @@ def test_host_store_keeps_waiting_blocks_usable_as_data(tmp_path):
     session = tiny.session(tiny.config(tmp_path, store="host"))
     session.residency.activate(0)
     assert all(t.device == CPU and t.numel() for t in session.residency.tensors("block_2").values())
+
+
+def test_a_prefetched_block_is_read_beside_the_active_one_and_changes_no_bit(tmp_path, monkeypatch):
+    session = tiny.session(tiny.config(tmp_path))
+    residency, threads = session.residency, []
+    for b in (1, 2):
+        residency.activate(b)
+        for t in residency.tensors(f"block_{b}").values():
+            t.data.copy_(torch.randn_like(t))
+    plain = {part: {n: t.clone() for n, t in residency.tensors(part).items()} for part in residency.parts}
+    residency.activate(0)
+    load = module.load_file
+    monkeypatch.setattr(
+        module, "load_file", lambda *a, **k: threads.append(threading.current_thread()) or load(*a, **k)
+    )
+    for b in (1, 2):
+        residency.prefetch(b)
+        residency.prefetch(b)  # asked for once
+        residency.activate(b)
+        assert all(torch.equal(t, plain[f"block_{b}"][n]) for n, t in residency.tensors(f"block_{b}").items())
+    assert len(threads) == 2 and threading.main_thread() not in threads
+    residency.activate(0)
+    assert threads.pop() is threading.main_thread()
+
+
+def test_a_prefetched_block_is_what_was_loaded_since_and_another_may_come_first(tmp_path):
+    session = tiny.session(tiny.config(tmp_path))
+    residency = session.residency
+    residency.activate(0)
+    residency.prefetch(1)
+    residency.load("block_1", {n: torch.full_like(t, 7) for n, t in residency.tensors("block_1").items()})
+    residency.activate(1)
+    assert all((t == 7).all() for t in residency.tensors("block_1").values())
+    residency.prefetch(0)
+    residency.activate(2)
+    for t in residency.tensors("block_2").values():
+        t.data.fill_(8)
+    residency.activate(0)
+    residency.activate(2)
+    assert all((t == 8).all() for t in residency.tensors("block_2").values())
+    with pytest.raises(ValueError, match="no block 9"):
+        residency.prefetch(9)
+
+
+@pytest.mark.parametrize("store", ["host", "disk"])
+def test_a_walk_with_prefetching_is_the_same_walk(tmp_path, store):
+    session = tiny.session(tiny.config(tmp_path, store=store))
+    x, _ = tiny.RandomBatches(4).batch(0)
+    levels = step_levels(session.model.partition, 6)
+    train(session, tiny.RandomBatches(), on_log=lambda row: None, on_step=lambda: None)
+    walks = []
+    for prefetch in (False, True, True):
+        with session.residency.averages():
+            walks.append(walk(Walker(session.model, session.residency, prefetch=prefetch), x, levels))
+    for other in walks[1:]:
+        assert all(torch.equal(a["logits"], b["logits"]) for a, b in zip(walks[0], other, strict=True))

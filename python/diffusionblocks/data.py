@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .rng import stream
-from .sources import SOURCES, stratified
+from .sources import SOURCES, image_folder, stratified
 
 NAMES = tuple(SOURCES)
 
@@ -69,20 +69,22 @@ class ImageData:
 
 
 def load(name: str, *, folder: str | Path | None = None, val_fraction: float = 0.1, seed: int = 0) -> ImageData:
-    """The dataset `name`, one of NAMES. Its test split is the same for every seed.
+    """The dataset `name`, one of NAMES, or "folder" for files of one's own. Its test split is the same for every seed.
 
     folder: where the files are. For fashion-mnist the four IDX files, gzipped or not (None: where Debian's
     package dataset-fashion-mnist puts them); for cifar100 and tiny-imagenet a copy of the hub's dataset, as
-    parquet or from save_to_disk (None: downloaded); digits comes with scikit-learn and takes none.
+    parquet or from save_to_disk (None: downloaded); digits comes with scikit-learn and takes none; for
+    "folder" see sources.image_folder.
     val_fraction: share of the training images set aside for choices, stratified by class, drawn by `seed`.
     Raises: FileNotFoundError on a missing folder or file, or an unreachable hub. ValueError on an unknown
     name, files that are truncated, foreign or of another shape, labels out of range, or an empty split.
     ImportError on a missing library.
     """
-    if name not in SOURCES:
-        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(NAMES)}")
-    source = SOURCES[name]
-    pairs = source.read(None if folder is None else Path(folder).expanduser())
+    if name not in (*SOURCES, "folder"):
+        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(NAMES)}, or 'folder'")
+    where = None if folder is None else Path(folder).expanduser()
+    source = image_folder(where) if name == "folder" else SOURCES[name]
+    pairs = source.read(where)
     full, test = Split(*pairs["train"]), Split(*pairs["test"])
     for part, split in (("train", full), ("test", test)):
         _check(split, source.classes, source.shape, f"{name} ({part})")

@@ -24,11 +24,12 @@ class Walker:
     """Denoises whole splits, one resident block at a time. Weights are used as they are: enter `residency.averages()`
     for averages.
 
-    residency: where the blocks wait; None for a model that is wholly on its device.
+    residency: where the blocks wait; None for a model that is wholly on its device. prefetch: while a block works,
+    bring the next one, which falling levels will want: no wait, for the memory of a second block.
     """
 
-    def __init__(self, model: DiffusionBlocks, residency: Residency | None = None):
-        self.model, self.residency = model, residency
+    def __init__(self, model: DiffusionBlocks, residency: Residency | None = None, *, prefetch: bool = False):
+        self.model, self.residency, self.prefetch = model, residency, prefetch
 
     @property
     def device(self) -> torch.device:
@@ -49,6 +50,8 @@ class Walker:
         """Bring `block` to the device."""
         if self.residency:
             self.residency.activate(block)
+            if self.prefetch and block + 1 < len(self.model.blocks):
+                self.residency.prefetch(block + 1)
 
     def before(self, block: int, x: Tensor) -> Tensor | None:
         """What the blocks before `block` make of x, for a model that carries it."""
@@ -113,6 +116,23 @@ def _measured(output: Output, clean: Tensor, labels: Tensor) -> dict[str, float]
 def _bound(levels: list[dict[str, Any]]) -> Bound:
     columns: list[list[Any]] = [[level[k] for level in levels] for k in ("sigma", "cross_entropy", "error", "block")]
     return information_bound(*columns)
+
+
+@torch.no_grad()
+def held_out_loss(walker: Walker, x: Tensor, y: Tensor, *, count: int = 32, seed: int = 0) -> dict[str, Any]:
+    """The denoising loss at `count` levels, each standing for the same share of the training noise, and their mean.
+
+    x: conditioning; y: targets.
+    """
+    model, levels = walker.model, []
+    model.eval()
+    for i, sigma in enumerate(equal_mass_edges(model.partition.density, 2 * count)[1::2]):
+        level = torch.full(model.target.level_shape(y), sigma, device=y.device)
+        z = model.target.noised(y, level, seed=stream(seed, "held out"), offset=i)
+        loss = model.target.loss(walker.read(x, z, sigma), z, y, level)
+        block = int(model.partition.block_of(sigma))
+        levels.append({"sigma": sigma, "block": block, "loss": float(loss.double().mean())})
+    return {"loss": sum(level["loss"] for level in levels) / count, "levels": levels}
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> float:

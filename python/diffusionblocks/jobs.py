@@ -144,7 +144,7 @@ def sample(adapter: Adapter, session: Session, folder: Path, **options: Any) -> 
     """Samples by a session's averaged weights, written to `folder`; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     with session.residency.averages():
-        return adapter.sample(Walker(session.model, session.residency), folder, **options)
+        return adapter.sample(Walker(session.model, session.residency, prefetch=True), folder, **options)
 
 
 def summarize(session: Session) -> Row:

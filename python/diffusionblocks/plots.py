@@ -77,17 +77,18 @@ def loss_figure(run: Run) -> Figure:
 
 
 def levels_figure(run: Run) -> Figure:
-    """Cross-entropy by noise level after training, on the test split."""
+    """Cross-entropy (or an image's loss) by noise level after training, on the test split."""
     figure, (axes,) = new_figure(1, 1)
+    key, label = ("loss", "loss") if "loss" in run.test else ("cross_entropy", "cross-entropy, nats")
     for block, colour in enumerate(colours_of(run)):
         span = [v for v in run.test["levels"] if v["block"] == block]
-        sigmas, entropies = [v["sigma"] for v in span], [v["cross_entropy"] for v in span]
-        axes.plot(sigmas, entropies, "o-", ms=3.5, lw=1.5, color=colour, label=f"block {block}")
+        sigmas, losses = [v["sigma"] for v in span], [v[key] for v in span]
+        axes.plot(sigmas, losses, "o-", ms=3.5, lw=1.5, color=colour, label=f"block {block}")
     axes.set_ylim(0)
-    caption(axes, "by noise level after training, test split", y="cross-entropy, nats")
+    caption(axes, "by noise level after training, test split", y=label)
     noise_axis(axes, run.level)
     classes = run.summary.get("config", {}).get("model", {}).get("classes")
-    if classes:
+    if classes and key == "cross_entropy":
         note(axes, f"guessing: {math.log(classes):.2f}", (0.98, 0.96), ha="right", va="top")
     axes.legend(frameon=False, fontsize=9, ncols=1 + len(colours_of(run)) // 5)
     return figure

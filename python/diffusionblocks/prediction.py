@@ -6,10 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from .adapters.base import Adapter
 from .adapters.vit import ViTAdapter
@@ -17,6 +14,7 @@ from .classification import walk
 from .data import prepare
 from .evaluation import Walker
 from .partition import step_levels
+from .sources import read_image
 from .training import Session
 
 
@@ -36,14 +34,3 @@ def predict(adapter: Adapter, session: Session, images: Sequence[Path]) -> Itera
         steps = walk(Walker(session.model, session.residency), x, levels, **how)
     for path, p in zip(images, steps[-1]["logits"].softmax(-1), strict=True):
         yield {"file": str(path), "label": int(p.argmax()), "probability": float(p.max())}
-
-
-def read_image(path: Path, channels: int, size: int) -> Tensor:
-    """An image file as (C, S, S) uint8. Raises: ValueError if it can't be read or has another size."""
-    try:
-        image = Image.open(path).convert("L" if channels == 1 else "RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image file") from error
-    if image.size != (size, size):
-        raise ValueError(f"{path} is {image.width}x{image.height}, the model needs {size}x{size}; resize it first")
-    return torch.from_numpy(numpy.array(image)).reshape(size, size, channels).permute(2, 0, 1).contiguous()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -44,6 +45,9 @@ class Residency:
         self.device, self.store, self.folder = torch.device(device), store, folder
         self.active: int | None = None
         self.averaged = False
+        self._reader = ThreadPoolExecutor(1)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._ahead: tuple[str, Future[dict[str, Tensor]]] | None = None
         if folder is not None and store == "disk":
             folder.mkdir(parents=True, exist_ok=True)
         for part in self.parts:
@@ -58,6 +62,17 @@ class Residency:
         self.retire()
         self._fetch(f"block_{block}")
         self.active = block
+
+    def prefetch(self, block: int) -> None:
+        """Begin to bring a waiting block while the active one works; `activate` then takes it as it would be without.
+
+        Until then the device holds two blocks, each with its weights, moments and average; `usage` counts one.
+        """
+        part = f"block_{block}"
+        if part not in self.parts:
+            raise ValueError(f"there is no block {block}; known parts: {', '.join(self.parts)}")
+        if block != self.active and (self._ahead is None or self._ahead[0] != part):
+            self._ahead = part, self._reader.submit(self._read, part, self._on_disk(part))
 
     def retire(self) -> None:
         """Send the active block to the store."""
@@ -119,6 +134,7 @@ class Residency:
         if shapes != {name: t.shape for name, t in tensors.items()}:
             wrong = sorted(set(shapes) ^ set(tensors)) or sorted(n for n in shapes if shapes[n] != tensors[n].shape)
             raise ValueError(f"part {part!r} does not fit this model: {', '.join(wrong[:4])}")
+        self._prefetched()
         if self._on_disk(part):
             save_file({name: t.contiguous() for name, t in tensors.items()}, self._file(part))
             return
@@ -153,12 +169,29 @@ class Residency:
             return {name: file.get_tensor(key) for name, key in found.items()}
 
     def _fetch(self, part: str) -> None:
-        if self._on_disk(part):
-            for name, t in load_file(self._file(part), device=str(self.device)).items():
-                self._live(part)[name].data = t
+        name, fetched = self._prefetched()
+        if name != part:
+            fetched = load_file(self._file(part), device=str(self.device)) if self._on_disk(part) else {}
+        live = self._live(part)
+        for name, t in fetched.items():
+            live[name].data = t
+            if t.is_cuda:
+                t.record_stream(torch.cuda.current_stream(t.device))  # it may have come by the stream of `_read`
         self._place(part, self.device)
         if self.averaged:
             self._swap([part])
+
+    def _prefetched(self) -> tuple[str, dict[str, Tensor]]:
+        """What was read ahead, and whose it is; waited for also where nobody wants it: its file may be written next."""
+        ahead, self._ahead = self._ahead, None
+        return (ahead[0], ahead[1].result()) if ahead else ("", {})
+
+    def _read(self, part: str, on_disk: bool) -> dict[str, Tensor]:
+        """A waiting part's tensors on the device; on a GPU by a stream of their own, so that none waits for others."""
+        with torch.cuda.stream(self._stream):
+            if on_disk:
+                return load_file(self._file(part), device=str(self.device))
+            return {name: t.data.to(self.device) for name, t in self._live(part).items()}
 
     def _retire(self, part: str) -> None:
         if self.averaged:

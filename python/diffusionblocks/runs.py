@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from .adapters.causal_lm import CausalLMRun
+from .adapters.dit import DiTRun
 from .adapters.masked_lm import MaskedLMRun
 from .adapters.recurrent import RecurrentRun
 from .adapters.vit import ViTRun
 from .config import TrainConfig
+from .models.dit import DiTConfig
 from .models.vit import ViTConfig
 
 _FASHION = ViTConfig(image_size=28, patch=4, dim=128, layers=12, mlp=512, cond=32)
@@ -45,5 +47,14 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
     "recurrent-mazes": (
         "where water flows, 6x6 cells",
         RecurrentRun(task="mazes", size=6, out=Path("runs/recurrent-mazes")),
+    ),
+    "dit-digits": ("8x8 digits made from noise, embedded; minutes on two CPU cores", DiTRun()),
+    "dit-fashion": (
+        "28x28 clothes made from noise, IDX files",
+        DiTRun(
+            data="fashion-mnist", out=Path("runs/dit-fashion"), steps=9000, batch_size=128, lr=2e-3, ema=0.999,
+            checkpoint_every=1000, tune_lr=(1e-3, 2e-3),
+            model=DiTConfig(image_size=28, patch=4, dim=128, layers=12, mlp=512),
+        ),
     ),
 }  # fmt: skip

@@ -66,6 +66,21 @@ def dpmpp_2m(denoise: Denoise, z: Tensor, sigmas: Sequence[float], callback: Cal
     return z
 
 
+def guided(denoise: Denoise, without: Denoise, guidance: float) -> Denoise:
+    """D without the condition, and `guidance` times what the condition changes: 1 is `denoise` itself, at one call.
+
+    Source: Ho and Salimans 2022, arXiv 2207.12598, with guidance = 1 + w.
+    """
+    if guidance == 1:
+        return denoise
+
+    def both(z: Tensor, sigma: float) -> Tensor:
+        D = without(z, sigma)
+        return D + guidance * (denoise(z, sigma) - D)
+
+    return both
+
+
 def _step(z: Tensor, D: Tensor, sigma: float, target: float) -> Tensor:
     r = target / sigma
     return r * z + (1 - r) * D

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from . import hub, idx
@@ -69,6 +71,42 @@ SOURCES = {
     "cifar100": Source((3, 32, 32), 100, partial(hub.read, hub.CIFAR100)),
     "tiny-imagenet": Source((3, 64, 64), 200, partial(hub.read, hub.TINY_IMAGENET)),
 }
+
+
+def image_folder(folder: Path | None) -> Source:
+    """A source of one's own: a folder of square image files of one size, its sub-folders (if any) the classes.
+
+    A tenth of each class is the test split, the same one every time.
+    Raises: FileNotFoundError on a missing folder, ValueError on none or foreign files, or two sizes.
+    """
+    if folder is None or not folder.is_dir():
+        raise FileNotFoundError(f"data='folder' needs folder= with image files, got {folder}")
+    kinds = sorted(p for p in folder.iterdir() if p.is_dir()) or [folder]
+    files = [(path, label) for label, kind in enumerate(kinds) for path in sorted(kind.iterdir()) if path.is_file()]
+    if not files:
+        raise ValueError(f"{folder} holds no image files, and no sub-folders with any")
+    first = _open(files[0][0])
+    channels, size = 1 if first.mode in ("1", "L") else 3, first.width
+    images = torch.stack([read_image(path, channels, size) for path, _ in files])
+    labels = torch.tensor([label for _, label in files])
+    test, train = stratified(labels, len(labels) // 10, stream(0, "folder", "test"))
+    pairs = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
+    return Source((channels, size, size), len(kinds), lambda _: pairs)
+
+
+def read_image(path: Path, channels: int, size: int) -> Tensor:
+    """An image file as (C, S, S) uint8. Raises: ValueError if it can't be read or has another size."""
+    image = _open(path).convert("L" if channels == 1 else "RGB")
+    if image.size != (size, size):
+        raise ValueError(f"{path} is {image.width}x{image.height}, not {size}x{size}; resize it first")
+    return torch.from_numpy(numpy.array(image)).reshape(size, size, channels).permute(2, 0, 1).contiguous()
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image file") from error
 
 
 def stratified(labels: Tensor, count: int, key: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from ..config import TrainConfig
 from .base import Adapter, Metric
 from .causal_lm import CausalLMAdapter
+from .dit import DiTAdapter
 from .masked_lm import MaskedLMAdapter
 from .recurrent import RecurrentAdapter
 from .vit import ViTAdapter
@@ -13,6 +14,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "causal_lm": CausalLMAdapter,
     "masked_lm": MaskedLMAdapter,
     "recurrent": RecurrentAdapter,
+    "dit": DiTAdapter,
     "vit": ViTAdapter,
 }
 

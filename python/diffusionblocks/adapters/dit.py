@@ -1,0 +1,192 @@
+"""Diffusion Transformers as diffusion blocks: the image is denoised, given its class."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+import dbkernels
+
+from ..blocks import DiffusionBlocks, Ends
+from ..config import TrainConfig
+from ..data import ImageData, Loader, Split, load, prepare
+from ..density import LogNormal
+from ..evaluation import Walker, held_out_loss
+from ..metrics import judge
+from ..models.dit import DiTConfig, DiTHead, DiTStem
+from ..models.layers import Layer
+from ..partition import Partition, make_partition, step_levels
+from ..pictures import to_pixels, write_grid, write_trajectory
+from ..rng import stream
+from ..sampling import SAMPLERS, Callback, guided
+from ..sources import stratified
+from ..targets import ContinuousTarget
+from ..training import Batches
+from .base import Adapter, Metric, Row
+
+
+@dataclass(frozen=True)
+class DiTRun(TrainConfig):
+    """A Diffusion Transformer that learns to make images of a class."""
+
+    architecture: ClassVar[str] = "dit"
+
+    data: Literal["digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder"] = "digits"
+    folder: Path | None = None
+    """Where the data's files are; None: found or fetched by name."""
+    out: Path = Path("runs/dit-digits")
+    lr: float = 8e-3
+    tune_lr: tuple[float, ...] = (4e-3, 8e-3)
+    tune_warmup: tuple[float, ...] = (0.2,)
+    label_dropout: float = 0.1
+    """Share of the images that are trained on without their class."""
+    guidance: float = 1.25
+    """How many times what the class changes in the estimate counts; 1 is without guidance, at half the price. 2 is
+    published; more shows the class more plainly and varies less."""
+    sampler: Literal["euler", "heun", "dpmpp_2m"] = "euler"
+    walk_steps: int = 50
+    model: DiTConfig = field(default_factory=DiTConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout must be a share in [0, 1), got {self.label_dropout}")
+        if self.guidance != 1 and not self.label_dropout:
+            raise ValueError(f"guidance={self.guidance} needs label_dropout > 0: no class must have been trained")
+
+
+class DroppedLabels:
+    """A loader's batches as (label, image), where a share of the labels is `none`; a function of the step."""
+
+    def __init__(self, loader: Loader, share: float, none: int):
+        self.loader, self.share, self.none = loader, share, none
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.loader.batch(step)
+        key = stream(self.loader.seed, "label dropout")
+        u = dbkernels.philox_uniform(labels.shape, seed=key, offset=step, device=labels.device)
+        return torch.where(u < self.share, self.none, labels), images
+
+
+class DiTAdapter(Adapter):
+    """x: labels. y: images in [-1, 1]."""
+
+    metric = Metric("frechet", "Fréchet distance", higher=False)
+    config: DiTRun
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The splits. Raises: ValueError if the model is for other images."""
+        c, model = self.config, self.config.model
+        data = load(c.data, folder=c.folder, seed=c.seed)
+        have = (data.channels, data.image_size, data.classes)
+        want = (model.channels, model.image_size, model.classes)
+        if have != want:
+            raise ValueError(f"{c.data} has (channels, image_size, classes) {have}, the model {want}: set --model.*")
+        half = (0.5,) * data.channels
+        return replace(data, mean=half, std=half)  # black is -1, white 1
+
+    def batches(self, device: torch.device) -> Batches:
+        c, data = self.config, self.data
+        loader = Loader(data.train, data, c.batch_size, seed=c.seed, device=device)
+        return DroppedLabels(loader, c.label_dropout, c.model.classes)
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        c, size = self.config, self.config.model.image_size
+        return torch.zeros(c.batch_size, dtype=torch.int64), torch.empty(c.batch_size, c.model.channels, size, size)
+
+    def blocks(self, partition: Partition | None = None) -> DiffusionBlocks:
+        c, model = self.config, self.config.model
+        torch.manual_seed(stream(c.seed, "init") % 2**63)
+        own = c.shared == "per_block"
+        ends = [Ends(DiTStem(model), DiTHead(model)) for _ in range(c.blocks if own else 1)]
+        if c.shared == "frozen":
+            nn.init.xavier_normal_(ends[0].head.linear.weight)  # a head of zeros would pass no gradient to the layers
+        layers = [Layer(model, conditioned=True) for _ in range(model.layers)]
+        partition = partition or make_partition(LogNormal(), model.layers, c.blocks, overlap=c.overlap)
+        return DiffusionBlocks(ends if own else ends[0], layers, ContinuousTarget(), partition, shared=c.shared)
+
+    def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
+        """As many images as the split has, of its own labels, against the split; floor: real ones against it.
+
+        The floor is as many training images; layer_evaluations: layers run to make one image.
+        """
+        c, device, real = self.config, walker.device, getattr(self.data, split)
+        eye = judge(c.data, c.folder, device)
+        labels, levels = real.labels.to(device), step_levels(walker.model.partition, steps or c.walk_steps)
+        began = time.perf_counter()
+        made = to_pixels(self.walk(walker, labels, levels, seed=c.seed))
+        seconds = time.perf_counter() - began
+        train, y = self.data.train, prepare(real.images, self.data.mean, self.data.std, device=device)
+        others = train.take(stratified(train.labels, min(len(train), len(real)), stream(0, "floor"))[0])
+        return {
+            **eye.compare(real, Split(made, real.labels)),
+            "floor": eye.compare(real, others)["frechet"],
+            "sampling_seconds": seconds,
+            "layer_evaluations": self.layer_evaluations(walker.model.partition, levels),
+            "images": len(real),
+            **held_out_loss(walker, labels, y, seed=c.seed),
+        }
+
+    def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
+        """samples.png: `count` images, a class a row; trajectory.png: what each block made of some. options: steps."""
+        steps = options.pop("steps", None) or self.config.walk_steps
+        if options:
+            raise ValueError(f"images take no {', '.join(options)}; leave it out")
+        partition, columns = walker.model.partition, -(-count // self.config.model.classes)
+        labels = torch.arange(count, device=walker.device) // columns
+        some = torch.linspace(0, count - 1, min(count, 5)).long()
+        estimates: list[tuple[float, int, Tensor]] = []
+
+        def watch(step: int, sigma: float, D: Tensor) -> None:
+            estimates.append((sigma, int(partition.block_of(sigma)), to_pixels(D.cpu()[some])))
+
+        made = self.walk(walker, labels, step_levels(partition, steps), seed=seed, callback=watch)
+        shown = [estimates[i] for i in spread_steps([block for _, block, _ in estimates])]
+        return [
+            write_grid(to_pixels(made), folder / "samples.png", columns),
+            write_trajectory(shown, folder / "trajectory.png", partition.blocks),
+        ]
+
+    def walk(
+        self, walker: Walker, labels: Tensor, levels: list[float], *, seed: int, callback: Callback | None = None
+    ) -> Tensor:
+        """Images of `labels` (N,) from noise, (N, C, S, S), one block after another."""
+        c, model = self.config, self.config.model
+        zeros = torch.zeros(len(labels), model.channels, model.image_size, model.image_size, device=labels.device)
+        z = dbkernels.inject_noise(zeros, levels[0], seed=stream(seed, "walk"), offset=0)
+        none = torch.full_like(labels, model.classes)
+        walker.model.eval()
+        denoise = guided(
+            lambda z, sigma: walker.read(labels, z, sigma).denoised,
+            lambda z, sigma: walker.read(none, z, sigma).denoised,
+            c.guidance,
+        )
+        return SAMPLERS[c.sampler](denoise, z, levels, callback)
+
+    def layer_evaluations(self, partition: Partition, levels: list[float]) -> float:
+        """Layers run to make one image: a walk that only counts."""
+        run = []
+
+        def denoise(z: Tensor, sigma: float) -> Tensor:
+            run.append(partition.layers[int(partition.block_of(sigma))])
+            return z
+
+        SAMPLERS[self.config.sampler](guided(denoise, denoise, self.config.guidance), torch.zeros(1), levels)
+        return float(sum(run))
+
+
+def spread_steps(owners: list[int]) -> list[int]:
+    """Steps to show, the same number of each block if it has them, its last one among them; at most about 12."""
+    each = max(1, 12 // len(set(owners)))
+    shown: set[int] = set()
+    for block in set(owners):
+        own = [i for i, owner in enumerate(owners) if owner == block]
+        shown |= {own[round(k * (len(own) - 1) / each)] for k in range(1, each + 1)}
+    return sorted(shown)
