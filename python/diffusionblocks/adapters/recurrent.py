@@ -43,10 +43,10 @@ class RecurrentRun(TrainConfig):
     size: int = 16
     out: Path = Path("runs/recurrent-sums")
     blocks: int = 1
-    steps: int = 800
-    lr: float = 3e-3
+    steps: int = 1500
+    lr: float = 1e-3
     warmup: float = 0.1
-    tune_lr: tuple[float, ...] = (2e-3,)
+    tune_lr: tuple[float, ...] = (1e-3,)
     tune_warmup: tuple[float, ...] = (0.1,)
     share: float = 0.1
     """Layer evaluations of block-wise training as a share of the ordinary network's."""
