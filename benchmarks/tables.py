@@ -60,6 +60,27 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "bound, bits": of("test", "bound_bits", 2),
         "memory, MB": memory,
     },
+    "dit": {
+        "Fréchet distance, test": of("test", "frechet", 2),
+        "validation": of("val", "frechet", 2),
+        "class accuracy %": of("test", "class_accuracy"),
+        "held-out loss": of("test", "loss", 3),
+        "layers run an image": of("test", "layer_evaluations", 0),
+        "sampling, s": of("test", "sampling_seconds"),
+        "memory, MB": memory,
+    },
+    "masked_lm": {
+        "test, bits a character": of("test", "bits", 3),
+        "validation": of("val", "bits", 3),
+        "memory, MB": memory,
+    },
+    "recurrent": {
+        "test accuracy %": of("test", "accuracy"),
+        "whole puzzles %": of("test", "exact"),
+        "after 1, 2, 4, 8, 16, 32 passes": by_passes,
+        "layer evaluations of the training": evaluations,
+        "memory, MB": memory,
+    },
     "causal_lm": {
         "test, bits a character": of("test", "bits", 3),
         "validation": of("val", "bits", 3),
@@ -70,6 +91,17 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "memory, MB": memory,
     },
 }
+
+
+def by_passes(rows: list[Row]) -> str:
+    """Accuracy after 1, 2, 4, ... passes through the core, the mean over seeds."""
+    counts = range(len(rows[0]["test"]["passes"]))
+    return ", ".join(f"{statistics.mean(row['test']['passes'][i]['accuracy'] for row in rows):.1f}" for i in counts)
+
+
+def evaluations(rows: list[Row]) -> str:
+    """Layer evaluations of the training."""
+    return f"{rows[0]['test']['layer_evaluations']:.3g}"
 
 
 def main_table(groups: dict[str, list[Row]]) -> list[str]:

@@ -50,9 +50,39 @@ def causal_lm(base: Any) -> Variants:
     }
 
 
+def dit(base: Any) -> Variants:
+    """Numbers of blocks, at equal layer evaluations and, for one block, also at equal updates; independent blocks."""
+    return {
+        **{f"B={b}": sized(base, b) for b in (1, 2, 3)},
+        "B=3 per_block": replace(base, shared="per_block"),
+        "B=1, three times the steps": sized(base, 1, steps=3 * base.steps),
+        "B=3, no overlap": replace(base, overlap=0.0),
+    }
+
+
+def masked_lm(base: Any) -> Variants:
+    """The same for masked text, whose ranges don't overlap."""
+    return {
+        **{f"B={b}": sized(base, b) for b in (1, 2, 3)},
+        "B=3 per_block": replace(base, shared="per_block"),
+        "B=1, three times the steps": sized(base, 1, steps=3 * base.steps),
+    }
+
+
+def recurrent(base: Any) -> Variants:
+    """One pass a step, at a tenth of the ordinary network's compute and at all of it."""
+    return {"a tenth": base, "equal compute": replace(base, share=1.0)}
+
+
 # With what an architecture is compared, if not with the end-to-end network alone.
 COMPARED = {"vit": ("end-to-end", "forward-forward", "noprop"), "causal_lm": ("end-to-end", "shallow")}
-VARIANTS: dict[str, Callable[[Any], Variants]] = {"vit": vit, "causal_lm": causal_lm}
+VARIANTS: dict[str, Callable[[Any], Variants]] = {
+    "vit": vit,
+    "dit": dit,
+    "masked_lm": masked_lm,
+    "causal_lm": causal_lm,
+    "recurrent": recurrent,
+}
 
 
 def choices(base: TrainConfig) -> Variants:
