@@ -52,6 +52,17 @@ def memory(rows: list[Row]) -> str:
     return f"{statistics.mean(sum(row['memory'].values()) for row in rows) / 1e6:.1f}"
 
 
+def by_passes(rows: list[Row]) -> str:
+    """Accuracy after 1, 2, 4, ... passes through the core, the mean over seeds."""
+    counts = range(len(rows[0]["test"]["passes"]))
+    return ", ".join(f"{statistics.mean(row['test']['passes'][i]['accuracy'] for row in rows):.1f}" for i in counts)
+
+
+def evaluations(rows: list[Row]) -> str:
+    """Layer evaluations of the training."""
+    return f"{rows[0]['test']['layer_evaluations']:.3g}"
+
+
 COLUMNS: dict[str, dict[str, Column]] = {
     "vit": {
         "test accuracy %": of("test", "accuracy"),
@@ -91,17 +102,6 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "memory, MB": memory,
     },
 }
-
-
-def by_passes(rows: list[Row]) -> str:
-    """Accuracy after 1, 2, 4, ... passes through the core, the mean over seeds."""
-    counts = range(len(rows[0]["test"]["passes"]))
-    return ", ".join(f"{statistics.mean(row['test']['passes'][i]['accuracy'] for row in rows):.1f}" for i in counts)
-
-
-def evaluations(rows: list[Row]) -> str:
-    """Layer evaluations of the training."""
-    return f"{rows[0]['test']['layer_evaluations']:.3g}"
 
 
 def main_table(groups: dict[str, list[Row]]) -> list[str]:
