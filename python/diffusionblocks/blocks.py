@@ -23,7 +23,7 @@ class BlockLoss(NamedTuple):
     """One block's loss on one batch, and what it was made of.
 
     loss: 0-dim, to backpropagate. sigma: noise drawn, (B,) or as the target's level_shape says. per_sample: unweighted
-    loss and error: |y - D|^2, of sigma's shape, without gradient.
+    loss, of sigma's shape or the mean; error: |y - D|^2, of sigma's shape; both without gradient.
     """
 
     loss: Tensor

@@ -25,7 +25,8 @@ class Output(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What training wants of a batch, of the levels' shape: unweighted loss, and |y - D|^2 without gradient."""
+    """What training wants of a batch: the unweighted loss, of the levels' shape or their mean, and |y - D|^2 without
+    gradient, of the levels' shape."""
 
     per_sample: Tensor
     error: Tensor
