@@ -15,13 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 import tyro
-from variants import COMPARED, VARIANTS, choices
+from variants import COMPARED, STUDIES, choices
 
 from diffusionblocks import baselines, jobs
 from diffusionblocks.adapters import adapter_of
 from diffusionblocks.adapters.base import Adapter
+from diffusionblocks.config import TrainConfig
 from diffusionblocks.runs import RUNS
 from diffusionblocks.training import train
 
@@ -73,12 +75,14 @@ class Study:
     """What to run."""
 
     run: str = "vit-digits"
-    to: Path = Path("benchmarks/results/cpu-2core/vit_digits.jsonl")
+    study: str = "main"
+    """Which of the run's studies: main, blocks, partition, overlap, sharing; or "choice": every learning rate and
+    warm-up, to choose from on the validation split of seeds that no table uses."""
+    folder: Path = Path("benchmarks/results/cpu-2core")
+    """Its rows go to RUN_STUDY.jsonl there, its table to RUN_STUDY.md."""
     seeds: tuple[int, ...] = (0, 1, 2)
     only: tuple[str, ...] = ()
     """Variants to run; all by default."""
-    choose: bool = False
-    """Train with every learning rate and warm-up instead, to choose from: give it seeds that no table uses."""
     part: str = "0/1"
     """This process's share of the work: i/n."""
     threads: int = 1
@@ -87,25 +91,31 @@ class Study:
 def main(study: Study) -> None:
     torch.set_num_threads(study.threads)
     base = RUNS[study.run][1]
-    controls = {name: CONTROLS[name] for name in COMPARED.get(base.architecture, ("end-to-end",))}
-    configs = choices(base) if study.choose else dict.fromkeys(controls, base) | VARIANTS[base.architecture](base)
-    chosen = [name for name in configs if not study.only or name in study.only]
-    tables = [(name, seed) for name in chosen if " as " not in name for seed in study.seeds]
-    ablations = [(name, seed) for seed in study.seeds for name in chosen if " as " in name]
-    work = tables + ablations  # in this order, an interrupted study has something to say about every ablation
-    index, count = map(int, study.part.split("/"))
-    study.to.parent.mkdir(parents=True, exist_ok=True)
-    for name, seed in work[index::count]:
-        if (name, seed) in _done(study.to):
+    rows = study.folder / f"{study.run}_{study.study}.jsonl".replace("-", "_")
+    for name, config, seed in work(study, base):
+        if (name, seed) in _done(rows):
             continue
-        config = replace(configs[name], seed=seed)
-        adapter = adapter_of(config)
-        result = controls.get(name, block_wise)(adapter)
+        adapter = adapter_of(replace(config, seed=seed))
+        result = CONTROLS.get(name, block_wise)(adapter)
         row = {"architecture": base.architecture, "variant": name, "seed": seed, "machine": jobs.machine(CPU), **result}
-        with study.to.open("a") as file:
+        study.folder.mkdir(parents=True, exist_ok=True)
+        with rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         key = adapter.metric.key
         print(f"{name} seed {seed}: val {row['val'][key]:.4g} test {row['test'][key]:.4g}", flush=True)
+        rows.with_suffix(".md").write_text(tables.report(rows))
+
+
+def work(study: Study, base: TrainConfig) -> list[tuple[str, TrainConfig, int]]:
+    """This process's share of variants and seeds, all variants of a seed before the next seed."""
+    every = STUDIES[base.architecture] | {"choice": choices}
+    if study.study not in every:
+        raise ValueError(f"study must be one of {', '.join(every)} for {study.run}, got {study.study!r}")
+    compared = COMPARED.get(base.architecture, ("end-to-end",)) if study.study == "main" else ()
+    configs = dict.fromkeys(compared, base) | every[study.study](base)
+    chosen = [name for name in configs if not study.only or name in study.only]
+    index, count = map(int, study.part.split("/"))
+    return [(name, configs[name], seed) for seed in study.seeds for name in chosen][index::count]
 
 
 def _done(path: Path) -> set[tuple[str, int]]:

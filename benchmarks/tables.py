@@ -1,4 +1,4 @@
-"""The results tables of a study: python benchmarks/tables.py benchmarks/results/cpu-2core/vit_digits.jsonl"""
+"""The results tables of a study: python benchmarks/tables.py benchmarks/results/cpu-2core/vit_digits_main.jsonl"""
 
 from __future__ import annotations
 
@@ -152,18 +152,19 @@ def ablation_table(groups: dict[str, list[Row]], base: str, name: str) -> list[s
     return lines
 
 
-def main(path: Path) -> None:
-    """Print all tables of a study."""
+def report(path: Path) -> str:
+    """All tables of a study, with its seeds and its machine."""
     groups = gather(path)
     seeds = sorted({row["seed"] for rows in groups.values() for row in rows})
     machine = next(iter(groups.values()))[0]["machine"]
-    print(f"Seeds {seeds} (ablations: the first three); mean ± standard deviation; machine: {machine}\n")
-    print("\n".join(main_table(groups)), "\n")
-    print("\n".join(memory_table(groups)), "\n")
+    parts = [f"Seeds {seeds}; mean ± standard deviation; machine: {machine}", *main_table(groups)]
+    if "end-to-end" in groups and "B=1" in groups:
+        parts += ["", *memory_table(groups)]
     for base, name in (("B=3", "corrected"), ("published", "published")):
         if any(variant.startswith(f"{name}, ") for variant in groups) and base in groups:
-            print("\n".join(ablation_table(groups, base, name)), "\n")
+            parts += ["", *ablation_table(groups, base, name)]
+    return "\n".join([parts[0], "", *parts[1:]]) + "\n"
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    print(report(Path(sys.argv[1])))

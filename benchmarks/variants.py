@@ -51,13 +51,45 @@ def causal_lm(base: Any) -> Variants:
 
 
 def dit(base: Any) -> Variants:
-    """Numbers of blocks, at equal layer evaluations and, for one block, also at equal updates; independent blocks."""
+    """Numbers of blocks, and one block with as many updates as three."""
     return {
         **{f"B={b}": sized(base, b) for b in (1, 2, 3)},
-        "B=3 per_block": replace(base, shared="per_block"),
         "B=1, three times the steps": sized(base, 1, steps=3 * base.steps),
-        "B=3, no overlap": replace(base, overlap=0.0),
     }
+
+
+def dit_blocks(base: Any) -> Variants:
+    """One to six blocks, without overlap and with it; at equal compute, and at the updates of the base's blocks."""
+    found: Variants = {}
+    for b in range(1, base.model.layers + 1):
+        for overlap in (0.0, base.overlap):
+            found[f"B={b}, overlap {overlap:g}, equal compute"] = sized(base, b, overlap=overlap)
+            if b != base.blocks:  # there they are the same
+                steps = base.steps * base.blocks // b
+                found[f"B={b}, overlap {overlap:g}, equal updates"] = sized(base, b, overlap=overlap, steps=steps)
+    return found
+
+
+def dit_partition(base: Any) -> Variants:
+    """How noise is cut, by how layers are split: three blocks."""
+    layers = base.model.layers
+    few, some, many = layers // 6 or 1, layers // 3, layers - layers // 3 - (layers // 6 or 1)
+    splits = [(some, some, layers - 2 * some), (few, some, many), (many, some, few), (few, many, some)]
+    return {
+        f"{cut}, layers {'-'.join(map(str, split))}": replace(base, cut=cut, split=split)
+        for cut in ("probability", "uniform", "log_uniform")
+        for split in splits
+    }
+
+
+def dit_overlap(base: Any) -> Variants:
+    """How far the ranges of noise overlap."""
+    return {f"overlap {overlap:g}": replace(base, overlap=overlap) for overlap in (0.0, 0.025, 0.05, 0.1, 0.2)}
+
+
+def sharing(base: Any) -> Variants:
+    """What the blocks share: stem and head, nothing, or ends that nobody trains."""
+    return {shared: replace(base, shared=shared) for shared in ("shared", "per_block", "frozen")}
 
 
 def masked_lm(base: Any) -> Variants:
@@ -74,14 +106,20 @@ def recurrent(base: Any) -> Variants:
     return {"a tenth": base, "equal compute": replace(base, share=1.0)}
 
 
-# With what an architecture is compared, if not with the end-to-end network alone.
+# With what an architecture is compared in its main study, if not with the end-to-end network alone.
 COMPARED = {"vit": ("end-to-end", "forward-forward", "noprop"), "causal_lm": ("end-to-end", "shallow")}
-VARIANTS: dict[str, Callable[[Any], Variants]] = {
-    "vit": vit,
-    "dit": dit,
-    "masked_lm": masked_lm,
-    "causal_lm": causal_lm,
-    "recurrent": recurrent,
+STUDIES: dict[str, dict[str, Callable[[Any], Variants]]] = {
+    "vit": {"main": vit, "sharing": sharing},
+    "dit": {
+        "main": dit,
+        "blocks": dit_blocks,
+        "partition": dit_partition,
+        "overlap": dit_overlap,
+        "sharing": sharing,
+    },
+    "masked_lm": {"main": masked_lm, "sharing": sharing},
+    "causal_lm": {"main": causal_lm, "sharing": sharing},
+    "recurrent": {"main": recurrent},
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -106,8 +106,7 @@ def end_to_end(
 def shallow(adapter: Adapter) -> Adapter:
     """The same architecture with one block's layers."""
     config = adapter.config
-    layers = max(1, config.model.layers // config.blocks)
-    return type(adapter)(replace(config, blocks=1, model=replace(config.model, layers=layers)))
+    return type(adapter)(config.in_one_block(max(config.layer_counts)))
 
 
 def _train(name: str, adapter: Adapter, device: torch.device, lr: float, warmup: float, on_log: Log) -> Attempt:

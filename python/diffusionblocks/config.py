@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 
+from .partition import spread_layers
+
 CONFIGS: dict[str, type[TrainConfig]] = {}
 RESOLVED = ("method",)  # keys of `resolved`
 
@@ -84,6 +86,16 @@ class TrainConfig:
     def block_counts(self) -> range:
         """The numbers of blocks that the network can be cut into."""
         return range(1, self.model.layers + 1)
+
+    @property
+    def layer_counts(self) -> tuple[int, ...]:
+        """Layers of each block."""
+        return spread_layers(self.layers, self.blocks)
+
+    def in_one_block(self, layers: int | None = None) -> TrainConfig:
+        """The same network in one block; with so many layers, if not with all."""
+        model = self.model if layers is None else dataclasses.replace(self.model, layers=layers)
+        return dataclasses.replace(self, blocks=1, model=model)
 
     def resolved(self) -> dict[str, Any]:
         """What the config stands for besides its fields; written to config.yaml, and part of a run's identity."""

@@ -14,7 +14,7 @@ from .adapters.base import Adapter
 from .blocks import DiffusionBlocks
 from .density import LogNormal
 from .memory import SavedTensors, Usage, count_bytes
-from .partition import make_partition, spread_layers
+from .partition import make_partition
 
 
 def plan(adapter: Adapter, device: torch.device) -> Usage:
@@ -67,8 +67,7 @@ def smallest_fit(table: dict[int, Usage], memory: int) -> int | None:
 def _one_block(adapter: Adapter) -> Adapter:
     """The block with the most layers, as a model of its own."""
     config = adapter.config
-    most = max(spread_layers(config.layers, config.blocks))
-    return type(adapter)(replace(config, blocks=1, model=replace(config.model, layers=most)))
+    return type(adapter)(config.in_one_block(max(config.layer_counts)))
 
 
 def _saved(model: DiffusionBlocks, x: Tensor, y: Tensor, precision: str) -> int:

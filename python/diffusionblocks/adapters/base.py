@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -79,7 +79,7 @@ class Adapter(ABC):
 
     def whole(self) -> Adapter:
         """The same architecture in one block."""
-        return type(self)(replace(self.config, blocks=1))
+        return type(self)(self.config.in_one_block())
 
 
 class Whole(nn.Module):

@@ -1,0 +1,79 @@
+"""Studies: every variant is a run that can be made, at the budget its name says; a table is rewritten as rows come."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diffusionblocks.adapters import adapter_of
+from diffusionblocks.runs import RUNS
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for name in ("study", "variants", "tables"):
+        sys.modules.pop(name, None)
+
+
+def test_every_variant_is_another_run_that_can_be_made(benchmarks):
+    studies = benchmarks("variants").STUDIES
+    for name in ("vit-digits", "dit-digits", "mdlm-text", "lm-text", "recurrent-sums"):
+        base = RUNS[name][1]
+        for study, make in studies[base.architecture].items():
+            variants = make(base)
+            assert len(set(map(str, variants.values()))) == len(variants), f"{name} {study}: two variants are the same"
+            assert all(config.total_steps > 0 for config in variants.values())
+
+
+def test_equal_compute_and_equal_updates_are_what_they_say(benchmarks):
+    base = RUNS["dit-digits"][1]
+    for name, config in benchmarks("variants").STUDIES["dit"]["blocks"](base).items():
+        if name.endswith("compute"):
+            assert config.steps == base.steps
+        else:
+            assert abs(config.total_steps - base.total_steps) < config.blocks
+
+
+def test_layers_are_split_and_noise_is_cut_as_asked(benchmarks):
+    base = RUNS["dit-digits"][1]
+    tiny = replace(base.model, dim=16, heads=2, mlp=16, cond=8)
+    for name, config in benchmarks("variants").STUDIES["dit"]["partition"](base).items():
+        cut = adapter_of(replace(config, model=tiny)).blocks().partition
+        assert name.endswith("-".join(map(str, cut.layers))) and sum(cut.layers) == 6
+        high, low = cut.edges[0] - cut.edges[1], cut.edges[1] - cut.edges[2]
+        assert (abs(high / low - 1) < 1e-4) == name.startswith("uniform")
+    with pytest.raises(ValueError, match=r"split=\(1, 2\) must share 6 layers among 3"):
+        replace(base, split=(1, 2))
+    assert replace(base, split=(1, 2, 3)).in_one_block().layer_counts == (6,)
+
+
+def test_a_study_goes_on_where_it_stopped_and_writes_its_table(benchmarks, tmp_path, monkeypatch, capsys):
+    study = benchmarks("study")
+    ran = []
+
+    def pretend(adapter):
+        ran.append((adapter.config.blocks, adapter.config.seed))
+        score = {"frechet": 5.0 + adapter.config.seed, "class_accuracy": 90.0, "loss": 0.5, "layer_evaluations": 100.0}
+        return {"val": score, "test": {**score, "sampling_seconds": 1.0}, "memory": {"weights": 10**6}}
+
+    monkeypatch.setattr(study, "block_wise", pretend)
+    settings = study.Study(run="dit-digits", folder=tmp_path, seeds=(0, 1), only=("B=1", "B=3"), part="0/2")
+    study.main(settings)
+    assert ran == [(1, 0), (1, 1)]
+    study.main(replace(settings, part="0/1"))
+    assert ran == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    rows = [json.loads(line) for line in (tmp_path / "dit_digits_main.jsonl").read_text().splitlines()]
+    assert [row["variant"] for row in rows] == ["B=1", "B=1", "B=3", "B=3"]
+    table = (tmp_path / "dit_digits_main.md").read_text()
+    assert "| B=3 | 5.50 ± 0.71 |" in table and "Seeds [0, 1]" in table
+    with pytest.raises(ValueError, match="study must be one of"):
+        study.main(replace(settings, study="moon"))
