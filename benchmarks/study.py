@@ -63,9 +63,39 @@ def shallow(adapter: Adapter) -> Row:
     return dataclasses.asdict(baselines.end_to_end(adapter, CPU, on_log=lambda row: None, name="shallow"))
 
 
+def shallow_pair(adapter: Adapter) -> Row:
+    """As many ordinary networks of one block's depth as there are blocks, each with its own seed; their mean logits.
+
+    At the compute, the memory and the rate of the blocks: what they owe to averaging alone."""
+    config, small = adapter.config, baselines.shallow(adapter)
+    seeds = [config.seed + 1000 * i for i in range(config.blocks)]
+    runs = [
+        baselines.attempt("shallow", type(small)(replace(small.config, seed=seed)), CPU, config.lr, config.warmup)
+        for seed in seeds
+    ]
+    mean = Mean([run.network for run in runs])
+    return {
+        "seconds": sum(run.seconds for run in runs),
+        "memory": runs[0].memory,
+        **{split: small.score(mean, split, CPU) for split in ("val", "test")},
+    }
+
+
+class Mean(torch.nn.Module):
+    """Networks whose logits are averaged."""
+
+    def __init__(self, networks: list[torch.nn.Module]):
+        super().__init__()
+        self.networks = torch.nn.ModuleList(networks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([network(x) for network in self.networks]).mean(0)
+
+
 CONTROLS: dict[str, Callable[[Adapter], Row]] = {
     "end-to-end": end_to_end,
     "shallow": shallow,
+    "shallow, averaged": shallow_pair,
     **{name: other(name) for name in jobs.OTHERS},
 }
 

@@ -20,6 +20,11 @@ def sized(base: TrainConfig, blocks: int, **changes: Any) -> TrainConfig:
     return replace(base, blocks=blocks, walk_steps=max(blocks, base.walk_steps), **changes)
 
 
+def tripled(base: TrainConfig) -> TrainConfig:
+    """One block with three times the steps, which takes the lower rates better."""
+    return sized(base, 1, steps=3 * base.steps, lr=min(base.tune_lr))
+
+
 def vit(base: TrainConfig) -> Variants:
     """Numbers of blocks, independent blocks, and every difference between the two recipes."""
     sizes = {f"B={b}": sized(base, b) for b in (1, 2, 3, 6)}
@@ -33,29 +38,31 @@ def vit(base: TrainConfig) -> Variants:
 
 
 def causal_lm(base: Any) -> Variants:
-    """Numbers of blocks, what they share and carry, and what the network sees of z; each alone."""
-    model = base.model
+    """Numbers of blocks, what they share and hand on, and what the network sees of z; each alone."""
     return {
         "B=1": sized(base, 1),
         "B=2": base,
         "B=4": sized(base, 4),
         "B=2 per_block": replace(base, shared="per_block"),
-        "B=2, carried": replace(base, carried=True),
-        "B=4, carried": sized(base, 4, carried=True),
+        "B=2, nothing handed on": replace(base, handed="nothing"),
+        "B=2, context handed on": replace(base, handed="context"),
+        "B=4, context handed on": sized(base, 4, handed="context"),
         "B=2, half at the highest noise": replace(base, context=0.5),
         "B=2, all by information": replace(base, context=0.0),
-        "B=2, sees its own z": replace(base, model=replace(model, sees_z=True)),
-        "B=2, groups of 4": replace(base, model=replace(model, sees_z=True, group_size=4)),
-        "B=2, groups of 16": replace(base, model=replace(model, sees_z=True, group_size=16)),
+        "B=2, sees its own z": seeing(base, 1),
+        "B=2, groups of 4": seeing(base, 4),
+        "B=2, groups of 16": seeing(base, 16),
     }
+
+
+def seeing(base: Any, group_size: int) -> TrainConfig:
+    """Blocks that look at the noised tokens, in groups, and hand nothing on."""
+    return replace(base, handed="nothing", model=replace(base.model, sees_z=True, group_size=group_size))
 
 
 def dit(base: Any) -> Variants:
-    """Numbers of blocks, and one block with as many updates as three."""
-    return {
-        **{f"B={b}": sized(base, b) for b in (1, 2, 3)},
-        "B=1, three times the steps": sized(base, 1, steps=3 * base.steps),
-    }
+    """Numbers of blocks (one is the end-to-end network), and one block with as many updates as three."""
+    return {"B=2": sized(base, 2), "B=3": sized(base, 3), "B=1, equal updates": tripled(base)}
 
 
 def dit_blocks(base: Any) -> Variants:
@@ -93,12 +100,8 @@ def sharing(base: Any) -> Variants:
 
 
 def masked_lm(base: Any) -> Variants:
-    """The same for masked text, whose ranges don't overlap."""
-    return {
-        **{f"B={b}": sized(base, b) for b in (1, 2, 3)},
-        "B=3 per_block": replace(base, shared="per_block"),
-        "B=1, three times the steps": sized(base, 1, steps=3 * base.steps),
-    }
+    """The same for masked text, whose ranges don't overlap; and independent blocks."""
+    return {**dit(base), "B=3 per_block": replace(base, shared="per_block")}
 
 
 def recurrent(base: Any) -> Variants:
@@ -107,7 +110,10 @@ def recurrent(base: Any) -> Variants:
 
 
 # With what an architecture is compared in its main study, if not with the end-to-end network alone.
-COMPARED = {"vit": ("end-to-end", "forward-forward", "noprop"), "causal_lm": ("end-to-end", "shallow")}
+COMPARED = {
+    "vit": ("end-to-end", "forward-forward", "noprop"),
+    "causal_lm": ("end-to-end", "shallow", "shallow, averaged"),
+}
 STUDIES: dict[str, dict[str, Callable[[Any], Variants]]] = {
     "vit": {"main": vit, "sharing": sharing},
     "dit": {

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dbkernels
-from diffusionblocks.blocks import SHARING, DiffusionBlocks, Ends
+from diffusionblocks.blocks import SHARING, DiffusionBlocks
+from diffusionblocks.denoiser import Ends
 from diffusionblocks.density import LogNormal
 from diffusionblocks.models.vit import ViT, ViTConfig
 from diffusionblocks.partition import make_partition

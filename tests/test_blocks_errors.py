@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diffusionblocks.blocks import DiffusionBlocks, Ends
+from diffusionblocks.blocks import DiffusionBlocks
+from diffusionblocks.denoiser import Ends
 from diffusionblocks.density import LogNormal
 from diffusionblocks.models.vit import ViT, ViTConfig
 from diffusionblocks.partition import make_partition

@@ -15,7 +15,7 @@ from diffusionblocks.information import information_bound
 from diffusionblocks.language import TextOptions, estimates
 from diffusionblocks.models.causal_lm import CausalLMConfig
 from diffusionblocks.partition import step_levels
-from diffusionblocks.residency import before
+from diffusionblocks.residency import Residency, before
 from diffusionblocks.training import Session, train
 
 MODEL = CausalLMConfig(dim=16, layers=3, heads=2, mlp=24, cond=8, symbols=12)
@@ -38,15 +38,15 @@ def config(model: CausalLMConfig = MODEL, **changes) -> CausalLMRun:
         visit=2,
         warmup=0.2,
         walk_steps=4,
-        carried=True,
+        handed="context",
         baseline=(),
     )
     return replace(base, **changes)
 
 
-def blocks(model: CausalLMConfig, scale: float = 0.5):
+def blocks(model: CausalLMConfig, scale: float = 0.5, **changes):
     """An untrained model with weights where training starts from zeros, in float64: logits that mean something."""
-    made = CausalLMAdapter(config(model)).blocks().double().eval()
+    made = CausalLMAdapter(config(model, **changes)).blocks().double().eval()
     torch.manual_seed(1)
     with torch.no_grad():
         for name, p in made.named_parameters():
@@ -148,7 +148,7 @@ def test_the_bound_of_an_untrained_model_is_the_entropy_of_the_alphabet(model):
 
 def test_the_bound_weighs_what_the_blocks_say():
     """Block 0 nearly knows how frequent the symbols are, block 1 does; chance, which hits both, is taken off."""
-    adapter = CausalLMAdapter(config(evaluated=2400, length=240, shared="per_block", blocks=2, carried=False))
+    adapter = CausalLMAdapter(config(evaluated=2400, length=240, shared="per_block", blocks=2, handed="nothing"))
     model, frequent = adapter.blocks(), torch.log_softmax(-torch.arange(12.0) / 3, 0)
     with torch.no_grad():
         for block, known in zip(model.blocks, (0.8, 1.0), strict=True):
@@ -196,8 +196,44 @@ def test_what_is_carried_comes_from_borrowed_blocks(store, tmp_path):
 
 
 def test_independent_blocks_know_nothing_of_each_other():
-    made = CausalLMAdapter(config(carried=False)).blocks()
+    made = CausalLMAdapter(config(handed="nothing")).blocks()
     assert not made.carried and made.before(2, torch.zeros(1, N, dtype=torch.int64)) is None
+
+
+def test_an_ensemble_says_the_mean_of_the_blocks_so_far():
+    """Trained alone, read together: by `denoise` and by the generator alike."""
+    made = blocks(MODEL, handed="estimate")
+    x = torch.randint(12, (2, N))
+    z, level = noised(made, x)
+    with torch.no_grad():
+        each = [block.logits(x, made.ends) for block in made.blocks]
+    generator = Generator(made, [1.0, 0.0], seed=0)
+    generator.extend(x[:, :5])
+    for block in range(3):
+        want = sum(each[: block + 1]) / (block + 1)
+        read = made.denoise(x, z, 0.3, block=block, before=made.before(block, x))
+        # float64 arithmetic, sums in another order; logits are returned as float32
+        torch.testing.assert_close(read.raw - made.target.evidence(z) / 0.3**2, want, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(generator.logits(z, level, block)[:, 0], want[:, 5], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(each[0], each[2])
+    assert made.before(0, x) is None and made.train().before(2, x) is None, "nothing is handed on in training"
+
+
+def test_the_bound_of_an_ensemble_falls_where_the_next_block_joins():
+    """Two blocks that err in opposite ways, and a mean that doesn't."""
+    adapter = CausalLMAdapter(config(evaluated=2400, length=240, shared="per_block", blocks=2, handed="estimate"))
+    model, frequent = adapter.blocks(), torch.log_softmax(-torch.arange(12.0) / 3, 0)
+    with torch.no_grad():
+        for block, wrong in zip(model.blocks, (1.0, -1.0), strict=True):
+            block.ends.head.linear.bias.copy_(frequent + wrong * torch.tensor([1.0, -1.0]).repeat(6))
+    x = torch.multinomial(frequent.exp(), 10 * 240, True, generator=torch.Generator().manual_seed(0)).view(10, 240)
+    residency = Residency(model, device="cpu")
+    found = bound(Walker(model, residency), x, x)
+    truth = -float(frequent[x].mean())
+    first = found["levels"][0]["bound"]
+    # what block 0 loses above its edge stays lost, at most half of it by equal information
+    assert found["regret_bits"][1] < -0.1 and truth < found["levels"][-1]["bound"] < first
+    assert found["levels"][-1]["cross_entropy"] < found["levels"][0]["cross_entropy"]
 
 
 @pytest.fixture(scope="module")
@@ -263,14 +299,16 @@ def test_walks_draw_what_the_network_says():
 def test_steps_are_counted_in_layer_evaluations():
     """Of two layers a block: forward and backward are 2, a forward pass through the block before 2/3."""
     base = config(MODEL, steps=600, blocks=2)
-    assert replace(base, carried=False).total_steps == 1200
+    assert replace(base, handed="nothing").total_steps == 1200
     assert base.total_steps == round(600 * 4 / ((2 + 2 + 2 / 3) / 2))
-    assert replace(base, carried=False, model=KINDS["own z"]).total_steps == 600
+    assert replace(base, handed="nothing", model=KINDS["own z"]).total_steps == 600
 
 
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="group_size=4 needs sees_z"):
         CausalLMConfig(group_size=4)
+    with pytest.raises(ValueError, match="handed='estimate' needs blocks that don't look at z"):
+        config(KINDS["own z"], handed="estimate")
     with pytest.raises(ValueError, match="must be even"):
         CausalLMConfig(dim=12, heads=4)
     made = blocks(KINDS["groups of 4"])

@@ -62,6 +62,7 @@ def test_eval_repeats_the_summary(folder, capsys):
     out = capsys.readouterr().out
     accuracy = json.loads((folder / "summary.json").read_text())["results"]["block-wise"]["test"]["accuracy"]
     assert f"{accuracy:.2f}" in out and "information bound" in out
+    assert not list(folder.glob("waiting*")), "reading leaves nothing behind"
 
 
 def test_predict_and_export_agree(folder, tmp_path, capsys):

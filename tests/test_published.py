@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import dbkernels
-from diffusionblocks.blocks import DiffusionBlocks, Ends
+from diffusionblocks.blocks import DiffusionBlocks
+from diffusionblocks.denoiser import Ends
 from diffusionblocks.density import LogNormal
 from diffusionblocks.models.vit import ViT, ViTConfig
 from diffusionblocks.partition import make_partition

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffusionblocks.adapters import adapter_of
 from diffusionblocks.runs import RUNS
@@ -66,14 +67,29 @@ def test_a_study_goes_on_where_it_stopped_and_writes_its_table(benchmarks, tmp_p
         return {"val": score, "test": {**score, "sampling_seconds": 1.0}, "memory": {"weights": 10**6}}
 
     monkeypatch.setattr(study, "block_wise", pretend)
-    settings = study.Study(run="dit-digits", folder=tmp_path, seeds=(0, 1), only=("B=1", "B=3"), part="0/2")
+    settings = study.Study(run="dit-digits", folder=tmp_path, seeds=(0, 1), only=("B=2", "B=3"), part="0/2")
     study.main(settings)
-    assert ran == [(1, 0), (1, 1)]
+    assert ran == [(2, 0), (2, 1)]
     study.main(replace(settings, part="0/1"))
-    assert ran == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    assert ran == [(2, 0), (2, 1), (3, 0), (3, 1)]
     rows = [json.loads(line) for line in (tmp_path / "dit_digits_main.jsonl").read_text().splitlines()]
-    assert [row["variant"] for row in rows] == ["B=1", "B=1", "B=3", "B=3"]
+    assert [row["variant"] for row in rows] == ["B=2", "B=2", "B=3", "B=3"]
     table = (tmp_path / "dit_digits_main.md").read_text()
     assert "| B=3 | 5.50 ± 0.71 |" in table and "Seeds [0, 1]" in table
     with pytest.raises(ValueError, match="study must be one of"):
         study.main(replace(settings, study="moon"))
+
+
+def test_averaged_networks_are_read_as_one(benchmarks, tmp_path):
+    """Two networks of one block's depth, of different seeds: the mean of their logits, not of their losses."""
+    study, path = benchmarks("study"), tmp_path / "text.txt"
+    path.write_text("one two buckle my shoe, " * 300)
+    base = RUNS["lm-text"][1]
+    small = replace(base.model, dim=16, heads=2, mlp=16, symbols=16, layers=2)
+    config = replace(base, text=str(path), length=24, steps=30, lr=1e-2, model=small, evaluated=480)
+    alone, both = (study.shallow_pair(adapter_of(replace(config, blocks=blocks))) for blocks in (1, 2))
+    other = study.shallow_pair(adapter_of(replace(config, blocks=1, seed=1000, model=replace(small, layers=1))))
+    assert both["memory"]["weights"] < alone["memory"]["weights"], "each has one block's depth"
+    assert both["test"]["bits"] < 3.9 and both["test"]["bits"] != other["test"]["bits"]
+    networks, x = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)], torch.randn(5, 3)
+    torch.testing.assert_close(study.Mean(networks)(x), (networks[0](x) + networks[1](x)) / 2)

@@ -2,7 +2,8 @@
 
 from .adapters.huggingface_vit import huggingface_vit
 from .adapters.vit import vit_blocks
-from .blocks import Block, BlockLoss, DiffusionBlocks, Ends
+from .blocks import BlockLoss, DiffusionBlocks
+from .denoiser import Block, Ends
 from .density import LogNormal, LogUniform, NoiseDensity, Tabulated, Uniform
 from .exporting import load_model
 from .optim import PartOptimizer

@@ -76,11 +76,11 @@ def end_to_end(
     tried: list[dict[str, float]] = []
     best: Attempt | None = None
 
-    def attempt(lr: float, warmup: float) -> None:
+    def look(lr: float, warmup: float) -> None:
         nonlocal best, choice
         tried.append({"lr": lr, "warmup": warmup, "val": float("nan")})
         try:
-            run = _train(name, adapter, device, lr, warmup, on_log)
+            run = attempt(name, adapter, device, lr, warmup, on_log)
         except NonFiniteLoss:
             if len(config.tune_lr) * len(config.tune_warmup) == 1:
                 raise
@@ -90,13 +90,13 @@ def end_to_end(
             best, choice = run, {"lr": lr, "warmup": warmup}
 
     if choice is not None:
-        attempt(choice["lr"], choice["warmup"])
+        look(choice["lr"], choice["warmup"])
     else:
         for lr in config.tune_lr:
-            attempt(lr, config.tune_warmup[0])
+            look(lr, config.tune_warmup[0])
         rate = choice["lr"] if choice else config.tune_lr[0]
         for warmup in config.tune_warmup[1:]:
-            attempt(rate, warmup)
+            look(rate, warmup)
     if best is None or choice is None:
         raise NonFiniteLoss(f"{name}: no learning rate of {config.tune_lr} gave a finite loss; use lower ones")
     test = adapter.score(best.network, "test", device)
@@ -109,7 +109,9 @@ def shallow(adapter: Adapter) -> Adapter:
     return type(adapter)(config.in_one_block(max(config.layer_counts)))
 
 
-def _train(name: str, adapter: Adapter, device: torch.device, lr: float, warmup: float, on_log: Log) -> Attempt:
+def attempt(
+    name: str, adapter: Adapter, device: torch.device, lr: float, warmup: float, on_log: Log = lambda row: None
+) -> Attempt:
     """One training; the network comes with its averaged weights."""
     config, checkpointing = adapter.config, name == "checkpointing"
     network: Any = adapter.network().to(device)

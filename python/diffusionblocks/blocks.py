@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import dbkernels
 
 from . import edm
+from .denoiser import Block, Ends, mean_with
 from .density import NoiseDensity
 from .partition import Partition, make_partition
 from .rng import stream
@@ -32,65 +33,6 @@ class BlockLoss(NamedTuple):
     error: Tensor
 
 
-class Features(NamedTuple):
-    """What a block's layers leave to be read: the head, its features h, and the conditioning."""
-
-    head: nn.Module
-    h: Tensor
-    cond: Tensor
-
-
-class Ends(nn.Module):
-    """What stands before and after a block's layers.
-
-    stem(x, c_in z, c_noise) -> (h, cond); head.features(h) -> what is read; head(features, cond) -> logits or F.
-    """
-
-    def __init__(self, stem: nn.Module, head: nn.Module):
-        super().__init__()
-        self.stem, self.head = stem, head
-
-
-class Block(nn.Module):
-    """Some layers of the network, with ends of their own or shared ones: a complete denoiser.
-
-    carry: (h, before) -> h, how what the blocks before made of x enters, for a network that carries it on.
-    """
-
-    def __init__(self, layers: Iterable[nn.Module], ends: Ends | None = None, carry: nn.Module | None = None):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.ends = ends
-        self.carry = carry
-
-    def forward(
-        self, x: Tensor, z: Tensor, sigma: Tensor, target: Target, shared: Ends | None, before: Tensor | None = None
-    ) -> Features:
-        """x: the conditioning; z: noised target, (B, ...); sigma: (B,); before: see `clean` -> what the head reads."""
-        ends = self.own(shared)
-        h, cond = ends.stem(x, *target.inputs(z, sigma))
-        h = self.run(h, cond, before)
-        return Features(ends.head, ends.head.features(h), cond)
-
-    def clean(self, x: Tensor, shared: Ends | None, before: Tensor | None) -> Tensor:
-        """What this block makes of x alone, for the next one; before: what the one before made of it."""
-        return self.run(self.own(shared).stem.clean(x), None, before)
-
-    def run(self, h: Any, cond: Tensor | None, before: Tensor | None) -> Any:
-        """The layers, behind what the blocks before made of x."""
-        if before is not None and self.carry is not None:
-            h = self.carry(h, before)
-        for layer in self.layers:
-            h = layer(h, cond)
-        return h
-
-    def own(self, shared: Ends | None) -> Ends:
-        """The ends in use."""
-        ends = self.ends if self.ends is not None else shared
-        assert ends is not None
-        return ends
-
-
 class DiffusionBlocks(nn.Module):
     """B denoisers made of one network's layers.
 
@@ -99,7 +41,9 @@ class DiffusionBlocks(nn.Module):
     shared: "shared" (one copy of the ends, trained by whichever block is active), "per_block" (each its own),
     "frozen" (one copy, never trained). context: share of each training batch drawn at sigma_max, where the answer must
     come from x alone. weighting: "none", or "batch_mean", the published mean(loss) * mean(weight). carries: for every
-    block but the first, how what the blocks before made of x enters it, without gradient; the stem then has clean(x).
+    block but the first, how what the blocks before made of x enters it, without gradient. ensemble: when evaluated, a
+    block says the mean of its own logits and those of the blocks before it; they are trained alone, and must not look
+    at z. For both the stem has clean(x).
     Raises: ValueError if the counts don't fit, or a trainable codebook meets independent blocks.
     Source: arXiv 2506.14202.
     """
@@ -115,6 +59,7 @@ class DiffusionBlocks(nn.Module):
         context: float = 0.0,
         weighting: str = "none",
         carries: Sequence[nn.Module] = (),
+        ensemble: bool = False,
     ):
         super().__init__()
         copies = [ends] if isinstance(ends, Ends) else list(ends)
@@ -125,6 +70,7 @@ class DiffusionBlocks(nn.Module):
             raise ValueError(f"context must be a share in [0, 1], got {context}")
         own = shared == "per_block"
         self.shared, self.context, self.weighting, self.partition = shared, context, weighting, partition
+        self.carried, self.ensemble = bool(carries), ensemble
         self.ends = None if own else copies[0]
         self.target = target
         remaining = iter(layers)
@@ -150,16 +96,23 @@ class DiffusionBlocks(nn.Module):
         return sigma
 
     @property
-    def carried(self) -> bool:
-        """Whether a block is given what the blocks before made of x."""
-        return any(block.carry is not None for block in self.blocks)
+    def handed(self) -> bool:
+        """Whether a block needs, as things are, what the blocks before it make of x."""
+        return self.carried or (self.ensemble and not self.training)
 
     @torch.no_grad()
+    def hand_on(self, block: int, x: Tensor, made: Tensor | None) -> Tensor:
+        """What `block` hands on, given what it was handed: what is carried, or the sum of all logits so far."""
+        if self.carried:
+            return self.blocks[block].clean(x, self.ends, made)
+        logits = self.blocks[block].logits(x, self.ends)
+        return logits if made is None else made + logits
+
     def before(self, block: int, x: Tensor) -> Tensor | None:
-        """What the blocks before `block` make of x; all must be on its device (see residency.before)."""
+        """What the blocks before `block` hand it; all must be on its device (see residency.before)."""
         made = None
-        for b in range(block if self.carried else 0):
-            made = self.blocks[b].clean(x, self.ends, made)
+        for b in range(block if self.handed else 0):
+            made = self.hand_on(b, x, made)
         return made
 
     def loss(
@@ -215,6 +168,8 @@ class DiffusionBlocks(nn.Module):
         self._check_input(block, x, z, "z")
         levels = torch.full(self.target.level_shape(z), sigma, dtype=torch.float32, device=z.device)
         head, h, cond = self.blocks[block](x, z, levels, self.target, self.ends, before)
+        if self.ensemble and before is not None:
+            return self.target.read(mean_with(head, before, block), h, cond, z, levels)
         return self.target.read(head, h, cond, z, levels)
 
     def repartition(self, density: NoiseDensity) -> None:

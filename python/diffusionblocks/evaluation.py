@@ -54,7 +54,7 @@ class Walker:
                 self.residency.prefetch(block + 1)
 
     def before(self, block: int, x: Tensor) -> Tensor | None:
-        """What the blocks before `block` make of x, for a model that carries it."""
+        """What the blocks before `block` hand it."""
         return before(self.model, self.residency, block, x) if self.residency else self.model.before(block, x)
 
     @torch.no_grad()

@@ -12,7 +12,8 @@ from torch import Tensor
 import dbkernels
 
 from . import edm
-from .blocks import DiffusionBlocks, Ends
+from .blocks import DiffusionBlocks
+from .denoiser import Ends
 from .models.causal_lm import Cache
 from .rng import stream
 
@@ -31,9 +32,7 @@ class Generator:
         self.table = model.target.table
         self.group_size = model.target.group_size
         self.caches = [[Cache() for _ in block.layers] for block in model.blocks]
-        self.ahead: list[Tensor | None] = [None] * len(
-            model.blocks
-        )  # one stream: each block's logits of the next token
+        self.ahead: list[Tensor] = []  # one stream: what each block says of the next token, in its turn
         self.length = 0
 
     @torch.no_grad()
@@ -52,6 +51,7 @@ class Generator:
         """Let every block read clean tokens (B, n)."""
         self.length += tokens.shape[1]
         stem, made = self.ends(0).stem, None
+        said: list[Tensor] = []
         if not stem.two_streams and self.caches[0][0].length == 0:
             tokens = torch.cat([stem.start(tokens), tokens], 1)  # in one stream places are one behind
         if tokens.shape[1] == 0:
@@ -62,7 +62,9 @@ class Generator:
             h = h if made is None or block.carry is None else block.carry(h, made)
             for layer, cache in zip(block.layers, self.caches[b], strict=True):
                 h = layer.extend(h, cache)
-            self.ahead[b], made = ends.head(ends.head.features(h[:, -1:]), None).float(), h
+            said.append(ends.head(ends.head.features(h[:, -1:]), None).float())
+            made = h
+        self.ahead = [sum(said[: b + 1]) / (b + 1) for b in range(len(said))] if self.model.ensemble else said
 
     def walk(self, batch: int, device: torch.device) -> Tensor:
         """The next group (B, g), from noise down."""
@@ -82,9 +84,7 @@ class Generator:
         """What `block` says of the next group (B, g, V), z's own evidence left out."""
         ends = self.ends(block)
         if not ends.stem.two_streams:
-            ahead = self.ahead[block]
-            assert ahead is not None
-            return ahead
+            return self.ahead[block]
         c = edm.precondition(sigma, self.model.target.sigma_data)
         h, cond = ends.stem.noised(c.c_in.unsqueeze(-1) * z, c.c_noise)
         for layer, cache in zip(self.model.blocks[block].layers, self.caches[block], strict=True):

@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,22 +81,31 @@ def carry_on(config: TrainConfig) -> Row:
     return summary
 
 
-def open_session(adapter: Adapter) -> Session:
-    """A session for the adapter's config: at its last checkpoint if there is one, else at the start."""
+def open_session(adapter: Adapter, waiting: str = "waiting") -> Session:
+    """A session for the adapter's config: at its last checkpoint if there is one, else at the start.
+
+    waiting: where in the run folder its waiting blocks are.
+    """
     config = adapter.config
     device = pick_device(config.device)
-    session = Session(adapter.blocks(), config, device=device, folder=config.out / "waiting")
+    session = Session(adapter.blocks(), config, device=device, folder=config.out / waiting)
     if (config.out / "checkpoint" / checkpoint.MANIFEST).exists():
         session.seconds = snapshots.restore(session, config.out / "checkpoint")
     return session
 
 
 def open_run(folder: Path) -> tuple[Adapter, Session]:
-    """A run's architecture, and its last checkpoint. Raises: CheckpointError if there is none."""
+    """A run's architecture, and its last checkpoint, to be read: nothing of it stays in the folder.
+
+    Raises: CheckpointError if there is none.
+    """
     adapter = adapter_of(read_config(folder))
     if not (folder / "checkpoint" / checkpoint.MANIFEST).exists():
         raise CheckpointError(f"{folder} has no checkpoint yet; train it on with `dblocks resume {folder}`")
-    return adapter, open_session(adapter)
+    waiting = tempfile.TemporaryDirectory(prefix="waiting-", dir=folder)
+    session = open_session(adapter, Path(waiting.name).name)
+    weakref.finalize(session, waiting.cleanup)
+    return adapter, session
 
 
 def _run(name: str, adapter: Adapter, session: Session, on_log: Callable[[Row], None]) -> Row:

@@ -227,9 +227,9 @@ def _category(name: str) -> str:
 
 @torch.no_grad()
 def before(model: DiffusionBlocks, residency: Residency, block: int, x: Tensor) -> Tensor | None:
-    """What the blocks before `block` make of x, for a model that carries it: each is borrowed in its turn."""
+    """What the blocks before `block` hand it: each is borrowed in its turn."""
     made = None
-    for b in range(block if model.carried else 0):
+    for b in range(block if model.handed else 0):
         with residency.borrowed(b):
-            made = model.blocks[b].clean(x, model.ends, made)
+            made = model.hand_on(b, x, made)
     return made

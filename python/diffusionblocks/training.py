@@ -67,11 +67,12 @@ class Session:
     def check(self) -> None:
         """Raise NonFiniteLoss if `watch` saw one. Waits for the device."""
         step, block, low, high = self.first_bad.tolist()
+        level = self.model.target.level
         if step >= 0:
             raise NonFiniteLoss(
-                f"the loss or gradient of block {block:.0f} is not finite at step {step:.0f} (sigma from {low:.4g} to "
-                f"{high:.4g}); the last checkpoint is intact. Lower lr, raise warmup, or use precision='float32', and "
-                "start again"
+                f"the loss or gradient of block {block:.0f} is not finite at step {step:.0f} ({level} from {low:.4g} "
+                f"to {high:.4g}); the last checkpoint is intact. Lower lr, raise warmup, or use precision='float32', "
+                "and start again"
             )
 
 

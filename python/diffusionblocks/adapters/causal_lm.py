@@ -6,14 +6,15 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import text
-from ..blocks import DiffusionBlocks, Ends
+from ..blocks import DiffusionBlocks
 from ..config import TrainConfig
+from ..denoiser import Ends
 from ..evaluation import Walker, bound, cross_entropy
 from ..generation import Generator
 from ..information import closed_form_density
@@ -44,20 +45,27 @@ class CausalLMRun(TrainConfig):
     warmup: float = 0.05
     ema: float = 0.995
     tune_lr: tuple[float, ...] = (4e-3, 8e-3)
+    tune_warmup: tuple[float, ...] = (0.05,)
     context: float = 0.9
     """Share of the draws at the highest noise, where the answer must come from the tokens before."""
-    carried: bool = False
-    """Give each block what the blocks before made of the clean tokens, without gradient: the depth of all of them, at
-    the price of a forward pass and of the blocks' independence."""
+    handed: Literal["estimate", "context", "nothing"] = "estimate"
+    """What the blocks before hand a block: "estimate", their logits, which are averaged with its own when the walk has
+    come to it, while each is trained alone; "context", what they made of the clean tokens, without gradient, in
+    training too: the depth of all, at the price of forward passes and of independence; or "nothing"."""
     evaluated: int = 16384
     """Tokens of a split that are evaluated."""
     model: CausalLMConfig = field(default_factory=CausalLMConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model.sees_z and self.handed == "estimate":
+            raise ValueError("handed='estimate' needs blocks that don't look at z; with sees_z use 'nothing'")
 
     @property
     def total_steps(self) -> int:
         """As many layer evaluations as `steps` end-to-end steps: a forward pass alone counts a third, and block b
         takes b of them for what it is given; a noisy stream doubles the tokens."""
-        carrying = (self.blocks - 1) / 6 if self.carried else 0
+        carrying = (self.blocks - 1) / 6 if self.handed == "context" else 0
         return round(self.steps * self.blocks / (1 + carrying) / (2 if self.model.sees_z else 1))
 
 
@@ -90,9 +98,16 @@ class CausalLMAdapter(Adapter):
             density = closed_form_density(target.table)
             partition = make_partition(density, model.layers, c.blocks, overlap=c.overlap)
         layers = [CausalLayer(model) for _ in range(model.layers)]
-        carries = [Carry(model) for _ in range(c.blocks - 1)] if c.carried else []
+        carries = [Carry(model) for _ in range(c.blocks - 1)] if c.handed == "context" else []
         return DiffusionBlocks(
-            ends if own else ends[0], layers, target, partition, shared=c.shared, context=c.context, carries=carries
+            ends if own else ends[0],
+            layers,
+            target,
+            partition,
+            shared=c.shared,
+            context=c.context,
+            carries=carries,
+            ensemble=c.handed == "estimate",
         )
 
     def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import dbkernels
 
-from ..blocks import DiffusionBlocks, Ends
+from ..blocks import DiffusionBlocks
 from ..config import TrainConfig
 from ..data import ImageData, Loader, Split, load, prepare
+from ..denoiser import Ends
 from ..density import LogNormal
 from ..evaluation import Walker, held_out_loss
 from ..metrics import judge

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import DiffusionBlocks, Ends
+from ..blocks import DiffusionBlocks
+from ..denoiser import Ends
 from ..models.layers import NoiseEmbedding
 from ..partition import make_partition
 from ..recipes import CORRECTED

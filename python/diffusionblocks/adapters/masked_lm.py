@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import masked_diffusion, masking
-from ..blocks import DiffusionBlocks, Ends
+from ..blocks import DiffusionBlocks
 from ..config import TrainConfig, check_positive
+from ..denoiser import Ends
 from ..density import Uniform
 from ..evaluation import Walker
 from ..language import write_texts

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import edm
-from ..blocks import DiffusionBlocks, Ends
+from ..blocks import DiffusionBlocks
 from ..config import TrainConfig
+from ..denoiser import Ends
 from ..evaluation import BATCH, Walker, accuracy, bound
 from ..information import closed_form_density
 from ..models.layers import RotaryLayer

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import classification
-from ..blocks import DiffusionBlocks, Ends
+from ..blocks import DiffusionBlocks
 from ..config import TrainConfig
 from ..data import ImageData, Loader, load, prepare
+from ..denoiser import Ends
 from ..density import LogNormal, NoiseDensity
 from ..evaluation import Walker
 from ..information import closed_form_density
