@@ -15,20 +15,15 @@ SWITCHES = [field.name for field in dataclasses.fields(Recipe) if field.name not
 Variants = dict[str, TrainConfig]
 
 
-def sized(base: TrainConfig, blocks: int, **changes: Any) -> TrainConfig:
-    """The run in so many blocks, with steps enough to visit all."""
-    return replace(base, blocks=blocks, walk_steps=max(blocks, base.walk_steps), **changes)
-
-
 def tripled(base: TrainConfig) -> TrainConfig:
     """One block with three times the steps, which takes the lower rates better."""
-    return sized(base, 1, steps=3 * base.steps, lr=min(base.tune_lr))
+    return base.in_blocks(1, steps=3 * base.steps, lr=min(base.tune_lr))
 
 
 def vit(base: TrainConfig) -> Variants:
     """Numbers of blocks, independent blocks, and every difference between the two recipes."""
-    sizes = {f"B={b}": sized(base, b) for b in (1, 2, 3, 6)}
-    independent = {f"B={b} per_block": sized(base, b, shared="per_block") for b in (2, 3, 6)}
+    sizes = {f"B={b}": base.in_blocks(b) for b in (1, 2, 3, 6)}
+    independent = {f"B={b} per_block": base.in_blocks(b, shared="per_block") for b in (2, 3, 6)}
     switched = {f"corrected, {field} as published": replace(base, switch=(field,)) for field in SWITCHES}
     published = {"published": replace(base, recipe="published")}
     restored = {
@@ -40,15 +35,17 @@ def vit(base: TrainConfig) -> Variants:
 def causal_lm(base: Any) -> Variants:
     """Numbers of blocks, what they share and hand on, and what the network sees of z; each alone."""
     return {
-        "B=1": sized(base, 1),
+        "B=1": base.in_blocks(1),
         "B=2": base,
-        "B=4": sized(base, 4),
+        "B=4": base.in_blocks(4),
         "B=2 per_block": replace(base, shared="per_block"),
         "B=2, nothing handed on": replace(base, handed="nothing"),
         "B=2, context handed on": replace(base, handed="context"),
-        "B=4, context handed on": sized(base, 4, handed="context"),
+        "B=4, context handed on": base.in_blocks(4, handed="context"),
         "B=2, half at the highest noise": replace(base, context=0.5),
         "B=2, all by information": replace(base, context=0.0),
+        "B=2, layers 1-3": replace(base, split=(1, 3)),
+        "B=2, layers 3-1": replace(base, split=(3, 1)),
         "B=2, sees its own z": seeing(base, 1),
         "B=2, groups of 4": seeing(base, 4),
         "B=2, groups of 16": seeing(base, 16),
@@ -62,7 +59,7 @@ def seeing(base: Any, group_size: int) -> TrainConfig:
 
 def dit(base: Any) -> Variants:
     """Numbers of blocks (one is the end-to-end network), and one block with as many updates as three."""
-    return {"B=2": sized(base, 2), "B=3": sized(base, 3), "B=1, equal updates": tripled(base)}
+    return {"B=2": base.in_blocks(2), "B=3": base.in_blocks(3), "B=1, equal updates": tripled(base)}
 
 
 def dit_blocks(base: Any) -> Variants:
@@ -70,10 +67,10 @@ def dit_blocks(base: Any) -> Variants:
     found: Variants = {}
     for b in range(1, base.model.layers + 1):
         for overlap in (0.0, base.overlap):
-            found[f"B={b}, overlap {overlap:g}, equal compute"] = sized(base, b, overlap=overlap)
+            found[f"B={b}, overlap {overlap:g}, equal compute"] = base.in_blocks(b, overlap=overlap)
             if b != base.blocks:  # there they are the same
                 steps = base.steps * base.blocks // b
-                found[f"B={b}, overlap {overlap:g}, equal updates"] = sized(base, b, overlap=overlap, steps=steps)
+                found[f"B={b}, overlap {overlap:g}, equal updates"] = base.in_blocks(b, overlap=overlap, steps=steps)
     return found
 
 
@@ -132,7 +129,7 @@ STUDIES: dict[str, dict[str, Callable[[Any], Variants]]] = {
 def choices(base: TrainConfig) -> Variants:
     """Learning rates and warm-ups to choose from on the validation split, by number of blocks."""
     return {
-        f"B={b}, lr {lr:g}, warm-up {warmup:g}": sized(base, b, lr=lr, warmup=warmup)
+        f"B={b}, lr {lr:g}, warm-up {warmup:g}": base.in_blocks(b, lr=lr, warmup=warmup)
         for b in (1, 2, 3, 6)
         if b <= base.model.layers
         for lr in base.tune_lr

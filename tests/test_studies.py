@@ -54,7 +54,10 @@ def test_layers_are_split_and_noise_is_cut_as_asked(benchmarks):
         assert (abs(high / low - 1) < 1e-4) == name.startswith("uniform")
     with pytest.raises(ValueError, match=r"split=\(1, 2\) must share 6 layers among 3"):
         replace(base, split=(1, 2))
+    with pytest.raises(ValueError, match="every block a layer"):
+        replace(base, split=(6, 0, 0))
     assert replace(base, split=(1, 2, 3)).in_one_block().layer_counts == (6,)
+    assert replace(base, split=(1, 2, 3)).in_blocks(2).layer_counts == (3, 3)
 
 
 def test_a_study_goes_on_where_it_stopped_and_writes_its_table(benchmarks, tmp_path, monkeypatch, capsys):
@@ -93,3 +96,12 @@ def test_averaged_networks_are_read_as_one(benchmarks, tmp_path):
     assert both["test"]["bits"] < 3.9 and both["test"]["bits"] != other["test"]["bits"]
     networks, x = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)], torch.randn(5, 3)
     torch.testing.assert_close(study.Mean(networks)(x), (networks[0](x) + networks[1](x)) / 2)
+
+
+@pytest.mark.parametrize("name", ["vit-digits", "dit-digits", "mdlm-text", "lm-text"])
+def test_every_architecture_takes_a_split_of_its_layers(name):
+    base = RUNS[name][1]
+    split = (1,) * (base.blocks - 1) + (base.layers - base.blocks + 1,)
+    model = adapter_of(replace(base, split=split)).blocks()
+    assert model.partition.layers == split == tuple(len(block.layers) for block in model.blocks)
+    assert replace(base, split=split).total_steps == base.total_steps

@@ -29,6 +29,8 @@ class TrainConfig:
     out: Path = Path("runs/run")
     """Run folder; must not hold another run."""
     blocks: int = 3
+    split: tuple[int, ...] = ()
+    """Layers of each block, from the input on; none given: spread evenly."""
     shared: Literal["shared", "per_block", "frozen"] = "shared"
     overlap: float = 0.05
     steps: int = 1000
@@ -68,6 +70,10 @@ class TrainConfig:
             raise ValueError(
                 f"blocks={self.blocks} exceeds the model's {self.model.layers} layers; use at most one each"
             )
+        if self.split and (len(self.split), sum(self.split)) != (self.blocks, self.layers):
+            raise ValueError(f"split={self.split} must share {self.layers} layers among {self.blocks} blocks")
+        if min(self.split, default=1) < 1:
+            raise ValueError(f"split={self.split} must give every block a layer")
         if self.walk_steps < self.blocks:
             raise ValueError(
                 f"walk_steps={self.walk_steps} must be at least blocks={self.blocks}: every block must run"
@@ -90,12 +96,18 @@ class TrainConfig:
     @property
     def layer_counts(self) -> tuple[int, ...]:
         """Layers of each block."""
-        return spread_layers(self.layers, self.blocks)
+        return self.split or spread_layers(self.layers, self.blocks)
+
+    def in_blocks(self, blocks: int, **changes: Any) -> TrainConfig:
+        """The same in so many blocks, with steps of the walk enough to visit all."""
+        split = self.split if blocks == self.blocks else ()
+        steps = max(blocks, self.walk_steps)
+        return dataclasses.replace(self, **{"blocks": blocks, "split": split, "walk_steps": steps, **changes})
 
     def in_one_block(self, layers: int | None = None) -> TrainConfig:
         """The same network in one block; with so many layers, if not with all."""
         model = self.model if layers is None else dataclasses.replace(self.model, layers=layers)
-        return dataclasses.replace(self, blocks=1, model=model)
+        return dataclasses.replace(self, blocks=1, split=(), model=model)
 
     def resolved(self) -> dict[str, Any]:
         """What the config stands for besides its fields; written to config.yaml, and part of a run's identity."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,10 +52,7 @@ class Unread(TorchDispatchMode):
 def plans(adapter: Adapter, device: torch.device) -> dict[int, Usage]:
     """A plan for every B that the network can be cut into."""
     config, kind = adapter.config, type(adapter)
-    return {
-        blocks: plan(kind(replace(config, blocks=blocks, walk_steps=max(blocks, config.walk_steps))), device)
-        for blocks in config.block_counts
-    }
+    return {blocks: plan(kind(config.in_blocks(blocks)), device) for blocks in config.block_counts}
 
 
 def smallest_fit(table: dict[int, Usage], memory: int) -> int | None:

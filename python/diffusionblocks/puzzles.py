@@ -20,8 +20,7 @@ SHARES = {"val": range(1), "test": range(1, 2), "train": range(2, 16)}  # sixtee
 
 
 class Puzzle(ABC):
-    """A task. x is `tokens` tokens of `symbols` kinds; the last `answers` of them are the places of the answers y, of
-    `classes` kinds.
+    """A task. x is `tokens` tokens of `symbols` kinds, each the place of an answer y of `classes` kinds.
 
     Raises: ValueError if size is less than 2.
     """
@@ -29,7 +28,6 @@ class Puzzle(ABC):
     symbols: int
     classes: int
     tokens: int
-    answers: int
 
     def __init__(self, size: int):
         if size < 2:
@@ -38,14 +36,14 @@ class Puzzle(ABC):
 
     @abstractmethod
     def make(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random puzzles x (count, tokens) and their answers y (count, answers), int64."""
+        """Random puzzles x (count, tokens) and their answers y (count, tokens), int64."""
 
     @abstractmethod
     def ask(self, x: Tensor) -> str:
         """One puzzle (tokens,), for people."""
 
     def answer(self, x: Tensor, y: Tensor) -> str:
-        """Its answers (answers,), for people; those not known yet are -1 in y."""
+        """Its answers (tokens,), for people; those not known yet are -1 in y."""
         return " ".join("?" if value < 0 else str(value) for value in y.tolist())
 
 
@@ -55,7 +53,7 @@ class Sums(Puzzle):
     def __init__(self, size: int):
         super().__init__(size)
         self.symbols = self.classes = BASE
-        self.tokens = self.answers = size
+        self.tokens = size
 
     def make(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x = torch.randint(BASE, (count, self.size), generator=generator)
@@ -63,29 +61,6 @@ class Sums(Puzzle):
 
     def ask(self, x: Tensor) -> str:
         return " ".join(map(str, x.tolist()))
-
-
-class Maps(Puzzle):
-    """f is a permutation of `size` symbols, s one of them; answer i is f applied i times to s.
-
-    x: f's table, s, blanks.
-    """
-
-    def __init__(self, size: int):
-        super().__init__(size)
-        self.symbols, self.classes = 2 * size + 1, size
-        self.tokens, self.answers = 2 * size, size
-
-    def make(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        table = torch.rand(count, self.size, generator=generator).argsort(-1)
-        visited = [torch.randint(self.size, (count, 1), generator=generator)]
-        for _ in range(self.size):
-            visited.append(table.gather(1, visited[-1]))
-        blanks = torch.full((count, self.size - 1), 2 * self.size)
-        return torch.cat([table, self.size + visited[0], blanks], 1), torch.cat(visited[1:], 1)
-
-    def ask(self, x: Tensor) -> str:
-        return f"f = {' '.join(map(str, x[: self.size].tolist()))}, s = {int(x[self.size]) - self.size}"
 
 
 class Mazes(Puzzle):
@@ -96,7 +71,7 @@ class Mazes(Puzzle):
     def __init__(self, size: int):
         super().__init__(size)
         self.symbols, self.classes = 3, 2
-        self.tokens = self.answers = size * size
+        self.tokens = size * size
 
     def make(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         score = torch.rand(count, self.tokens, generator=generator)
@@ -118,7 +93,7 @@ class Mazes(Puzzle):
         return "\n".join("".join(cells[row : row + self.size]) for row in range(0, len(cells), self.size))
 
 
-PUZZLES: dict[str, type[Puzzle]] = {"sums": Sums, "maps": Maps, "mazes": Mazes}
+PUZZLES: dict[str, type[Puzzle]] = {"sums": Sums, "mazes": Mazes}
 
 
 def draw(puzzle: Puzzle, count: int, split: str, key: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +127,7 @@ def digest(x: Tensor) -> Tensor:
 
 
 class PuzzleBatches:
-    """Training batches by step number: x (batch_size, tokens), y (batch_size, answers)."""
+    """Training batches by step number: x (batch_size, tokens), y (batch_size, tokens)."""
 
     def __init__(self, puzzle: Puzzle, batch_size: int, *, seed: int, device: torch.device | str):
         self.puzzle, self.batch_size, self.seed, self.device = puzzle, batch_size, seed, device

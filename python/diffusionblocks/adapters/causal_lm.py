@@ -96,7 +96,7 @@ class CausalLMAdapter(Adapter):
         target = TokenTarget(spread_codebook(model.symbols, model.dim), group_size=model.group_size)
         if partition is None:
             density = closed_form_density(target.table)
-            partition = make_partition(density, model.layers, c.blocks, overlap=c.overlap)
+            partition = make_partition(density, c.layer_counts, overlap=c.overlap)
         layers = [CausalLayer(model) for _ in range(model.layers)]
         carries = [Carry(model) for _ in range(c.blocks - 1)] if c.handed == "context" else []
         return DiffusionBlocks(

@@ -52,8 +52,6 @@ class DiTRun(TrainConfig):
     published; more shows the class more plainly and varies less."""
     cut: Literal["probability", "uniform", "log_uniform"] = "probability"
     """How the blocks share the noise: the same mass of it each, the same width in sigma, or in its logarithm."""
-    split: tuple[int, ...] = ()
-    """Layers of each block, from the input on; none given: spread evenly."""
     sampler: Literal["euler", "heun", "dpmpp_2m"] = "euler"
     walk_steps: int = 50
     model: DiTConfig = field(default_factory=DiTConfig)
@@ -64,15 +62,6 @@ class DiTRun(TrainConfig):
             raise ValueError(f"label_dropout must be a share in [0, 1), got {self.label_dropout}")
         if self.guidance != 1 and not self.label_dropout:
             raise ValueError(f"guidance={self.guidance} needs label_dropout > 0: no class must have been trained")
-        if self.split and (len(self.split), sum(self.split)) != (self.blocks, self.model.layers):
-            raise ValueError(f"split={self.split} must share {self.model.layers} layers among {self.blocks} blocks")
-
-    @property
-    def layer_counts(self) -> tuple[int, ...]:
-        return self.split or super().layer_counts
-
-    def in_one_block(self, layers: int | None = None) -> TrainConfig:
-        return super(DiTRun, replace(self, split=())).in_one_block(layers)
 
 
 class DroppedLabels:

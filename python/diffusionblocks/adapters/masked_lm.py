@@ -92,7 +92,7 @@ class MaskedLMAdapter(Adapter):
         if c.shared == "frozen":
             nn.init.xavier_normal_(copies[0].head.weight)  # a head of zeros would pass no gradient to the layers
         edges = [*masking.edges(c.blocks)[:-1], T_MIN]
-        partition = partition or make_partition(Uniform(T_MIN, 1.0), c.layers, edges=edges, overlap=c.overlap)
+        partition = partition or make_partition(Uniform(T_MIN, 1.0), c.layer_counts, edges=edges, overlap=c.overlap)
         target = MaskedTarget(c.model.symbols)
         return DiffusionBlocks(copies, layers(c.model), target, partition, shared=c.shared)
 

@@ -40,7 +40,7 @@ class RecurrentRun(TrainConfig):
 
     architecture: ClassVar[str] = "recurrent"
 
-    task: Literal["sums", "maps", "mazes"] = "sums"
+    task: Literal["sums", "mazes"] = "sums"
     size: int = 16
     out: Path = Path("runs/recurrent-sums")
     blocks: int = 1
@@ -116,7 +116,7 @@ class RecurrentAdapter(Adapter):
     def example(self) -> tuple[Tensor, Tensor]:
         count, puzzle = self.config.batch_size, self.config.puzzle
         x = torch.zeros(count, puzzle.tokens, dtype=torch.int64)
-        return x, torch.zeros(count, puzzle.answers, dtype=torch.int64)
+        return x, torch.zeros(count, puzzle.tokens, dtype=torch.int64)
 
     def blocks(self, partition: Partition | None = None) -> DiffusionBlocks:
         c, puzzle = self.config, self.config.puzzle
@@ -153,7 +153,7 @@ class RecurrentAdapter(Adapter):
             found.append({"step": len(found), "sigma": sigma, "block": 0, "logits": output.raw})
             return output.denoised
 
-        z = torch.zeros(len(x), self.config.puzzle.answers, target.table.shape[1], device=x.device)
+        z = torch.zeros(len(x), self.config.puzzle.tokens, target.table.shape[1], device=x.device)
         euler(denoise, z, step_levels(walker.model.partition, passes, kind="probability"))
         return found
 

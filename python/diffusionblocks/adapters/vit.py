@@ -20,7 +20,7 @@ from ..density import LogNormal, NoiseDensity
 from ..evaluation import Walker
 from ..information import closed_form_density
 from ..models.vit import Head, Stem, ViT, ViTConfig
-from ..partition import Partition, make_partition
+from ..partition import Partition, make_partition, spread_layers
 from ..recipes import CORRECTED, Recipe, resolve
 from ..rng import stream
 from ..targets import ClassTarget, spread_codebook
@@ -67,8 +67,7 @@ class ViTRun(TrainConfig):
 
     @property
     def layers(self) -> int:
-        layers = self.model.layers
-        return layers - layers % self.blocks if self.method.remainder == "dropped" else layers
+        return sum(layers_of_blocks(self.model.layers, self.blocks, self.method))
 
     def resolved(self) -> dict[str, Any]:
         return {"method": dataclasses.asdict(self.method)}
@@ -98,7 +97,13 @@ class ViTAdapter(Adapter):
     def blocks(self, partition: Partition | None = None) -> DiffusionBlocks:
         c = self.config
         return vit_blocks(
-            c.model, c.blocks, recipe=c.method, shared=c.shared, overlap=c.overlap, seed=c.seed, partition=partition
+            c.model,
+            c.split or c.blocks,
+            recipe=c.method,
+            shared=c.shared,
+            overlap=c.overlap,
+            seed=c.seed,
+            partition=partition,
         )
 
     def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
@@ -135,7 +140,7 @@ class ViTAdapter(Adapter):
 
 def vit_blocks(
     config: ViTConfig,
-    blocks: int,
+    blocks: int | tuple[int, ...],
     *,
     recipe: Recipe = CORRECTED,
     shared: str = "shared",
@@ -145,29 +150,35 @@ def vit_blocks(
 ) -> DiffusionBlocks:
     """The reference ViT as `blocks` denoisers, initialised from `seed`; noise by the recipe, or by `partition`.
 
+    blocks: how many, or the layers of each.
     Raises: ValueError if blocks exceeds the layers, or independent blocks get a learned codebook.
     """
     config = replace(config, gate_start=recipe.gate_start, z_gain=recipe.z_gain, silu_after=recipe.silu_after)
-    kept = config.layers - config.layers % blocks if recipe.remainder == "dropped" else config.layers
+    counts = blocks if isinstance(blocks, tuple) else layers_of_blocks(config.layers, blocks, recipe)
     torch.manual_seed(stream(seed, "init") % 2**63)
     norm_eps = 1e-12 if recipe.readout == "edm" else None
     network = ViT(config, conditioned=True, head_norm_eps=norm_eps)
     ends: Ends | list[Ends] = Ends(network.stem, network.head)
     if shared == "per_block":
-        ends = [Ends(Stem(config, True), Head(config, True, norm_eps)) for _ in range(blocks)]
+        ends = [Ends(Stem(config, True), Head(config, True, norm_eps)) for _ in counts]
     if shared == "frozen":
         nn.init.xavier_normal_(network.head.linear.weight)  # a head of zeros would pass no gradient to the layers
     target = class_target(codebook(config.classes, config.dim, recipe), recipe)
-    partition = partition or make_partition(noise_density(target, recipe), kept, blocks, overlap=overlap)
+    partition = partition or make_partition(noise_density(target, recipe), counts, overlap=overlap)
     return DiffusionBlocks(
         ends,
-        list(network.layers)[:kept],
+        list(network.layers)[: sum(counts)],
         target,
         partition,
         shared=shared,
         context=recipe.context,
         weighting=recipe.weighting,
     )
+
+
+def layers_of_blocks(layers: int, blocks: int, recipe: Recipe = CORRECTED) -> tuple[int, ...]:
+    """Layers of each block: spread evenly, or the remainder dropped."""
+    return spread_layers(layers - layers % blocks if recipe.remainder == "dropped" else layers, blocks)
 
 
 def codebook(classes: int, dim: int, recipe: Recipe = CORRECTED) -> Tensor:

@@ -38,7 +38,7 @@ class RecurrentConfig(LayerConfig):
 
 
 class Prelude(nn.Module):
-    """Puzzles (B, T) and the state (B, N, width) of the last N <= T tokens -> the core's input (B, T, D), and None."""
+    """Puzzles (B, T) and the state (B, T, width) -> the core's input (B, T, D), and None."""
 
     def __init__(self, config: RecurrentConfig, puzzle: Puzzle, width: int):
         super().__init__()
@@ -59,9 +59,8 @@ class Prelude(nn.Module):
         return h
 
     def enter(self, h: Tensor, z: Tensor) -> Tensor:
-        """The core's input; tokens without a state of their own get zeros."""
-        state = functional.pad(z.to(h.dtype), (0, 0, h.shape[1] - z.shape[1], 0))
-        return self.join(torch.cat([h, state], dim=-1))
+        """The core's input."""
+        return self.join(torch.cat([h, z.to(h.dtype)], dim=-1))
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError unless `x` is a non-empty batch of this model's puzzles."""
@@ -72,11 +71,10 @@ class Prelude(nn.Module):
 
 
 class Coda(nn.Module):
-    """(B, T, D) -> features of the last N tokens (B, N, D), and of these logits (B, N, K)."""
+    """(B, T, D) -> features of the same shape, and of these logits (B, T, K)."""
 
     def __init__(self, config: RecurrentConfig, puzzle: Puzzle):
         super().__init__()
-        self.answers = puzzle.answers
         self.layers = nn.ModuleList(RotaryLayer(config, conditioned=False) for _ in range(config.coda))
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.linear = nn.Linear(config.dim, puzzle.classes)
@@ -86,7 +84,7 @@ class Coda(nn.Module):
     def features(self, h: Tensor) -> Tensor:
         for layer in self.layers:
             h = layer(h, None)
-        return self.norm(h[:, -self.answers :])
+        return self.norm(h)
 
     def forward(self, h: Tensor, cond: Tensor | None) -> Tensor:
         return self.linear(h)
@@ -107,7 +105,7 @@ class Recurrent(nn.Module):
         self.coda = Coda(config, puzzle)
 
     def forward(self, x: Tensor, passes: int, *, seed: int = 0, step: int = 0) -> Tensor:
-        """Puzzles (B, T) -> logits (B, N, K); the first state is drawn by (seed, step)."""
+        """Puzzles (B, T) -> logits (B, T, K); the first state is drawn by (seed, step)."""
         h = self.prelude.read(x)
         noise = dbkernels.philox_normal(h.shape, seed=stream(seed, "state"), offset=step, device=x.device)
         state = noise.clamp(-2, 2).mul(math.sqrt(0.4)).to(h.dtype)
