@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusionblocks.adapters.vit import ViTAdapter, ViTRun
 from diffusionblocks.data import load
 
 FORMATS = {
@@ -159,3 +160,26 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"diffusionblocks\[hub\]"):
         load("cifar100")
+
+
+@pytest.mark.parametrize("layout", ["save_to_disk", "bare"])
+def test_any_dataset_of_images_is_read_by_its_name(hf, tmp_path, layout):
+    """Columns, size and number of classes are found; a folder with a copy stands for the name."""
+    pixels, _ = write_hub(hf, tmp_path / "mine", "tiny-imagenet", layout)
+    data = load(f"hub:{tmp_path / 'mine'}")
+    assert (data.channels, data.image_size, data.classes) == (3, 64, 200) and len(data.test) == 5
+    every = torch.cat([data.train.images, data.val.images])
+    assert sorted(every.flatten(1).sum(1).tolist()) == sorted(pixels.flatten(1).sum(1).tolist())
+    with pytest.raises(ValueError, match=r"\(3, 64, 200\), the model \(1, 8, 10\)"):
+        ViTAdapter(ViTRun(data=f"hub:{tmp_path / 'mine'}")).data  # noqa: B018
+    with pytest.raises(FileNotFoundError, match=r"cannot get some/one from the hub.*folder="):
+        load("hub:some/one")
+
+
+def test_a_dataset_without_images_or_labels_is_refused(hf, tmp_path):
+    rows, _ = hub_rows(hf, "cifar100", 4, 0)
+    for column, missing in (("img", "image"), ("fine_label", "label")):
+        folder = tmp_path / missing
+        hf.DatasetDict({"train": rows.remove_columns(column), "test": rows}).save_to_disk(str(folder))
+        with pytest.raises(ValueError, match=rf"has no column '{missing}'"):
+            load(f"hub:{folder}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .rng import stream
-from .sources import SOURCES, image_folder, stratified
+from .sources import SOURCES, Source, hub_images, image_folder, stratified
 
 NAMES = tuple(SOURCES)
 
@@ -69,7 +70,8 @@ class ImageData:
 
 
 def load(name: str, *, folder: str | Path | None = None, val_fraction: float = 0.1, seed: int = 0) -> ImageData:
-    """The dataset `name`, one of NAMES, or "folder" for files of one's own. Its test split is the same for every seed.
+    """The dataset `name`: one of NAMES, "folder" for files of one's own, or "hub:ID" for any of the hub's with square
+    images of one size and labels. Its test split is the same for every seed.
 
     folder: where the files are. For fashion-mnist the four IDX files, gzipped or not (None: where Debian's
     package dataset-fashion-mnist puts them); for cifar100 and tiny-imagenet a copy of the hub's dataset, as
@@ -80,10 +82,7 @@ def load(name: str, *, folder: str | Path | None = None, val_fraction: float = 0
     name, files that are truncated, foreign or of another shape, labels out of range, or an empty split.
     ImportError on a missing library.
     """
-    if name not in (*SOURCES, "folder"):
-        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(NAMES)}, or 'folder'")
-    where = None if folder is None else Path(folder).expanduser()
-    source = image_folder(where) if name == "folder" else SOURCES[name]
+    source, where = _source(name, folder), None if folder is None else Path(folder).expanduser()
     pairs = source.read(where)
     full, test = Split(*pairs["train"]), Split(*pairs["test"])
     for part, split in (("train", full), ("test", test)):
@@ -92,6 +91,23 @@ def load(name: str, *, folder: str | Path | None = None, val_fraction: float = 0
     val_indices, train_indices = stratified(full.labels, val_count, stream(seed, "data", "val"))
     train, val = full.take(train_indices), full.take(val_indices)
     return ImageData(name, train, val, test, source.classes, *_statistics(train.images))
+
+
+def _source(name: str, folder: str | Path | None) -> Source:
+    where = None if folder is None else Path(folder).expanduser()
+    if name.startswith("hub:"):
+        return hub_images(name.removeprefix("hub:"), where)
+    if name not in (*SOURCES, "folder"):
+        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(NAMES)}, 'folder', or 'hub:ID'")
+    return image_folder(where) if name == "folder" else SOURCES[name]
+
+
+def check_model(data: ImageData, model: Any) -> None:
+    """Raise ValueError if a model is for other images or classes."""
+    have = (data.channels, data.image_size, data.classes)
+    want = (model.channels, model.image_size, model.classes)
+    if have != want:
+        raise ValueError(f"{data.name} has (channels, image_size, classes) {have}, the model {want}: set --model.*")
 
 
 def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> Tensor:

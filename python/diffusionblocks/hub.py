@@ -47,6 +47,28 @@ def read(source: HubSource, folder: Path | None) -> dict[str, tuple[Tensor, Tens
     }
 
 
+def found(name: str, folder: Path | None) -> HubSource:
+    """How to read images of a dataset that isn't listed here: its first column of images, its column of labels.
+
+    Raises: as `read`.
+    """
+    nothing = HubSource(name, "", "", test=("test", "validation", "valid"), size=0)
+    where = str(folder or name)
+    rows = _pick(_open(nothing, folder), ("train",), where)
+    image = _column(rows, _import().Image, ("image", "img"), where)
+    label = _column(rows, _import().ClassLabel, ("label", "labels"), where)
+    size = _picture(rows.cast_column(image, _import().Image()), 0, image, where).width
+    return HubSource(name, image, label, nothing.test, size)
+
+
+def _column(rows: Any, kind: type, names: tuple[str, ...], where: str) -> str:
+    """The first column of a kind, or of a name where the file doesn't say its kinds."""
+    for column, feature in rows.features.items():
+        if isinstance(feature, kind) or column in names:
+            return str(column)
+    raise ValueError(f"{where} has no column {names[0]!r}, only {', '.join(rows.column_names)}; rename one")
+
+
 def read_text(name: str) -> list[str]:
     """The column "text" of the training split: a dataset of the hub by its name, or a folder with a copy of one.
 
@@ -120,14 +142,21 @@ def _labels(values: list[object], where: str) -> Tensor:
 
 def _rgb(column: Any, index: int, source: HubSource, where: str) -> Tensor:
     """Image `index` as (3, size, size) uint8."""
-    size = source.size
+    size, picture = source.size, _picture(column, index, source.image, where)
+    if picture.size != (size, size):
+        has = "x".join(map(str, picture.size))
+        raise ValueError(f"{where}: image {index} is {has}, expected {size}x{size}; all must have the same size")
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.reshape(size, size, 3).permute(2, 0, 1)
+
+
+def _picture(column: Any, index: int, name: str, where: str) -> Any:
+    """Image `index`, as Pillow's, in RGB."""
     try:
-        picture = column[index][source.image]
+        picture = column[index][name]
         picture = picture and picture.convert("RGB")
     except (OSError, SyntaxError) as error:  # what Pillow raises for files that are no picture or broken ones
         raise ValueError(f"{where}: image {index} cannot be read ({error}); fetch the data again") from error
-    if picture is None or picture.size != (size, size):
-        found = "missing" if picture is None else "x".join(map(str, picture.size))
-        raise ValueError(f"{where}: image {index} is {found}, expected {size}x{size}; fetch the data again")
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return pixels.reshape(size, size, 3).permute(2, 0, 1)
+    if picture is None:
+        raise ValueError(f"{where}: image {index} is missing; fetch the data again")
+    return picture

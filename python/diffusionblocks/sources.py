@@ -94,6 +94,16 @@ def image_folder(folder: Path | None) -> Source:
     return Source((channels, size, size), len(kinds), lambda _: pairs)
 
 
+def hub_images(name: str, folder: Path | None) -> Source:
+    """A source by the name of a dataset of the hub, or of a folder with a copy of one; its classes are its labels'."""
+    local = Path(name).expanduser()
+    where = folder or (local if local.is_dir() else None)
+    source = hub.found(name, where)
+    pairs = hub.read(source, where)
+    classes = int(pairs["train"][1].max()) + 1
+    return Source((3, source.size, source.size), classes, lambda _: pairs)
+
+
 def read_image(path: Path, channels: int, size: int) -> Tensor:
     """An image file as (C, S, S) uint8. Raises: ValueError if it can't be read or has another size."""
     image = _open(path).convert("L" if channels == 1 else "RGB")

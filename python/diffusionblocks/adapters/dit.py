@@ -15,7 +15,7 @@ import dbkernels
 
 from ..blocks import DiffusionBlocks
 from ..config import TrainConfig
-from ..data import ImageData, Loader, Split, load, prepare
+from ..data import ImageData, Loader, Split, check_model, load, prepare
 from ..denoiser import Ends
 from ..density import LogNormal
 from ..evaluation import Walker, held_out_loss
@@ -38,7 +38,8 @@ class DiTRun(TrainConfig):
 
     architecture: ClassVar[str] = "dit"
 
-    data: Literal["digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder"] = "digits"
+    data: str = "digits"
+    """"digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder", or "hub:ID"."""
     folder: Path | None = None
     """Where the data's files are; None: found or fetched by name."""
     out: Path = Path("runs/dit-digits")
@@ -88,10 +89,7 @@ class DiTAdapter(Adapter):
         """The splits. Raises: ValueError if the model is for other images."""
         c, model = self.config, self.config.model
         data = load(c.data, folder=c.folder, seed=c.seed)
-        have = (data.channels, data.image_size, data.classes)
-        want = (model.channels, model.image_size, model.classes)
-        if have != want:
-            raise ValueError(f"{c.data} has (channels, image_size, classes) {have}, the model {want}: set --model.*")
+        check_model(data, model)
         half = (0.5,) * data.channels
         return replace(data, mean=half, std=half)  # black is -1, white 1
 

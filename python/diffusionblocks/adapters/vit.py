@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import classification
 from ..blocks import DiffusionBlocks
 from ..config import TrainConfig
-from ..data import ImageData, Loader, load, prepare
+from ..data import ImageData, Loader, check_model, load, prepare
 from ..denoiser import Ends
 from ..density import LogNormal, NoiseDensity
 from ..evaluation import Walker
@@ -36,7 +36,8 @@ class ViTRun(TrainConfig):
 
     architecture: ClassVar[str] = "vit"
 
-    data: Literal["digits", "fashion-mnist", "cifar100", "tiny-imagenet"] = "digits"
+    data: str = "digits"
+    """"digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder", or "hub:ID"."""
     folder: Path | None = None
     """Where the data's files are; None: found or fetched by name."""
     out: Path = Path("runs/vit-digits")
@@ -81,8 +82,10 @@ class ViTAdapter(Adapter):
 
     @cached_property
     def data(self) -> ImageData:
-        """The splits."""
-        return load(self.config.data, folder=self.config.folder, seed=self.config.seed)
+        """The splits. Raises: ValueError if the model is for other images."""
+        data = load(self.config.data, folder=self.config.folder, seed=self.config.seed)
+        check_model(data, self.config.model)
+        return data
 
     def batches(self, device: torch.device) -> Batches:
         config, data = self.config, self.data
