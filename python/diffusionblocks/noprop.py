@@ -23,7 +23,6 @@ from .evaluation import BATCH, accuracy
 from .memory import SavedTensors
 from .models.vit import Head, Layer, Stem, ViTConfig
 from .optim import PartOptimizer, clip_gradients, learning_rate
-from .partition import spread_layers
 from .rng import stream
 from .targets import spread_codebook
 from .training import LOG_EVERY, NonFiniteLoss, block_at
@@ -54,7 +53,7 @@ class NoProp(nn.Module):
 
     def __init__(self, config: ViTRun):
         super().__init__()
-        self.blocks = nn.ModuleList(NoPropBlock(config.model, n) for n in spread_layers(config.layers, config.blocks))
+        self.blocks = nn.ModuleList(NoPropBlock(config.model, n) for n in config.layer_counts)
         self.out = nn.Linear(config.model.dim, config.model.classes)
         self.register_buffer("table", spread_codebook(config.model.classes, config.model.dim))
         times = torch.linspace(1, 0, config.blocks + 1, dtype=torch.float64)

@@ -93,6 +93,8 @@ class CausalLMAdapter(Adapter):
         torch.manual_seed(stream(c.seed, "init") % 2**63)
         own = c.shared == "per_block"
         ends = [Ends(CausalStem(model), CausalHead(model)) for _ in range(c.blocks if own else 1)]
+        if c.shared == "frozen":
+            nn.init.xavier_normal_(ends[0].head.linear.weight)  # a head of zeros would pass no gradient to the layers
         target = TokenTarget(spread_codebook(model.symbols, model.dim), group_size=model.group_size)
         if partition is None:
             density = closed_form_density(target.table)

@@ -1,0 +1,80 @@
+"""Text from noise: caches that change nothing, an ensemble, walks that draw what the network says."""
+
+from __future__ import annotations
+
+import torch
+
+from diffusionblocks.generation import Generator
+from diffusionblocks.partition import step_levels
+from tiny_lm import MODEL, N, blocks, kinds, noised
+
+
+@kinds
+def test_caches_give_what_training_saw(model):
+    """Group by group behind a cache, the logits are those of one pass over the whole sequence."""
+    made, group = blocks(model), model.group_size
+    x = torch.randint(12, (2, N))
+    z, level = noised(made, x)
+    generator = Generator(made, [1.0, 0.0], seed=0)
+    for start in range(0, N, group):
+        generator.extend(x[:, max(0, start - group) : start])
+        for block in range(3):
+            with torch.no_grad():
+                head, h, cond = made.blocks[block](x, z, level, made.target, made.ends, made.before(block, x))
+                want = head(h, cond)[:, start : start + group].float()
+                got = generator.logits(z[:, start : start + group], torch.full((2, group), 0.3), block)
+            # float64 arithmetic, sums in another order; logits are returned as float32
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_an_ensemble_says_the_mean_of_the_blocks_so_far():
+    """Trained alone, read together: by `denoise` and by the generator alike."""
+    made = blocks(MODEL, handed="estimate")
+    x = torch.randint(12, (2, N))
+    z, level = noised(made, x)
+    with torch.no_grad():
+        each = [block.logits(x, made.ends) for block in made.blocks]
+    generator = Generator(made, [1.0, 0.0], seed=0)
+    generator.extend(x[:, :5])
+    for block in range(3):
+        want = sum(each[: block + 1]) / (block + 1)
+        read = made.denoise(x, z, 0.3, block=block, before=made.before(block, x))
+        # float64 arithmetic, sums in another order; logits are returned as float32
+        torch.testing.assert_close(read.raw - made.target.evidence(z) / 0.3**2, want, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(generator.logits(z, level, block)[:, 0], want[:, 5], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(each[0], each[2])
+    assert made.before(0, x) is None and made.train().before(2, x) is None, "nothing is handed on in training"
+
+
+@kinds
+def test_generation_is_by_seed_and_keeps_the_prompt(model):
+    made = blocks(model).float()
+    prompt = torch.randint(12, (2, 4))
+    levels = step_levels(made.partition, 5)
+    one, same, other = (Generator(made, levels, seed=seed).generate(prompt, 8) for seed in (3, 3, 4))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert one.shape == (2, 12) and torch.equal(one[:, :4], prompt)
+    empty = Generator(made, levels, seed=3).generate(prompt[:, :0], 8)
+    assert empty.shape == (2, 8) and not torch.equal(empty[0], empty[1])
+
+
+def test_every_block_is_asked_from_high_noise_to_low(monkeypatch):
+    made, asked = blocks(MODEL), []
+    original = Generator.logits
+    monkeypatch.setattr(Generator, "logits", lambda self, z, s, b: asked.append(b) or original(self, z, s, b))
+    Generator(made, step_levels(made.partition, 6), seed=0).generate(torch.zeros(1, 0, dtype=torch.int64), 2)
+    assert asked[:6] == sorted(asked[:6]) == asked[6:] and set(asked) == {0, 1, 2}
+
+
+def test_walks_draw_what_the_network_says():
+    """One stream and many steps: the walk from noise has the distribution of the network's own logits."""
+    made = blocks(MODEL, scale=0.0)
+    logits = torch.tensor([2.0, 1.0, 0.0] + [-9.0] * 9)
+    with torch.no_grad():
+        made.ends.head.linear.bias.copy_(logits)
+    tokens = Generator(made, step_levels(made.partition, 40), seed=0).generate(
+        torch.zeros(4000, 0, dtype=torch.int64), 1
+    )
+    share = torch.bincount(tokens.flatten(), minlength=12) / 4000
+    # 4,000 draws: three standard errors of a share are 0.024; 40 Euler steps of the walk add about as much
+    torch.testing.assert_close(share[:3], logits.softmax(0)[:3], rtol=0, atol=0.05)
