@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 
 from diffusionblocks import data, jobs, metrics
-from diffusionblocks.adapters.dit import DiTAdapter, DiTRun, spread_steps
+from diffusionblocks.adapters.dit import DiTAdapter, DiTRun
 from diffusionblocks.config import from_yaml, to_yaml
 from diffusionblocks.evaluation import Walker, held_out_loss
 from diffusionblocks.models.dit import DiTConfig, DiTHead, DiTStem, patchify, unpatchify
 from diffusionblocks.partition import step_levels
-from diffusionblocks.pictures import to_pixels, write_grid
 from diffusionblocks.sampling import guided
 from diffusionblocks.training import train
 
@@ -229,26 +228,6 @@ def test_samples_are_written_a_class_a_row(session, tmp_path):
         jobs.sample(adapter, session, tmp_path / "other", count=20, seed=0, prompt="a")
 
 
-def test_a_grid_by_hand(tmp_path):
-    images = torch.tensor([[[[0]]], [[[100]]], [[[200]]]], dtype=torch.uint8)
-    pixels = numpy.array(Image.open(write_grid(images, tmp_path / "grid.png", columns=2)))
-    assert pixels[::64, ::64].tolist() == [[0, 255, 100, 255], [255] * 4, [200, 255, 255, 255], [255] * 4]
-    assert to_pixels(torch.tensor([-1.0, 0.0, 1.0, -3.0, 3.0]).view(5, 1, 1, 1)).flatten().tolist() == [
-        0,
-        128,
-        255,
-        0,
-        255,
-    ]
-
-
-def test_every_block_is_shown():
-    owners = [0] * 30 + [1] * 2 + [2] * 18
-    shown = spread_steps(owners)
-    assert {owners[i] for i in shown} == {0, 1, 2} and {29, 31, 49} <= set(shown) and len(shown) <= 12
-    assert spread_steps(list(range(20))) == list(range(20))
-
-
 def test_a_config_comes_back_from_yaml(tmp_path):
     assert from_yaml(to_yaml(config(out=tmp_path))) == config(out=tmp_path)
 
@@ -295,29 +274,3 @@ def test_stem_and_head_by_hand():
     shift, scale = head.modulation(cond)
     normed = torch.nn.functional.layer_norm(h, (16,), eps=MODEL.norm_eps) * (1 + scale) + shift
     torch.testing.assert_close(head(head.features(h), cond)[:, :, :4, 4:].flatten(1), head.linear(normed)[:, 1])
-
-
-def test_a_folder_of_images(tmp_path):
-    generator = numpy.random.default_rng(0)
-    for kind in ("cats", "dogs"):
-        (tmp_path / kind).mkdir()
-        for i in range(20):
-            pixels = generator.integers(0, 255, (8, 8), dtype=numpy.uint8)
-            Image.fromarray(pixels).save(tmp_path / kind / f"{i}.png")
-    model = replace(MODEL, classes=2)
-    adapter = DiTAdapter(config(data="folder", folder=tmp_path, model=model))
-    assert [len(split) for split in (adapter.data.train, adapter.data.val, adapter.data.test)] == [32, 4, 4]
-    assert adapter.data.test.labels.tolist() == [0, 0, 1, 1]
-    labels, images = adapter.batches(CPU).batch(0)
-    assert images.shape == (8, 1, 8, 8) and set(labels.tolist()) <= {0, 1, 2}
-    Image.fromarray(numpy.zeros((8, 9), dtype=numpy.uint8)).save(tmp_path / "dogs" / "wide.png")
-    with pytest.raises(ValueError, match="is 9x8, not 8x8"):
-        data.load("folder", folder=tmp_path)
-    (tmp_path / "cats" / "0.png").write_text("a text")
-    with pytest.raises(ValueError, match="is not an image file"):
-        data.load("folder", folder=tmp_path)
-    with pytest.raises(FileNotFoundError, match="needs folder="):
-        data.load("folder")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no image files"):
-        data.load("folder", folder=tmp_path / "empty")
