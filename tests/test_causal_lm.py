@@ -9,13 +9,17 @@ import pytest
 import torch
 
 from diffusionblocks.adapters.causal_lm import CausalLMAdapter
+from diffusionblocks.blocks import DiffusionBlocks
+from diffusionblocks.denoiser import Ends
+from diffusionblocks.density import LogNormal
 from diffusionblocks.evaluation import Walker, bound
 from diffusionblocks.generation import Generator
 from diffusionblocks.information import information_bound
 from diffusionblocks.language import TextOptions, estimates
-from diffusionblocks.models.causal_lm import CausalLMConfig
-from diffusionblocks.partition import step_levels
+from diffusionblocks.models.causal_lm import Carry, CausalHead, CausalLayer, CausalLMConfig, CausalStem
+from diffusionblocks.partition import make_partition, step_levels
 from diffusionblocks.residency import Residency, before
+from diffusionblocks.token_target import TokenTarget
 from diffusionblocks.training import Session, train
 from tiny_lm import KINDS, MODEL, N, blocks, config, kinds, noised
 
@@ -206,6 +210,11 @@ def test_bad_input_is_named():
         CausalLMConfig(group_size=4)
     with pytest.raises(ValueError, match="handed='estimate' needs blocks that don't look at z"):
         config(KINDS["own z"], handed="estimate")
+    with pytest.raises(ValueError, match="choose one"):
+        ends, layers = Ends(CausalStem(MODEL), CausalHead(MODEL)), [CausalLayer(MODEL) for _ in range(2)]
+        target = TokenTarget(torch.eye(12, 16))
+        cut = make_partition(LogNormal(), 2, 2)
+        DiffusionBlocks(ends, layers, target, cut, carries=[Carry(MODEL)], ensemble=True)
     with pytest.raises(ValueError, match="must be even"):
         CausalLMConfig(dim=12, heads=4)
     made = blocks(KINDS["groups of 4"])

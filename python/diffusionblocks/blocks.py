@@ -44,7 +44,7 @@ class DiffusionBlocks(nn.Module):
     block but the first, how what the blocks before made of x enters it, without gradient. ensemble: when evaluated, a
     block says the mean of its own logits and those of the blocks before it; they are trained alone, and must not look
     at z. For both the stem has clean(x).
-    Raises: ValueError if the counts don't fit, or a trainable codebook meets independent blocks.
+    Raises: ValueError if the counts or options don't fit, or a trainable codebook meets independent blocks.
     Source: arXiv 2506.14202.
     """
 
@@ -68,6 +68,8 @@ class DiffusionBlocks(nn.Module):
             raise ValueError(f"weighting must be 'none' or 'batch_mean', got {weighting!r}")
         if not 0 <= context <= 1:
             raise ValueError(f"context must be a share in [0, 1], got {context}")
+        if ensemble and carries:
+            raise ValueError("ensemble is of blocks that were trained alone, carries ties them together: choose one")
         own = shared == "per_block"
         self.shared, self.context, self.weighting, self.partition = shared, context, weighting, partition
         self.carried, self.ensemble = bool(carries), ensemble
