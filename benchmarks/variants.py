@@ -33,15 +33,15 @@ def vit(base: TrainConfig) -> Variants:
 
 
 def causal_lm(base: Any) -> Variants:
-    """Numbers of blocks, what they share and hand on, and what the network sees of z; each alone."""
+    """Numbers of blocks, what they share, how they combine, and what the network sees of z; each alone."""
     return {
         "B=1": base.in_blocks(1),
         "B=2": base,
         "B=4": base.in_blocks(4),
         "B=2 per_block": replace(base, shared="per_block"),
-        "B=2, nothing handed on": replace(base, handed="nothing"),
-        "B=2, context handed on": replace(base, handed="context"),
-        "B=4, context handed on": base.in_blocks(4, handed="context"),
+        "B=2, each alone": replace(base, combine="none"),
+        "B=2, carried": replace(base, combine="carry"),
+        "B=4, carried": base.in_blocks(4, combine="carry"),
         "B=2, half at the highest noise": replace(base, context=0.5),
         "B=2, all by information": replace(base, context=0.0),
         "B=2, layers 1-3": replace(base, split=(1, 3)),
@@ -53,8 +53,8 @@ def causal_lm(base: Any) -> Variants:
 
 
 def seeing(base: Any, group_size: int) -> TrainConfig:
-    """Blocks that look at the noised tokens, in groups, and hand nothing on."""
-    return replace(base, handed="nothing", model=replace(base.model, sees_z=True, group_size=group_size))
+    """Blocks that look at the noised tokens, in groups, each alone."""
+    return replace(base, combine="none", model=replace(base.model, sees_z=True, group_size=group_size))
 
 
 def dit(base: Any) -> Variants:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from diffusionblocks.generation import Generator
@@ -20,30 +21,32 @@ def test_caches_give_what_training_saw(model):
         generator.extend(x[:, max(0, start - group) : start])
         for block in range(3):
             with torch.no_grad():
-                head, h, cond = made.blocks[block](x, z, level, made.target, made.ends, made.before(block, x))
+                head, h, cond = made.blocks[block](x, z, level, made.target, made.ends, made.handed(block, x))
                 want = head(h, cond)[:, start : start + group].float()
                 got = generator.logits(z[:, start : start + group], torch.full((2, group), 0.3), block)
             # float64 arithmetic, sums in another order; logits are returned as float32
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_an_ensemble_says_the_mean_of_the_blocks_so_far():
+def test_an_ensemble_says_the_mean_of_its_blocks():
     """Trained alone, read together: by `denoise` and by the generator alike."""
-    made = blocks(MODEL, handed="estimate")
+    made = blocks(MODEL, combine="mean")
     x = torch.randint(12, (2, N))
     z, level = noised(made, x)
     with torch.no_grad():
         each = [block.logits(x, made.ends) for block in made.blocks]
     generator = Generator(made, [1.0, 0.0], seed=0)
     generator.extend(x[:, :5])
+    want = sum(each) / 3
     for block in range(3):
-        want = sum(each[: block + 1]) / (block + 1)
-        read = made.denoise(x, z, 0.3, block=block, before=made.before(block, x))
+        read = made.denoise(x, z, 0.3, block=block, handed=made.handed(block, x))
         # float64 arithmetic, sums in another order; logits are returned as float32
         torch.testing.assert_close(read.raw - made.target.evidence(z) / 0.3**2, want, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(generator.logits(z, level, block)[:, 0], want[:, 5], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(each[0], each[2])
-    assert made.before(0, x) is None and made.train().before(2, x) is None, "nothing is handed on in training"
+    with pytest.raises(ValueError, match=r"pass handed=model.handed\(1, x\)"):
+        made.denoise(x, z, 0.3, block=1)
+    assert made.train().handed(2, x) is None, "in training each is alone"
 
 
 @kinds

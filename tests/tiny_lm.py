@@ -30,7 +30,7 @@ def config(model: CausalLMConfig = MODEL, **changes) -> CausalLMRun:
         visit=2,
         warmup=0.2,
         walk_steps=4,
-        handed="context",
+        combine="carry",
         baseline=(),
     )
     return replace(base, **changes)

@@ -42,8 +42,8 @@ class DiffusionBlocks(nn.Module):
     "frozen" (one copy, never trained). context: share of each training batch drawn at sigma_max, where the answer must
     come from x alone. weighting: "none", or "batch_mean", the published mean(loss) * mean(weight). carries: for every
     block but the first, how what the blocks before made of x enters it, without gradient. ensemble: when evaluated, a
-    block says the mean of its own logits and those of the blocks before it; they are trained alone, and must not look
-    at z. For both the stem has clean(x).
+    block says the mean of all blocks' logits; they are trained alone, and must not look at z. For both the stem has
+    clean(x).
     Raises: ValueError if the counts or options don't fit, or a trainable codebook meets independent blocks.
     Source: arXiv 2506.14202.
     """
@@ -97,10 +97,11 @@ class DiffusionBlocks(nn.Module):
         sigma.view(-1)[: int(self.context * sigma.numel())] = self.partition.sigma_max
         return sigma
 
-    @property
-    def handed(self) -> bool:
-        """Whether a block needs, as things are, what the blocks before it make of x."""
-        return self.carried or (self.ensemble and not self.training)
+    def helpers(self, block: int) -> list[int]:
+        """Whose work `block` needs: of those before it what they carry on; of an ensemble, when read, all others'."""
+        if self.carried:
+            return list(range(block))
+        return [b for b in range(len(self.blocks)) if b != block] if self.ensemble and not self.training else []
 
     @torch.no_grad()
     def hand_on(self, block: int, x: Tensor, made: Tensor | None) -> Tensor:
@@ -110,10 +111,10 @@ class DiffusionBlocks(nn.Module):
         logits = self.blocks[block].logits(x, self.ends)
         return logits if made is None else made + logits
 
-    def before(self, block: int, x: Tensor) -> Tensor | None:
-        """What the blocks before `block` hand it; all must be on its device (see residency.before)."""
+    def handed(self, block: int, x: Tensor) -> Tensor | None:
+        """What its helpers hand `block`; all must be on its device (see residency.handed)."""
         made = None
-        for b in range(block if self.handed else 0):
+        for b in self.helpers(block):
             made = self.hand_on(b, x, made)
         return made
 
@@ -126,28 +127,29 @@ class DiffusionBlocks(nn.Module):
         seed: int,
         step: int,
         sigma: Tensor | None = None,
-        before: Tensor | None = None,
+        handed: Tensor | None = None,
     ) -> BlockLoss:
         """The denoising loss of one block; nothing of the other blocks is touched.
 
         x: conditioning. y: the target (labels or a tensor). seed, step: address the noise; the same pair gives the same
         noise on every device. sigma: levels to use instead of drawing them, of the target's level_shape.
-        before: what `before` gives, for a block that carries it.
+        handed: what `handed` gives, for a block that needs it.
         Raises: ValueError on a wrong shape, dtype, device, label, noise level or block.
         """
         self.check(block, x, y)
+        self._check_handed(block, handed)
         if sigma is None:
             sigma = self.draw_sigma(block, self.target.level_shape(y), seed=seed, step=step, device=x.device)
         else:
             _check_levels(sigma, y, self.target.level_shape(y))
-        return self.loss_at(block, x, y, sigma, seed=seed, step=step, before=before)
+        return self.loss_at(block, x, y, sigma, seed=seed, step=step, handed=handed)
 
     def loss_at(
-        self, block: int, x: Tensor, y: Tensor, sigma: Tensor, *, seed: int, step: int, before: Tensor | None = None
+        self, block: int, x: Tensor, y: Tensor, sigma: Tensor, *, seed: int, step: int, handed: Tensor | None = None
     ) -> BlockLoss:
         """`loss` at given noise levels, without its checks."""
         z = self.target.noised(y, sigma, seed=stream(seed, "eps", block), offset=step)
-        head, h, cond = self.blocks[block](x, z, sigma, self.target, self.ends, before)
+        head, h, cond = self.blocks[block](x, z, sigma, self.target, self.ends, handed)
         per_sample, error = self.target.objective(head, h, cond, z, y, sigma)
         loss = per_sample.mean()
         if self.weighting == "batch_mean":
@@ -156,7 +158,7 @@ class DiffusionBlocks(nn.Module):
 
     @torch.no_grad()
     def denoise(
-        self, x: Tensor, z: Tensor, sigma: float, *, block: int | None = None, before: Tensor | None = None
+        self, x: Tensor, z: Tensor, sigma: float, *, block: int | None = None, handed: Tensor | None = None
     ) -> Output:
         """What the owner of `sigma` (or `block`) makes of z: raw output and D.
 
@@ -168,10 +170,11 @@ class DiffusionBlocks(nn.Module):
         self.partition.check_block(block)
         self.target.check_noised(z)
         self._check_input(block, x, z, "z")
+        self._check_handed(block, handed)
         levels = torch.full(self.target.level_shape(z), sigma, dtype=torch.float32, device=z.device)
-        head, h, cond = self.blocks[block](x, z, levels, self.target, self.ends, before)
-        if self.ensemble and before is not None:
-            return self.target.read(mean_with(head, before, block), h, cond, z, levels)
+        head, h, cond = self.blocks[block](x, z, levels, self.target, self.ends, handed)
+        if self.ensemble and handed is not None:
+            return self.target.read(mean_with(head, handed, len(self.helpers(block))), h, cond, z, levels)
         return self.target.read(head, h, cond, z, levels)
 
     def repartition(self, density: NoiseDensity) -> None:
@@ -190,6 +193,10 @@ class DiffusionBlocks(nn.Module):
         self.partition.check_block(block)
         self.target.check(y)
         self._check_input(block, x, y, "y")
+
+    def _check_handed(self, block: int, handed: Tensor | None) -> None:
+        if self.helpers(block) and handed is None:
+            raise ValueError(f"block {block} needs the others' work: pass handed=model.handed({block}, x)")
 
     def _check_input(self, block: int, x: Tensor, y: Tensor, name: str) -> None:
         if x.dim() == 0 or len(x) != len(y):

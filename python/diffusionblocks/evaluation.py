@@ -13,7 +13,7 @@ from torch import Tensor
 from .blocks import DiffusionBlocks
 from .information import Bound, information_bound
 from .partition import equal_mass_edges
-from .residency import Residency, before
+from .residency import Residency, handed
 from .rng import stream
 from .targets import Output
 
@@ -53,16 +53,16 @@ class Walker:
             if self.prefetch and block + 1 < len(self.model.blocks):
                 self.residency.prefetch(block + 1)
 
-    def before(self, block: int, x: Tensor) -> Tensor | None:
-        """What the blocks before `block` hand it."""
-        return before(self.model, self.residency, block, x) if self.residency else self.model.before(block, x)
+    def handed(self, block: int, x: Tensor) -> Tensor | None:
+        """What other blocks hand `block`."""
+        return handed(self.model, self.residency, block, x) if self.residency else self.model.handed(block, x)
 
     @torch.no_grad()
     def read(self, x: Tensor, z: Tensor, sigma: float, batch: int = BATCH) -> Output:
         """The owner's output for all of x, `batch` samples at a time."""
         block = self.owner(sigma)
         pieces = [
-            self.model.denoise(x_, z_, sigma, block=block, before=self.before(block, x_))
+            self.model.denoise(x_, z_, sigma, block=block, handed=self.handed(block, x_))
             for x_, z_ in zip(x.split(batch), z.split(batch), strict=True)
         ]
         return Output(torch.cat([p.raw for p in pieces]), torch.cat([p.denoised for p in pieces]))

@@ -64,7 +64,7 @@ class Generator:
                 h = layer.extend(h, cache)
             said.append(ends.head(ends.head.features(h[:, -1:]), None).float())
             made = h
-        self.ahead = [sum(said[: b + 1]) / (b + 1) for b in range(len(said))] if self.model.ensemble else said
+        self.ahead = [torch.stack(said).mean(0)] * len(said) if self.model.ensemble else said
 
     def walk(self, batch: int, device: torch.device) -> Tensor:
         """The next group (B, g), from noise down."""

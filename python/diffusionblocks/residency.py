@@ -226,10 +226,10 @@ def _category(name: str) -> str:
 
 
 @torch.no_grad()
-def before(model: DiffusionBlocks, residency: Residency, block: int, x: Tensor) -> Tensor | None:
-    """What the blocks before `block` hand it: each is borrowed in its turn."""
+def handed(model: DiffusionBlocks, residency: Residency, block: int, x: Tensor) -> Tensor | None:
+    """What its helpers hand `block`: each is borrowed in its turn."""
     made = None
-    for b in range(block if model.handed else 0):
+    for b in model.helpers(block):
         with residency.borrowed(b):
             made = model.hand_on(b, x, made)
     return made

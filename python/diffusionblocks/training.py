@@ -17,7 +17,7 @@ from .density import Tabulated
 from .information import InformationMeter
 from .memory import SavedTensors, Usage, allocated
 from .optim import PartOptimizer, clip_gradients, learning_rate
-from .residency import Residency, before
+from .residency import Residency, handed
 from .rng import stream
 
 LOG_EVERY = 25
@@ -104,9 +104,9 @@ def train(
                 block = voted
                 session.residency.activate(block)
             with autocast(config, x.device):
-                made = before(model, session.residency, block, x)
+                made = handed(model, session.residency, block, x)
             with saved_tensors(model, block) if logs else nullcontext() as saved, autocast(config, x.device):
-                loss = model.loss(block, x, y, seed=config.seed, step=micro, sigma=sigma, before=made)
+                loss = model.loss(block, x, y, seed=config.seed, step=micro, sigma=sigma, handed=made)
             (loss.loss / config.accumulate).backward()
             if meter:
                 meter.update(loss.sigma.flatten(), loss.error.flatten())

@@ -48,24 +48,24 @@ class CausalLMRun(TrainConfig):
     tune_warmup: tuple[float, ...] = (0.05,)
     context: float = 0.9
     """Share of the draws at the highest noise, where the answer must come from the tokens before."""
-    handed: Literal["estimate", "context", "nothing"] = "estimate"
-    """What the blocks before hand a block: "estimate", their logits, which are averaged with its own when the walk has
-    come to it, while each is trained alone; "context", what they made of the clean tokens, without gradient, in
-    training too: the depth of all, at the price of forward passes and of independence; or "nothing"."""
+    combine: Literal["mean", "carry", "none"] = "mean"
+    """How blocks work together: by the "mean" of their logits when they are read, while each is trained alone; by a
+    "carry" of what those before made of the clean tokens, without gradient, in training too: the depth of all, at the
+    price of forward passes and of independence; or not at all."""
     evaluated: int = 16384
     """Tokens of a split that are evaluated."""
     model: CausalLMConfig = field(default_factory=CausalLMConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model.sees_z and self.handed == "estimate":
-            raise ValueError("handed='estimate' needs blocks that don't look at z; with sees_z use 'nothing'")
+        if self.model.sees_z and self.combine == "mean":
+            raise ValueError("combine='mean' needs blocks that don't look at z; with sees_z use 'none' or 'carry'")
 
     @property
     def total_steps(self) -> int:
         """As many layer evaluations as `steps` end-to-end steps: a forward pass alone counts a third, and block b
         takes b of them for what it is given; a noisy stream doubles the tokens."""
-        carrying = (self.blocks - 1) / 6 if self.handed == "context" else 0
+        carrying = (self.blocks - 1) / 6 if self.combine == "carry" else 0
         return round(self.steps * self.blocks / (1 + carrying) / (2 if self.model.sees_z else 1))
 
 
@@ -100,7 +100,7 @@ class CausalLMAdapter(Adapter):
             density = closed_form_density(target.table)
             partition = make_partition(density, c.layer_counts, overlap=c.overlap)
         layers = [CausalLayer(model) for _ in range(model.layers)]
-        carries = [Carry(model) for _ in range(c.blocks - 1)] if c.handed == "context" else []
+        carries = [Carry(model) for _ in range(c.blocks - 1)] if c.combine == "carry" else []
         return DiffusionBlocks(
             ends if own else ends[0],
             layers,
@@ -109,7 +109,7 @@ class CausalLMAdapter(Adapter):
             shared=c.shared,
             context=c.context,
             carries=carries,
-            ensemble=c.handed == "estimate",
+            ensemble=c.combine == "mean",
         )
 
     def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
