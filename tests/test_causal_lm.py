@@ -181,7 +181,10 @@ def rhyme(tmp_path_factory):
 def test_it_learns_and_writes_what_it_learnt(model, rhyme, tmp_path):
     small = replace(model, symbols=16)
     steps = 320 if model.sees_z else 160  # as many updates for each
-    settings = config(small, text=rhyme, length=24, batch_size=16, steps=steps, lr=1e-2, ema=0.9, visit=20)
+    together = "carry" if model.sees_z else "mean"
+    settings = config(
+        small, text=rhyme, length=24, batch_size=16, steps=steps, lr=1e-2, ema=0.9, visit=20, combine=together
+    )
     adapter = CausalLMAdapter(settings)
     session = Session(adapter.blocks(), settings, device=torch.device("cpu"), folder=tmp_path / "waiting")
     train(session, adapter.batches(torch.device("cpu")), on_log=lambda row: None, on_step=lambda: None)
