@@ -34,9 +34,9 @@ def estimates(
 
     x: tokens (B, N), which are given and predicted. sigmas: the walk's falling levels, the last 0. Noise is drawn
     independently of the tokens, so that given the noise each step's distribution is normalised.
-    first_bits: after the first step, which is block 0 (with all others, in an ensemble). last_bits: after the last step,
-    mean over draws: at least the mixture's. mixture_bits: of the mean of the last steps' distributions over the draws.
-    None is the sampler's own likelihood, nor the information bound.
+    first_bits: after the first step, which is block 0 (with all others, in an ensemble). last_bits: after the last
+    step, mean over draws: at least the mixture's. mixture_bits: of the mean of the last steps' distributions over the
+    draws. None is the sampler's own likelihood, nor the information bound.
     """
     first, last = [], []
     for draw in range(draws):
