@@ -118,11 +118,11 @@ def test_a_walk_brings_in_each_block_once_in_falling_order_alone(tmp_path, sampl
     fetch, denoise = session.residency._fetch, session.model.denoise
     monkeypatch.setattr(session.residency, "_fetch", lambda part: (fetched.append(part), fetch(part)))
 
-    def watched(x, z, sigma, *, block, before):
+    def watched(x, z, sigma, *, block, handed):
         held = [b for b, module in enumerate(session.model.blocks) if any(p.numel() for p in module.parameters())]
         assert held == [block]
         evaluated.append(session.model.partition.layers[block])
-        return denoise(x, z, sigma, block=block, before=before)
+        return denoise(x, z, sigma, block=block, handed=handed)
 
     monkeypatch.setattr(session.model, "denoise", watched)
     levels = step_levels(session.model.partition, 6)
