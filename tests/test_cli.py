@@ -126,6 +126,12 @@ def test_errors_are_one_line_and_say_what_to_do(folder, tmp_path, capsys):
         assert "no GPU" in fails(capsys, "train", "vit-digits", "--device", "cuda", "--out", tmp_path / "y")
 
 
+def test_data_that_cannot_be_read_leaves_no_run(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        dblocks("train", "dit-digits", "--data", "folder", "--folder", tmp_path / "nowhere", "--out", tmp_path / "run")
+    assert "needs folder=" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_a_foreign_model_file_is_refused(tmp_path):
     from safetensors.torch import save_file
 

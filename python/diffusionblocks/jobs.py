@@ -47,19 +47,21 @@ def start(config: TrainConfig) -> Row:
     """Run a config from the beginning; returns the summary. Raises: ValueError if its folder already holds a run."""
     if (config.out / "config.yaml").exists():
         raise ValueError(f"{config.out} already holds a run: `dblocks resume {config.out}`, or choose another --out")
+    adapter = adapter_of(config)
+    adapter.batches(pick_device(config.device))  # data that can't be read must not leave a folder that holds a run
     config.out.mkdir(parents=True, exist_ok=True)
     write(config.out / "config.yaml", to_yaml(config))
-    return carry_on(config)
+    return carry_on(adapter)
 
 
 def resume(folder: Path) -> Row:
     """Go on with a run from its last checkpoint, bit for bit as if it had never stopped; returns the summary."""
-    return carry_on(read_config(folder))
+    return carry_on(adapter_of(read_config(folder)))
 
 
-def carry_on(config: TrainConfig) -> Row:
+def carry_on(adapter: Adapter) -> Row:
     """Train what is not trained yet, block-wise and the baselines; then summary and pictures."""
-    adapter = adapter_of(config)
+    config = adapter.config
     session = open_session(adapter)
     log = config.out / "metrics.jsonl"
     finished = {name: path for name in ("block-wise", *config.baseline) if (path := _result(config, name)).exists()}
