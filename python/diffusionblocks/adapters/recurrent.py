@@ -47,7 +47,7 @@ class RecurrentRun(TrainConfig):
     steps: int = 1500
     lr: float = 1e-3
     warmup: float = 0.1
-    tune_lr: tuple[float, ...] = (1e-3,)
+    tune_lr: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3)
     tune_warmup: tuple[float, ...] = (0.1,)
     share: float = 0.1
     """Layer evaluations of block-wise training as a share of the ordinary network's."""
