@@ -63,7 +63,7 @@ def shallow(adapter: Adapter) -> Row:
     return dataclasses.asdict(baselines.end_to_end(adapter, CPU, on_log=lambda row: None, name="shallow"))
 
 
-def shallow_pair(adapter: Adapter) -> Row:
+def shallow_averaged(adapter: Adapter) -> Row:
     """As many ordinary networks of one block's depth as there are blocks, each with its own seed; their mean logits.
 
     At the compute, the memory and the rate of the blocks: what they owe to averaging alone."""
@@ -95,7 +95,7 @@ class Mean(torch.nn.Module):
 CONTROLS: dict[str, Callable[[Adapter], Row]] = {
     "end-to-end": end_to_end,
     "shallow": shallow,
-    "shallow, averaged": shallow_pair,
+    "shallow, averaged": shallow_averaged,
     **{name: other(name) for name in jobs.OTHERS},
 }
 

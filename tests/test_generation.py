@@ -47,6 +47,8 @@ def test_an_ensemble_says_the_mean_of_its_blocks():
     with pytest.raises(ValueError, match=r"pass handed=model.handed\(1, x\)"):
         made.denoise(x, z, 0.3, block=1)
     assert made.train().handed(2, x) is None, "in training each is alone"
+    alone = made.loss(1, x, x, seed=0, step=0).loss
+    assert torch.equal(made.eval().loss(1, x, x, seed=0, step=0).loss, alone), "and so is its loss, in any mode"
 
 
 @kinds

@@ -90,8 +90,8 @@ def test_averaged_networks_are_read_as_one(benchmarks, tmp_path):
     base = RUNS["lm-text"][1]
     small = replace(base.model, dim=16, heads=2, mlp=16, symbols=16, layers=2)
     config = replace(base, text=str(path), length=24, steps=30, lr=1e-2, model=small, evaluated=480)
-    alone, both = (study.shallow_pair(adapter_of(replace(config, blocks=blocks))) for blocks in (1, 2))
-    other = study.shallow_pair(adapter_of(replace(config, blocks=1, seed=1000, model=replace(small, layers=1))))
+    alone, both = (study.shallow_averaged(adapter_of(replace(config, blocks=blocks))) for blocks in (1, 2))
+    other = study.shallow_averaged(adapter_of(replace(config, blocks=1, seed=1000, model=replace(small, layers=1))))
     assert both["memory"]["weights"] < alone["memory"]["weights"], "each has one block's depth"
     assert both["test"]["bits"] < 3.9 and both["test"]["bits"] != other["test"]["bits"]
     networks, x = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)], torch.randn(5, 3)

@@ -133,11 +133,12 @@ class DiffusionBlocks(nn.Module):
 
         x: conditioning. y: the target (labels or a tensor). seed, step: address the noise; the same pair gives the same
         noise on every device. sigma: levels to use instead of drawing them, of the target's level_shape.
-        handed: what `handed` gives, for a block that needs it.
+        handed: what `handed` gives, for a block whose context is carried; an ensemble's blocks are trained alone.
         Raises: ValueError on a wrong shape, dtype, device, label, noise level or block.
         """
         self.check(block, x, y)
-        self._check_handed(block, handed)
+        if self.carried:
+            self._check_handed(block, handed)
         if sigma is None:
             sigma = self.draw_sigma(block, self.target.level_shape(y), seed=seed, step=step, device=x.device)
         else:
