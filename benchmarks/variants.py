@@ -64,8 +64,8 @@ def dit(base: Any) -> Variants:
 
 def dit_blocks(base: Any) -> Variants:
     """One to six blocks, without overlap and with it; at equal compute, and at the updates of the base's blocks."""
-    found: Variants = {}
-    for b in range(1, base.model.layers + 1):
+    found: Variants = {"B=1, equal compute": base.in_blocks(1), "B=1, equal updates": tripled(base)}
+    for b in range(2, base.model.layers + 1):
         for overlap in (0.0, base.overlap):
             found[f"B={b}, overlap {overlap:g}, equal compute"] = base.in_blocks(b, overlap=overlap)
             if b != base.blocks:  # there they are the same

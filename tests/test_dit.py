@@ -194,7 +194,7 @@ def quick_judge():
 def test_what_an_evaluation_says(session, quick_judge):
     adapter = DiTAdapter(session.config)
     found = jobs.evaluate(adapter, session, "val")
-    assert found["images"] == len(adapter.data.val)
+    assert found["images"] == 4 * len(adapter.data.val)
     assert 0 < 2 * found["floor"] < found["frechet"], "noise must be farther from digits than digits are"
     assert found["class_accuracy"] < 30 < 90 < found["real_accuracy"]
     assert found["layer_evaluations"] == 6 * 1 * 2 and found["sampling_seconds"] > 0
@@ -208,7 +208,7 @@ def test_a_run_from_start_to_pictures(tmp_path, quick_judge):
     summary = jobs.start(config(out=tmp_path / "run", walk_steps=3, **control))
     ours, control = summary["results"]["block-wise"], summary["results"]["end-to-end"]
     for result in (ours, control):
-        assert result["test"]["images"] == 360 and result["test"]["frechet"] > 0
+        assert result["test"]["images"] == 4 * 360 and result["test"]["frechet"] > 0
     assert ours["memory"]["activations"] < 0.6 * control["memory"]["activations"]
     assert sum(ours["memory"].values()) == pytest.approx(sum(ours["plan"].values()), rel=0.05)
     drawn = {path.name for path in (tmp_path / "run").glob("*.png")}
@@ -238,6 +238,7 @@ def test_a_config_comes_back_from_yaml(tmp_path):
         ({"label_dropout": 1.0}, "label_dropout must be"),
         ({"label_dropout": -0.1}, "label_dropout must be"),
         ({"label_dropout": 0.0}, "guidance=2.0 needs label_dropout"),
+        ({"draws": 0}, "draws must be at least 1"),
         ({"walk_steps": 2}, "walk_steps=2"),
     ],
 )

@@ -53,7 +53,7 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
         "28x28 clothes made from noise, IDX files",
         DiTRun(
             data="fashion-mnist", out=Path("runs/dit-fashion"), steps=9000, batch_size=128, lr=2e-3, ema=0.999,
-            checkpoint_every=1000, tune_lr=(1e-3, 2e-3),
+            checkpoint_every=1000, tune_lr=(1e-3, 2e-3), draws=1,
             model=DiTConfig(image_size=28, patch=4, dim=128, layers=12, mlp=512),
         ),
     ),

@@ -44,7 +44,7 @@ class CausalLMRun(TrainConfig):
     lr: float = 4e-3
     warmup: float = 0.05
     ema: float = 0.995
-    tune_lr: tuple[float, ...] = (4e-3, 8e-3)
+    tune_lr: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     tune_warmup: tuple[float, ...] = (0.05,)
     context: float = 0.9
     """Share of the draws at the highest noise, where the answer must come from the tokens before."""

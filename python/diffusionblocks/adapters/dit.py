@@ -44,7 +44,7 @@ class DiTRun(TrainConfig):
     """Where the data's files are; None: found or fetched by name."""
     out: Path = Path("runs/dit-digits")
     lr: float = 8e-3
-    tune_lr: tuple[float, ...] = (4e-3, 8e-3)
+    tune_lr: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
     tune_warmup: tuple[float, ...] = (0.2,)
     label_dropout: float = 0.1
     """Share of the images that are trained on without their class."""
@@ -55,6 +55,8 @@ class DiTRun(TrainConfig):
     """How the blocks share the noise: the same mass of it each, the same width in sigma, or in its logarithm."""
     sampler: Literal["euler", "heun", "dpmpp_2m"] = "euler"
     walk_steps: int = 50
+    draws: int = 4
+    """How many images are made for each that the evaluated split has: a distance of few images is mostly chance."""
     model: DiTConfig = field(default_factory=DiTConfig)
 
     def __post_init__(self) -> None:
@@ -63,6 +65,8 @@ class DiTRun(TrainConfig):
             raise ValueError(f"label_dropout must be a share in [0, 1), got {self.label_dropout}")
         if self.guidance != 1 and not self.label_dropout:
             raise ValueError(f"guidance={self.guidance} needs label_dropout > 0: no class must have been trained")
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}")
 
 
 class DroppedLabels:
@@ -114,25 +118,25 @@ class DiTAdapter(Adapter):
         return DiffusionBlocks(ends if own else ends[0], layers, ContinuousTarget(), partition, shared=c.shared)
 
     def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
-        """As many images as the split has, of its own labels, against the split; floor: real ones against it.
+        """`draws` images for each of the split's, of its label, against the split; floor: real ones against it.
 
-        The floor is as many training images; layer_evaluations: layers run to make one image.
+        The floor is as many training images, or all; layer_evaluations: layers run to make one image.
         """
         c, device, real = self.config, walker.device, getattr(self.data, split)
         eye = judge(c.data, c.folder, device)
-        labels, levels = real.labels.to(device), step_levels(walker.model.partition, steps or c.walk_steps)
+        labels, levels = real.labels.repeat(c.draws), step_levels(walker.model.partition, steps or c.walk_steps)
         began = time.perf_counter()
-        made = to_pixels(self.walk(walker, labels, levels, seed=c.seed))
+        made = to_pixels(self.walk(walker, labels.to(device), levels, seed=c.seed))
         seconds = time.perf_counter() - began
         train, y = self.data.train, prepare(real.images, self.data.mean, self.data.std, device=device)
-        others = train.take(stratified(train.labels, min(len(train), len(real)), stream(0, "floor"))[0])
+        others = train.take(stratified(train.labels, min(len(train), len(labels)), stream(0, "floor"))[0])
         return {
-            **eye.compare(real, Split(made, real.labels)),
+            **eye.compare(real, Split(made, labels)),
             "floor": eye.compare(real, others)["frechet"],
             "sampling_seconds": seconds,
             "layer_evaluations": self.layer_evaluations(walker.model.partition, levels),
-            "images": len(real),
-            **held_out_loss(walker, labels, y, seed=c.seed),
+            "images": len(labels),
+            **held_out_loss(walker, real.labels.to(device), y, seed=c.seed),
         }
 
     def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
