@@ -33,7 +33,7 @@ for line in sys.stdin:
         torch.set_num_threads(1)
         sys.stdout = open(os.devnull, "w")
         folder = pathlib.Path(line.strip())
-        config = tiny.config(folder, store="disk", steps=20)
+        config = tiny.config(folder, store="disk", steps=20, branch=0.3)
         jobs.resume(folder) if (folder / "config.yaml").exists() else jobs.start(config)
         os._exit(0)
     print(pid, flush=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 import tiny
 from diffusionblocks.optim import PartOptimizer, learning_rate
-from diffusionblocks.training import NonFiniteLoss, block_at, choose, train
+from diffusionblocks.training import NonFiniteLoss, block_at, branch, choose, train
 
 
 def run(session, batches=None):
@@ -47,6 +47,56 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path):
     one, same, other = map(weights, sessions)
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("shared", ["shared", "per_block"])
+@pytest.mark.parametrize("store", ["disk", "host"])
+def test_blocks_branch_off_one_that_was_trained_for_all_noise(tmp_path, shared, store):
+    session = tiny.session(tiny.config(tmp_path, branch=0.5, shared=shared, store=store, steps=20))
+    seen, levels = {}, []
+
+    class Watched(tiny.RandomBatches):
+        def batch(self, step):
+            if step == 30:
+                seen.update(weights(session), steps={p: o.steps for p, o in session.optimizers.items()})
+            return super().batch(step)
+
+    draw = session.model.draw_sigma
+
+    def watched(block, *args, **kwargs):
+        sigma = draw(block, *args, **kwargs)
+        levels.append((block, sigma))
+        return sigma
+
+    session.model.draw_sigma = watched
+    before = weights(session)
+    rows = run(session, Watched())
+    names = [name.removeprefix("block_0/") for name in before if name.startswith("block_0/")]
+    for name in names:
+        first, *others = (seen[f"block_{b}/{name}"] for b in range(3))
+        assert all(torch.equal(first, other) for other in others)
+        assert len({t.data_ptr() for t in (first, *others)}) == 3
+    assert any(not torch.equal(before[f"block_0/{name}"], seen[f"block_0/{name}"]) for name in names)
+    assert [seen["steps"][f"block_{b}"] for b in range(3)] == [30, 30, 30]
+    assert [block for block, _ in levels[:30]] == [None] * 30
+    whole, partition = torch.cat([sigma for _, sigma in levels[:30]]), session.model.partition
+    assert {int(b) for b in partition.block_of(whole)} == {0, 1, 2}
+    after = weights(session)
+    assert all(any(not torch.equal(after[f"block_{b}/{n}"], seen[f"block_{b}/{n}"]) for n in names) for b in range(3))
+    whole = (partition.sigma_min, partition.sigma_max)
+    assert [(row["sigma_low"], row["sigma_high"]) == whole for row in rows] == [True, False, False]
+
+
+def test_a_block_with_fewer_layers_copies_those_and_one_with_more_keeps_its_own(tmp_path):
+    for split in ((2, 1), (1, 2)):
+        session = tiny.session(tiny.config(tmp_path / str(split), blocks=2, split=split))
+        before = weights(session)
+        branch(session)
+        after = weights(session)
+        for name, t in after.items():
+            if name.startswith("block_1/"):
+                trunk = after.get(name.replace("block_1", "block_0"), before[name])
+                assert torch.equal(t, trunk)
 
 
 def test_loss_falls_for_every_block(tmp_path):

@@ -83,17 +83,19 @@ class DiffusionBlocks(nn.Module):
         if shared == "frozen" and self.ends is not None:
             self.ends.requires_grad_(False)
 
-    def draw_sigma(self, block: int, shape: tuple[int, ...], *, seed: int, step: int, device: torch.device) -> Tensor:
+    def draw_sigma(
+        self, block: int | None, shape: tuple[int, ...], *, seed: int, step: int, device: torch.device
+    ) -> Tensor:
         """Training noise levels of `block`, float32 on `device`, the same for the same (seed, block, step).
 
-        The first `context` share of them is sigma_max.
+        block: None draws from the range of all. The first `context` share of them is sigma_max.
         """
-        key = stream(seed, "sigma", block)
+        key = stream(seed, "sigma", 0 if block is None else block)
         u = dbkernels.philox_uniform(shape, seed=key, offset=step, device=device)
         if self.target.stratified:
             parts = torch.arange(u.numel(), device=device).view(shape) / u.numel()
             u = (u.flatten()[0] + parts) % 1
-        sigma = self.partition.draw(block, u)
+        sigma = self.partition.draw_any(u) if block is None else self.partition.draw(block, u)
         sigma.view(-1)[: int(self.context * sigma.numel())] = self.partition.sigma_max
         return sigma
 

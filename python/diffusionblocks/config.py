@@ -33,6 +33,8 @@ class TrainConfig:
     """Layers of each block, from the input on; none given: spread evenly."""
     shared: Literal["shared", "per_block", "frozen"] = "shared"
     overlap: float = 0.05
+    branch: float = 0.0
+    """Share of the steps in which block 0 trains for all noise; then every block begins as its copy."""
     steps: int = 1000
     visit: int = 25
     """Steps a block stays active before the next one's turn."""
@@ -80,6 +82,8 @@ class TrainConfig:
             )
         if not 0 <= self.warmup < 1 or not self.lr > 0:
             raise ValueError(f"need lr > 0 and 0 <= warmup < 1, got lr={self.lr}, warmup={self.warmup}")
+        if not 0 <= self.branch < 1:
+            raise ValueError(f"branch must be a share of the steps in [0, 1), got {self.branch}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
 
@@ -122,6 +126,11 @@ class TrainConfig:
     def total_steps(self) -> int:
         """Steps of block-wise training: as many layer evaluations as `steps` end-to-end steps."""
         return self.steps * self.blocks
+
+    @property
+    def trunk_steps(self) -> int:
+        """Steps of block 0 for all blocks, before they branch."""
+        return round(self.branch * self.total_steps)
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -17,6 +17,7 @@ from .density import Tabulated
 from .information import InformationMeter
 from .memory import SavedTensors, Usage, allocated
 from .optim import PartOptimizer, clip_gradients, learning_rate
+from .partition import Range
 from .residency import Residency, handed
 from .rng import stream
 
@@ -89,7 +90,9 @@ def train(
     model.train()
     while session.step < config.total_steps:
         step = session.step
-        block = block_at(step, config)
+        block = 0 if step < config.trunk_steps else block_at(step, config)
+        if step == config.trunk_steps > 0:
+            branch(session)
         if meter and step % (config.visit * config.blocks) == 0:
             session.check()
             model.repartition(meter.density())
@@ -127,6 +130,20 @@ def train(
     session.check()
 
 
+def branch(session: Session) -> None:
+    """Make every block a copy of block 0: weights, moments, average, count of updates; of its layers, if it has fewer.
+
+    What block 0 lacks stays as it is. Source: Balaji et al. 2022 (eDiff-I), arXiv 2211.01324, section 4.1.
+    """
+    residency, optimizers = session.residency, session.optimizers
+    for part in residency.parts.keys() - {"shared", "block_0"}:
+        trunk = residency.tensors("block_0")
+        own = residency.tensors(part).items()
+        residency.load(part, {name: trunk.get(name, t).detach().to("cpu", copy=True) for name, t in own})
+        optimizers[part].steps = optimizers["block_0"].steps
+        session.changed.add(part)
+
+
 def block_at(step: int, config: TrainConfig) -> int:
     """Whose turn it is: every block once a round of visits, in an order drawn for the round. Depends on step alone."""
     turn = step // config.visit
@@ -135,8 +152,13 @@ def block_at(step: int, config: TrainConfig) -> int:
 
 
 def choose(model: DiffusionBlocks, block: int, y: Tensor, config: TrainConfig, step: int) -> tuple[int, Tensor]:
-    """The block to train and its noise levels. By "vote" (published) noise comes first and most of it decides."""
+    """The block to train and its noise levels: before they branch, all levels.
+
+    By "vote" (published) noise comes first and most of it decides.
+    """
     shape = model.target.level_shape(y)
+    if step < config.trunk_steps * config.accumulate:
+        return block, model.draw_sigma(None, shape, seed=config.seed, step=step, device=y.device)
     if not config.votes:
         return block, model.draw_sigma(block, shape, seed=config.seed, step=step, device=y.device)
     u = dbkernels.philox_uniform(shape, seed=stream(config.seed, "vote"), offset=step, device=y.device)
@@ -148,7 +170,9 @@ def choose(model: DiffusionBlocks, block: int, y: Tensor, config: TrainConfig, s
 
 def row(session: Session, block: int, loss: BlockLoss, norm: Tensor, usage: Usage) -> dict[str, Any]:
     """A row of metrics for one step."""
-    low, high = session.model.partition.trained(block)
+    partition = session.model.partition
+    whole = Range(partition.sigma_min, partition.sigma_max)
+    low, high = whole if session.step <= session.config.trunk_steps else partition.trained(block)
     peak, reserved = allocated(session.device)
     return {
         "step": session.step,
