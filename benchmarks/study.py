@@ -63,6 +63,12 @@ def shallow(adapter: Adapter) -> Row:
     return dataclasses.asdict(baselines.end_to_end(adapter, CPU, on_log=lambda row: None, name="shallow"))
 
 
+def shallow_longer(adapter: Adapter) -> Row:
+    """The same with as many steps as the blocks have: at the compute and the memory of the blocks."""
+    longer = type(adapter)(replace(adapter.config, steps=adapter.config.total_steps))
+    return shallow(longer)
+
+
 def shallow_averaged(adapter: Adapter) -> Row:
     """As many ordinary networks of one block's depth as there are blocks, each with its own seed; their mean logits.
 
@@ -95,6 +101,7 @@ class Mean(torch.nn.Module):
 CONTROLS: dict[str, Callable[[Adapter], Row]] = {
     "end-to-end": end_to_end,
     "shallow": shallow,
+    "shallow, equal compute": shallow_longer,
     "shallow, averaged": shallow_averaged,
     **{name: other(name) for name in jobs.OTHERS},
 }
@@ -106,8 +113,8 @@ class Study:
 
     run: str = "vit-digits"
     study: str = "main"
-    """Which of the run's studies: main, blocks, partition, overlap, sharing; or "choice": every learning rate and
-    warm-up, to choose from on the validation split of seeds that no table uses."""
+    """Which of the run's studies: main, blocks, partition, overlap, sharing, branch; or "choice": every learning rate
+    and warm-up, to choose from on the validation split of seeds that no table uses."""
     folder: Path = Path("benchmarks/results/cpu-2core")
     """Its rows go to RUN_STUDY.jsonl there, its table to RUN_STUDY.md."""
     seeds: tuple[int, ...] = (0, 1, 2)

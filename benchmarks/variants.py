@@ -20,6 +20,17 @@ def tripled(base: TrainConfig) -> TrainConfig:
     return base.in_blocks(1, steps=3 * base.steps, lr=min(base.tune_lr))
 
 
+def lone(base: TrainConfig) -> Variants:
+    """One block's layers alone, for all noise and all the steps: what blocks must beat to be worth their weights."""
+    alone = replace(base.in_one_block(max(base.layer_counts)), steps=base.total_steps)
+    return {f"{alone.layers} layers alone": alone}
+
+
+def branched(base: TrainConfig) -> Variants:
+    """Blocks that begin as copies of one that was trained for all noise, from never to nearly always."""
+    return {f"branch {share:g}": replace(base, branch=share) for share in (0.0, 0.25, 0.5, 0.75, 0.9)} | lone(base)
+
+
 def vit(base: TrainConfig) -> Variants:
     """Numbers of blocks, independent blocks, and every difference between the two recipes."""
     sizes = {f"B={b}": base.in_blocks(b) for b in (1, 2, 3, 6)}
@@ -29,7 +40,7 @@ def vit(base: TrainConfig) -> Variants:
     restored = {
         f"published, {field} as corrected": replace(base, recipe="published", switch=(field,)) for field in SWITCHES
     }
-    return sizes | independent | published | switched | restored
+    return sizes | independent | lone(base) | published | switched | restored
 
 
 def causal_lm(base: Any) -> Variants:
@@ -59,7 +70,8 @@ def seeing(base: Any, group_size: int) -> TrainConfig:
 
 def dit(base: Any) -> Variants:
     """Numbers of blocks (one is the end-to-end network), and one block with as many updates as three."""
-    return {"B=2": base.in_blocks(2), "B=3": base.in_blocks(3), "B=1, equal updates": tripled(base)}
+    sizes = {"B=2": base.in_blocks(2), "B=3": base.in_blocks(3)}
+    return {**sizes, **lone(base), "B=1, equal updates": tripled(base)}
 
 
 def dit_blocks(base: Any) -> Variants:
@@ -109,19 +121,20 @@ def recurrent(base: Any) -> Variants:
 # With what an architecture is compared in its main study, if not with the end-to-end network alone.
 COMPARED = {
     "vit": ("end-to-end", "forward-forward", "noprop"),
-    "causal_lm": ("end-to-end", "shallow", "shallow, averaged"),
+    "causal_lm": ("end-to-end", "shallow", "shallow, equal compute", "shallow, averaged"),
 }
 STUDIES: dict[str, dict[str, Callable[[Any], Variants]]] = {
-    "vit": {"main": vit, "sharing": sharing},
+    "vit": {"main": vit, "sharing": sharing, "branch": branched},
     "dit": {
         "main": dit,
         "blocks": dit_blocks,
         "partition": dit_partition,
         "overlap": dit_overlap,
         "sharing": sharing,
+        "branch": branched,
     },
-    "masked_lm": {"main": masked_lm, "sharing": sharing},
-    "causal_lm": {"main": causal_lm, "sharing": sharing},
+    "masked_lm": {"main": masked_lm, "sharing": sharing, "branch": branched},
+    "causal_lm": {"main": causal_lm, "sharing": sharing, "branch": branched},
     "recurrent": {"main": recurrent},
 }
 
