@@ -44,7 +44,7 @@ class DiTRun(TrainConfig):
     """Where the data's files are; None: found or fetched by name."""
     out: Path = Path("runs/dit-digits")
     lr: float = 8e-3
-    tune_lr: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
+    tune_lr: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
     tune_warmup: tuple[float, ...] = (0.2,)
     label_dropout: float = 0.1
     """Share of the images that are trained on without their class."""
