@@ -23,9 +23,10 @@ from variants import COMPARED, STUDIES, choices
 from diffusionblocks import baselines, jobs
 from diffusionblocks.adapters import adapter_of
 from diffusionblocks.adapters.base import Adapter
+from diffusionblocks.adapters.causal_lm import WRITTEN, CausalLMAdapter
 from diffusionblocks.config import TrainConfig
 from diffusionblocks.runs import RUNS
-from diffusionblocks.training import train
+from diffusionblocks.training import Session, train
 
 Row = dict[str, Any]
 CPU = torch.device("cpu")
@@ -40,12 +41,21 @@ def block_wise(adapter: Adapter) -> Row:
         train(session, adapter.batches(session.device), on_log=rows.append, on_step=lambda: None)
         seconds = time.perf_counter() - began
         scores = {split: jobs.evaluate(adapter, session, split) for split in ("val", "test")}
+        scores["test"] |= texts(adapter, session, Path(folder))
     return {
         "seconds": seconds,
         "memory": max((row["bytes"] for row in rows), key=lambda bytes_: sum(bytes_.values())),
         "edges": session.model.partition.edges,
         **{split: {k: v for k, v in score.items() if k != "levels"} for split, score in scores.items()},
     }
+
+
+def texts(adapter: Adapter, session: Session, folder: Path) -> Row:
+    """What the judge says of as many texts as it gets from the end-to-end network; nothing for other architectures."""
+    if not isinstance(adapter, CausalLMAdapter):
+        return {}
+    jobs.sample(adapter, session, folder, count=WRITTEN, seed=adapter.config.seed, length=adapter.config.length)
+    return json.loads((folder / "judge.json").read_text())
 
 
 def end_to_end(adapter: Adapter) -> Row:

@@ -99,6 +99,8 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "first step": of("test", "first_bits", 3),
         "last step": of("test", "last_bits", 2),
         "mixture of 8": of("test", "mixture_bits", 2),
+        "judge of its texts, bits": of("test", "judge_bits", 2),
+        "distinct-2": of("test", "distinct_2", 3),
         "memory, MB": memory,
     },
 }

@@ -92,6 +92,15 @@ def test_the_bound_of_an_untrained_model_is_the_entropy_of_the_alphabet(model):
     assert found["last_bits"] > 5, "the last step commits to a token that the noise chose"
 
 
+def test_what_the_ordinary_network_writes_is_judged_where_it_counts():
+    adapter = CausalLMAdapter(config(evaluated=480, length=24, text="topics"))
+    network = adapter.network()
+    test, val = (adapter.score(network, split, torch.device("cpu")) for split in ("test", "val"))
+    assert set(val) == {"bits"} and network.training
+    assert test["judge_bits"] > 2 * test["judge_test_bits"], "it knows nothing yet"
+    assert test["distinct_2"] > test["distinct_2_test"]
+
+
 def test_the_bound_weighs_what_the_blocks_say():
     """Block 0 nearly knows how frequent the symbols are, block 1 does; chance, which hits both, is taken off."""
     adapter = CausalLMAdapter(config(evaluated=2400, length=240, shared="per_block", blocks=2, combine="none"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from diffusionblocks.generation import Generator
+from diffusionblocks.generation import Generator, ancestral
 from diffusionblocks.partition import step_levels
 from tiny_lm import MODEL, N, blocks, kinds, noised
 
@@ -83,3 +84,30 @@ def test_walks_draw_what_the_network_says():
     share = torch.bincount(tokens.flatten(), minlength=12) / 4000
     # 4,000 draws: three standard errors of a share are 0.024; 40 Euler steps of the walk add about as much
     torch.testing.assert_close(share[:3], logits.softmax(0)[:3], rtol=0, atol=0.05)
+
+
+class Pairs(nn.Module):
+    """What follows is told by the token before; the first by nothing."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = table
+
+    def forward(self, x):
+        return torch.cat([torch.zeros(len(x), 1, self.table.shape[1]), self.table[x[:, :-1]]], 1)
+
+
+def test_ordinary_text_is_drawn_token_by_token_from_what_came_before():
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
+    network = Pairs(p.log())
+    prompt = torch.tensor([[1], [2]]).expand(2, 1).repeat(2000, 1)
+    made = ancestral(network, prompt, 5, seed=3)
+    assert made.shape == (4000, 6) and torch.equal(made[:, :1], prompt)
+    before, after = made[:, :-1].flatten(), made[:, 1:].flatten()
+    counts = torch.stack([torch.bincount(after[before == token], minlength=3) for token in range(3)])
+    # at least 3,000 draws a row: a standard error under .01
+    torch.testing.assert_close(counts / counts.sum(1, keepdim=True), p, atol=0.04, rtol=0)
+    assert torch.equal(made, ancestral(network, prompt, 5, seed=3))
+    assert not torch.equal(made, ancestral(network, prompt, 5, seed=4))
+    start = ancestral(network, torch.zeros(3000, 0, dtype=torch.int64), 1, seed=0)
+    torch.testing.assert_close(torch.bincount(start.flatten()) / 3000, torch.full((3,), 1 / 3), atol=0.04, rtol=0)

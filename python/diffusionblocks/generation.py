@@ -1,5 +1,5 @@
-"""Text from a causal language model in blocks: for each group of tokens a walk down the noise, behind a cache of keys
-and values a layer."""
+"""Text from a causal language model: in blocks, for each group of tokens a walk down the noise, behind a cache of keys
+and values a layer; from an ordinary network, token by token."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dbkernels
 
 from . import edm
 from .blocks import DiffusionBlocks
+from .decoding import draw
 from .denoiser import Ends
 from .models.causal_lm import Cache
 from .rng import stream
@@ -96,3 +97,16 @@ class Generator:
         ends = self.model.blocks[block].ends or self.model.ends
         assert ends is not None
         return ends
+
+
+@torch.no_grad()
+def ancestral(network: nn.Module, tokens: Tensor, count: int, *, seed: int) -> Tensor:
+    """Tokens (B, n) of a prompt, `count` more behind them, each drawn from what an ordinary network says of it.
+
+    network: tokens (B, N) -> logits (B, N, V) of each from those before it.
+    """
+    for _ in range(count):
+        unknown = tokens.new_zeros(len(tokens), 1)  # what stands last isn't seen
+        logits = network(torch.cat([tokens, unknown], 1))[:, -1:]
+        tokens = torch.cat([tokens, draw(logits, seed=stream(seed, "ancestral", tokens.shape[1]))], 1)
+    return tokens

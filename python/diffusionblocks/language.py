@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from .decoding import distinct_2, filtered
 from .evaluation import Walker
 from .ngram import NGram
 from .rng import stream
-from .text import TextData
+from .text import TextData, rows
 
 BIT = 1 / math.log(2)
 ORDER = 5  # characters of the judge's context: the best on the embedded text's validation split
@@ -91,16 +92,19 @@ def write_texts(folder: Path, data: TextData, samples: Tensor) -> list[Path]:
 
 
 def judged(data: TextData, samples: Tensor) -> dict[str, Any]:
-    """How likely generated tokens (B, N) are to an n-gram model of the training text, and the same for the test text;
-    and how varied they are, since loops are likely too.
+    """How likely generated tokens (B, N) are to an n-gram model of the training text, and how varied they are, since
+    loops are likely too; and the same for as many windows of the test text, where it has them.
 
-    judge_bits: bits a character of the samples; judge_test_bits: of real text. distinct_2: share of different pairs.
+    judge_bits: bits a character, the logarithm of the generative perplexity. distinct_2: share of different pairs.
     """
-    judge = NGram(data.decode(data.train), order=ORDER, symbols=len(data.alphabet))
-    real = data.test[: samples.numel()]
-    return {
-        "judge_bits": sum(judge.bits(data.decode(sample)) for sample in samples) / len(samples),
-        "judge_test_bits": judge.bits(data.decode(real)),
-        "distinct_2": distinct_2(samples),
-        "distinct_2_test": distinct_2(real.unsqueeze(0)),
-    }
+    judge = _judge(data.decode(data.train), len(data.alphabet))
+    length = min(samples.shape[1], len(data.test))
+    both = {"": samples, "_test": rows(data.test, length)[: len(samples)]}
+    bits = {f"judge{k}_bits": sum(judge.bits(data.decode(row)) for row in part) / len(part) for k, part in both.items()}
+    return bits | {f"distinct_2{k}": distinct_2(part) for k, part in both.items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _judge(train: str, symbols: int) -> NGram:
+    """The judge of a training text, read once a process."""
+    return NGram(train, order=ORDER, symbols=symbols)

@@ -16,9 +16,9 @@ from ..blocks import DiffusionBlocks
 from ..config import TrainConfig
 from ..denoiser import Ends
 from ..evaluation import Walker, bound, cross_entropy
-from ..generation import Generator
+from ..generation import Generator, ancestral
 from ..information import closed_form_density
-from ..language import TextOptions, estimates, write_texts
+from ..language import TextOptions, estimates, judged, write_texts
 from ..models.causal_lm import Carry, CausalHead, CausalLayer, CausalLM, CausalLMConfig, CausalStem
 from ..partition import Partition, make_partition, step_levels
 from ..rng import stream
@@ -26,6 +26,8 @@ from ..targets import spread_codebook
 from ..token_target import TokenTarget
 from ..training import Batches
 from .base import Adapter, Metric, Row
+
+WRITTEN = 256  # texts that are judged, each as long as a window of training
 
 
 @dataclass(frozen=True)
@@ -150,5 +152,10 @@ class CausalLMAdapter(Adapter):
         network.eval()
         x = self.windows(split, device)
         nats = [cross_entropy(network(part), part) * len(part) for part in x.split(64)]
+        found: Row = {"bits": sum(nats) / len(x) / math.log(2)}
+        if split == "test":  # the validation split is read for every rate that is tried
+            start = torch.zeros(WRITTEN, 0, dtype=torch.int64, device=device)
+            written = ancestral(network, start, self.config.length, seed=self.config.seed)
+            found |= judged(self.data, written.cpu())
         network.train()
-        return {"bits": sum(nats) / len(x) / math.log(2)}
+        return found
