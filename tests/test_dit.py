@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffusionblocks import data, jobs, metrics
-from diffusionblocks.adapters.dit import DiTAdapter, DiTRun
+from diffusionblocks.adapters.dit import DiTAdapter, DiTRun, repeated
 from diffusionblocks.config import from_yaml, to_yaml
 from diffusionblocks.evaluation import Walker, held_out_loss
 from diffusionblocks.models.dit import DiTConfig, DiTHead, DiTStem, patchify, unpatchify
@@ -203,6 +203,13 @@ def test_what_an_evaluation_says(session, quick_judge):
     assert adapter.score(whole, "val", CPU)["layer_evaluations"] == 6 * 3 * 2
 
 
+def test_labels_are_made_so_many_times_over():
+    labels = torch.tensor([0] * 40 + [1] * 20)
+    assert torch.equal(repeated(labels, 2), labels.repeat(2))
+    assert torch.bincount(repeated(labels, 0.15)).tolist() == [6, 3]
+    assert torch.bincount(repeated(labels, 1.5)).tolist() == [60, 30]
+
+
 def test_a_run_from_start_to_pictures(tmp_path, quick_judge):
     control = {"baseline": ("end-to-end",), "tune_lr": (1e-2,), "tune_warmup": (0.1,)}
     summary = jobs.start(config(out=tmp_path / "run", walk_steps=3, **control))
@@ -238,7 +245,7 @@ def test_a_config_comes_back_from_yaml(tmp_path):
         ({"label_dropout": 1.0}, "label_dropout must be"),
         ({"label_dropout": -0.1}, "label_dropout must be"),
         ({"label_dropout": 0.0}, "guidance=2.0 needs label_dropout"),
-        ({"draws": 0}, "draws must be at least 1"),
+        ({"draws": 0.0}, "draws must be a positive number"),
         ({"walk_steps": 2}, "walk_steps=2"),
     ],
 )

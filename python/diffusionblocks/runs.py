@@ -26,6 +26,13 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
             lr=1e-3, ema=0.999, checkpoint_every=1000, augment=True,
         ),
     ),
+    "vit-fashion-small": (
+        "28x28 clothes, IDX files, a network of the digits' size; minutes on two CPU cores",
+        ViTRun(
+            data="fashion-mnist", out=Path("runs/vit-fashion-small"), steps=2000, tune_warmup=(0.2,),
+            model=ViTConfig(image_size=28, patch=7),
+        ),
+    ),
     "vit-cifar100": (
         "32x32, 100 classes, the paper's ViT",
         ViTRun(
@@ -55,6 +62,13 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
             data="fashion-mnist", out=Path("runs/dit-fashion"), steps=9000, batch_size=128, lr=2e-3, ema=0.999,
             checkpoint_every=1000, tune_lr=(1e-3, 2e-3), draws=1,
             model=DiTConfig(image_size=28, patch=4, dim=128, layers=12, mlp=512),
+        ),
+    ),
+    "dit-fashion-small": (
+        "28x28 clothes made from noise, IDX files, a network of the digits' size; minutes on two CPU cores",
+        DiTRun(
+            data="fashion-mnist", out=Path("runs/dit-fashion-small"), steps=2000, tune_lr=(2e-3, 4e-3, 8e-3), draws=0.1,
+            model=DiTConfig(image_size=28, patch=7),
         ),
     ),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -55,8 +56,9 @@ class DiTRun(TrainConfig):
     """How the blocks share the noise: the same mass of it each, the same width in sigma, or in its logarithm."""
     sampler: Literal["euler", "heun", "dpmpp_2m"] = "euler"
     walk_steps: int = 50
-    draws: int = 4
-    """How many images are made for each that the evaluated split has: a distance of few images is mostly chance."""
+    draws: float = 4
+    """How many images are made for each that the evaluated split has: a distance of few images is mostly chance. Less
+    than one: so many of a large split."""
     model: DiTConfig = field(default_factory=DiTConfig)
 
     def __post_init__(self) -> None:
@@ -65,8 +67,8 @@ class DiTRun(TrainConfig):
             raise ValueError(f"label_dropout must be a share in [0, 1), got {self.label_dropout}")
         if self.guidance != 1 and not self.label_dropout:
             raise ValueError(f"guidance={self.guidance} needs label_dropout > 0: no class must have been trained")
-        if self.draws < 1:
-            raise ValueError(f"draws must be at least 1, got {self.draws}")
+        if not 0 < self.draws < math.inf:
+            raise ValueError(f"draws must be a positive number, got {self.draws}")
 
 
 class DroppedLabels:
@@ -124,7 +126,7 @@ class DiTAdapter(Adapter):
         """
         c, device, real = self.config, walker.device, getattr(self.data, split)
         eye = judge(c.data, c.folder, device)
-        labels, levels = real.labels.repeat(c.draws), step_levels(walker.model.partition, steps or c.walk_steps)
+        labels, levels = repeated(real.labels, c.draws), step_levels(walker.model.partition, steps or c.walk_steps)
         began = time.perf_counter()
         made = to_pixels(self.walk(walker, labels.to(device), levels, seed=c.seed))
         seconds = time.perf_counter() - began
@@ -185,6 +187,12 @@ class DiTAdapter(Adapter):
 
         SAMPLERS[self.config.sampler](guided(denoise, denoise, self.config.guidance), torch.zeros(1), levels)
         return float(sum(run))
+
+
+def repeated(labels: Tensor, times: float) -> Tensor:
+    """Labels (N,) so many times over; of what is less than once as many of each class as come to its share."""
+    whole, count = int(times), round(times % 1 * len(labels))
+    return torch.cat([labels.repeat(whole), labels[stratified(labels, count, stream(0, "labels"))[0]]])
 
 
 def spread_steps(owners: list[int]) -> list[int]:
