@@ -12,7 +12,7 @@ from diffusionblocks.adapters.causal_lm import CausalLMAdapter
 from diffusionblocks.blocks import DiffusionBlocks
 from diffusionblocks.denoiser import Ends
 from diffusionblocks.density import LogNormal
-from diffusionblocks.evaluation import Walker, bound
+from diffusionblocks.evaluation import LabelReader, Walker, bound
 from diffusionblocks.generation import Generator
 from diffusionblocks.information import information_bound
 from diffusionblocks.language import TextOptions, estimates
@@ -122,6 +122,21 @@ def test_the_bound_weighs_what_the_blocks_say():
     spread, raw = (torch.tensor(v).std() for v in ([b[-1] for b in nats], [p.bound[-1] for p in plain]))
     assert end == pytest.approx(sum(p.bound[-1] for p in plain) / 4, abs=3 * float(raw)) and spread < 0.7 * raw
     assert found[0]["regret_bits"][0] == pytest.approx(0, abs=1e-6) and found[0]["regret_bits"][1] < 0
+
+
+@kinds
+def test_a_block_that_does_not_see_z_is_asked_once_for_all_its_levels(model, monkeypatch):
+    made, asked = blocks(model), []
+    x, walker = torch.randint(12, (4, N)), Walker(made)
+    sigmas = step_levels(made.partition, 8)[:-1]
+    read, anew = LabelReader(walker, x), walker.read
+    monkeypatch.setattr(walker, "read", lambda x, z, sigma: asked.append(sigma) or anew(x, z, sigma))
+    for sigma in sigmas:
+        z = made.target.noised(x, torch.full(made.target.level_shape(x), sigma), seed=0, offset=0)
+        # in float64, but for what a head says, which is float32: a unit of 1 / sigma_min^2 rounds by 1e-5
+        for have, want in zip(read(z, sigma), anew(x, z, sigma), strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-4)
+    assert len(asked) == (len(sigmas) if model.sees_z else len(made.blocks))
 
 
 @pytest.mark.parametrize("store", ["host", "disk"])

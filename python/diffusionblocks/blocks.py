@@ -83,6 +83,12 @@ class DiffusionBlocks(nn.Module):
         if shared == "frozen" and self.ends is not None:
             self.ends.requires_grad_(False)
 
+    @property
+    def sees_z(self) -> bool:
+        """Whether the layers see z; if not, what a block says of x is the same at every noise level."""
+        stem = self.blocks[0].own(self.ends).stem
+        return getattr(stem, "sees_z", True)
+
     def draw_sigma(
         self, block: int | None, shape: tuple[int, ...], *, seed: int, step: int, device: torch.device
     ) -> Tensor:

@@ -68,6 +68,36 @@ class Walker:
         return Output(torch.cat([p.raw for p in pieces]), torch.cat([p.denoised for p in pieces]))
 
 
+class LabelReader:
+    """The owners' outputs for all of x, at falling levels; a block whose layers don't see z is asked once.
+
+    x: conditioning, the same for every level.
+    """
+
+    def __init__(self, walker: Walker, x: Tensor):
+        self.walker, self.x = walker, x
+        self.block, self.said = -1, torch.empty(0)  # what the last block asked said from x alone
+
+    def __call__(self, z: Tensor, sigma: float) -> Output:
+        """What the owner of `sigma` makes of z."""
+        model = self.walker.model
+        block = int(model.partition.block_of(sigma))
+        if block == self.block and not model.sees_z:
+            return self.updated(self.said, z, sigma)
+        output = self.walker.read(self.x, z, sigma)
+        self.block, self.said = block, output.raw - self.evidence(z, sigma)
+        return output
+
+    def evidence(self, z: Tensor, sigma: float) -> Tensor:
+        """What z alone says of each label: log-likelihoods up to a constant."""
+        return self.walker.model.target.evidence(z) / sigma**2
+
+    def updated(self, said: Tensor, z: Tensor, sigma: float) -> Output:
+        """What was said from x alone, updated by Bayes' rule."""
+        logits = said + self.evidence(z, sigma)
+        return Output(logits, logits.softmax(-1) @ self.walker.model.target.embeddings().float())
+
+
 @torch.no_grad()
 def bound(walker: Walker, x: Tensor, labels: Tensor, *, count: int = 32, seed: int = 0) -> dict[str, Any]:
     """Cross-entropy, error and bound at `count` levels of equal probability, true labels noised; regret per block.
@@ -80,29 +110,28 @@ def bound(walker: Walker, x: Tensor, labels: Tensor, *, count: int = 32, seed: i
     model.eval()
     target, shape = model.target, model.target.level_shape(labels)
     sigmas = list(equal_mass_edges(model.partition.density, count - 1))
-    clean, table, prior = target.clean(labels), target.embeddings(), torch.empty(0)
+    clean, prior, read = target.clean(labels), torch.empty(0), LabelReader(walker, x)
     levels: list[dict[str, Any]] = []
     known: list[dict[str, Any]] = []
     for i, sigma in enumerate(sigmas):
         level = torch.full(shape, sigma, device=x.device)
         z = target.noised(labels, level, seed=stream(seed, "bound"), offset=i)
-        output = walker.read(x, z, sigma)
-        evidence = target.evidence(z) / sigma**2
-        prior = output.raw - evidence if i == 0 else prior
-        bayes = Output(prior + evidence, (prior + evidence).softmax(-1) @ table)
+        output = read(z, sigma)
+        prior = read.said if i == 0 else prior
+        bayes = read.updated(prior, z, sigma)
         block = int(model.partition.block_of(sigma))
         levels.append({"sigma": sigma, "block": block, **_measured(output, clean, labels)})
         known.append({"sigma": sigma, "block": block, **_measured(bayes, clean, labels)})
     truth = cross_entropy(prior, labels)
     missed = [value - truth for value in _bound(known).bound]
-    read = [value - miss for value, miss in zip(_bound(levels).bound, missed, strict=True)]
-    for level, value in zip(levels, read, strict=True):
+    found = [value - miss for value, miss in zip(_bound(levels).bound, missed, strict=True)]
+    for level, value in zip(levels, found, strict=True):
         level["bound"] = value
     rises = [0.0] * (levels[-1]["block"] + 1)
-    for level, rise in zip(levels[1:], (b - a for a, b in itertools.pairwise(read)), strict=True):
+    for level, rise in zip(levels[1:], (b - a for a, b in itertools.pairwise(found)), strict=True):
         rises[level["block"]] += rise
     bits = 1 / math.log(2)
-    return {"levels": levels, "bound_bits": read[-1] * bits, "regret_bits": [r * bits for r in rises]}
+    return {"levels": levels, "bound_bits": found[-1] * bits, "regret_bits": [r * bits for r in rises]}
 
 
 def _measured(output: Output, clean: Tensor, labels: Tensor) -> dict[str, float]:

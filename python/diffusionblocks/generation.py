@@ -53,7 +53,7 @@ class Generator:
         self.length += tokens.shape[1]
         stem, made = self.ends(0).stem, None
         said: list[Tensor] = []
-        if not stem.two_streams and self.caches[0][0].length == 0:
+        if not stem.sees_z and self.caches[0][0].length == 0:
             tokens = torch.cat([stem.start(tokens), tokens], 1)  # in one stream places are one behind
         if tokens.shape[1] == 0:
             return
@@ -84,7 +84,7 @@ class Generator:
     def logits(self, z: Tensor, sigma: Tensor, block: int) -> Tensor:
         """What `block` says of the next group (B, g, V), z's own evidence left out."""
         ends = self.ends(block)
-        if not ends.stem.two_streams:
+        if not ends.stem.sees_z:
             return self.ahead[block]
         c = edm.precondition(sigma, self.model.target.sigma_data)
         h, cond = ends.stem.noised(c.c_in.unsqueeze(-1) * z, c.c_noise)

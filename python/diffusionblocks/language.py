@@ -18,7 +18,7 @@ from torch import Tensor
 import dbkernels
 
 from .decoding import distinct_2, filtered
-from .evaluation import Walker
+from .evaluation import LabelReader, Walker
 from .ngram import NGram
 from .rng import stream
 from .text import TextData, rows
@@ -40,10 +40,9 @@ def estimates(
     draws. None is the sampler's own likelihood, nor the information bound.
     """
     first, last = [], []
+    readers = [LabelReader(walker, part) for part in x.split(batch)]
     for draw in range(draws):
-        logs = [
-            _walk(walker, part, sigmas, stream(seed, "estimates", draw, i)) for i, part in enumerate(x.split(batch))
-        ]
+        logs = [_walk(read, sigmas, stream(seed, "estimates", draw, i)) for i, read in enumerate(readers)]
         first.append(torch.cat([a for a, _ in logs]))
         last.append(torch.cat([b for _, b in logs]))
     ends = torch.stack(last)
@@ -54,13 +53,13 @@ def estimates(
     }
 
 
-def _walk(walker: Walker, x: Tensor, sigmas: Sequence[float], key: int) -> tuple[Tensor, Tensor]:
-    """ln p of the tokens x (B, N) after the first and after the last step, given one draw of noise."""
-    width = walker.model.target.table.shape[1]
+def _walk(read: LabelReader, sigmas: Sequence[float], key: int) -> tuple[Tensor, Tensor]:
+    """ln p of the reader's tokens (B, N) after the first and after the last step, given one draw of noise."""
+    x, width = read.x, read.walker.model.target.table.shape[1]
     z = sigmas[0] * dbkernels.philox_normal((*x.shape, width), seed=key, device=x.device)
     logs: list[Tensor] = []
     for sigma, below in itertools.pairwise(sigmas):
-        output = walker.read(x, z, sigma)
+        output = read(z, sigma)
         r = below / sigma
         z = r * z + (1 - r) * output.denoised
         logs.append(-functional.cross_entropy(output.raw.flatten(0, 1), x.flatten(), reduction="none").view(x.shape))

@@ -29,8 +29,8 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
     "vit-fashion-small": (
         "28x28 clothes, IDX files, a network of the digits' size; minutes on two CPU cores",
         ViTRun(
-            data="fashion-mnist", out=Path("runs/vit-fashion-small"), steps=2000, tune_warmup=(0.2,),
-            model=ViTConfig(image_size=28, patch=7),
+            data="fashion-mnist", out=Path("runs/vit-fashion-small"), steps=2000,
+            tune_lr=(5e-4, 1e-3, 2e-3, 4e-3), tune_warmup=(0.2,), model=ViTConfig(image_size=28, patch=7),
         ),
     ),
     "vit-cifar100": (
@@ -67,8 +67,8 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
     "dit-fashion-small": (
         "28x28 clothes made from noise, IDX files, a network of the digits' size; minutes on two CPU cores",
         DiTRun(
-            data="fashion-mnist", out=Path("runs/dit-fashion-small"), steps=2000, tune_lr=(2e-3, 4e-3, 8e-3), draws=0.1,
-            model=DiTConfig(image_size=28, patch=7),
+            data="fashion-mnist", out=Path("runs/dit-fashion-small"), steps=2000, draws=0.1,
+            tune_lr=(2e-3, 4e-3, 8e-3, 1.6e-2), model=DiTConfig(image_size=28, patch=7),
         ),
     ),
 }  # fmt: skip

@@ -160,18 +160,18 @@ class CausalStem(nn.Module):
         self.look = nn.Linear(config.dim, config.dim, bias=False) if config.sees_z else None
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor | Streams, Tensor | None]:
-        if not self.two_streams:
+        if not self.sees_z:
             return self.clean(x), None
         noisy, cond = self.noised(z, c_noise)
         return Streams(self.clean(x), noisy), cond
 
     def clean(self, x: Tensor) -> Tensor:
         """The clean tokens (B, N, D), each at its place; in one stream one place later, behind the start."""
-        return self.embedding(x if self.two_streams else torch.cat([self.start(x), x[:, :-1]], 1))
+        return self.embedding(x if self.sees_z else torch.cat([self.start(x), x[:, :-1]], 1))
 
     @property
-    def two_streams(self) -> bool:
-        """Whether noisy tokens go through the layers."""
+    def sees_z(self) -> bool:
+        """Whether noisy tokens go through the layers, too."""
         return self.noise is not None
 
     def start(self, x: Tensor) -> Tensor:
