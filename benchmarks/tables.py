@@ -1,16 +1,20 @@
-"""The results tables of a study: python benchmarks/tables.py benchmarks/results/cpu-2core/vit_digits_main.jsonl"""
+"""The tables of docs/results.md, from the studies' rows: python benchmarks/tables.py"""
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 Column = Callable[[list[Row]], str]
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results" / "cpu-2core"
+# A comment that names a study and which of its tables, and the table that stands below it.
+MARKED = re.compile(r"^<!-- (\w+) (\d) -->\n(?:\|.*\n)*", re.MULTILINE)
 
 
 def gather(path: Path) -> dict[str, list[Row]]:
@@ -23,14 +27,19 @@ def gather(path: Path) -> dict[str, list[Row]]:
 
 
 def spread(values: list[float], digits: int = 1) -> str:
-    """Mean and standard deviation over seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """Mean and, of more than one seed, standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def of(split: str, key: str, digits: int = 1) -> Column:
     """A number of a split, mean and spread over seeds; empty where a training has none."""
-    return lambda rows: spread([row[split][key] for row in rows], digits) if key in rows[0][split] else ""
+
+    def column(rows: list[Row]) -> str:
+        values = [row[split][key] for row in rows if key in row[split]]
+        return spread(values, digits) if len(values) == len(rows) else ""
+
+    return column
 
 
 def walk(rows: list[Row]) -> str:
@@ -58,9 +67,14 @@ def by_passes(rows: list[Row]) -> str:
     return ", ".join(f"{statistics.mean(row['test']['passes'][i]['accuracy'] for row in rows):.1f}" for i in counts)
 
 
-def evaluations(rows: list[Row]) -> str:
-    """Layer evaluations of the training."""
-    return f"{rows[0]['test']['layer_evaluations']:.3g}"
+def exactly(key: str) -> Column:
+    """A number of the test split that is the same for every seed."""
+    return lambda rows: f"{rows[0]['test'][key]:,.0f}"
+
+
+def seeds(rows: list[Row]) -> str:
+    """The seeds that a line is the mean of."""
+    return " ".join(str(seed) for seed in sorted(row["seed"] for row in rows))
 
 
 COLUMNS: dict[str, dict[str, Column]] = {
@@ -76,7 +90,7 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "validation": of("val", "frechet", 2),
         "class accuracy %": of("test", "class_accuracy"),
         "held-out loss": of("test", "loss", 3),
-        "layers run an image": of("test", "layer_evaluations", 0),
+        "layers run an image": exactly("layer_evaluations"),
         "sampling, s": of("test", "sampling_seconds"),
         "memory, MB": memory,
     },
@@ -87,9 +101,10 @@ COLUMNS: dict[str, dict[str, Column]] = {
     },
     "recurrent": {
         "test accuracy %": of("test", "accuracy"),
+        "validation %": of("val", "accuracy"),
         "whole puzzles %": of("test", "exact"),
         "after 1, 2, 4, 8, 16, 32 passes": by_passes,
-        "layer evaluations of the training": evaluations,
+        "layer evaluations of the training": exactly("layer_evaluations"),
         "memory, MB": memory,
     },
     "causal_lm": {
@@ -109,10 +124,10 @@ COLUMNS: dict[str, dict[str, Column]] = {
 def main_table(groups: dict[str, list[Row]]) -> list[str]:
     """What each way of training reached, and took."""
     columns = COLUMNS[next(iter(groups.values()))[0].get("architecture", "vit")]
-    lines = [f"| training | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    lines = [f"| training | seeds | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     for name, rows in groups.items():
         if " as " not in name:
-            lines.append(f"| {name} | {' | '.join(column(rows) for column in columns.values())} |")
+            lines.append(f"| {name} | {seeds(rows)} | {' | '.join(column(rows) for column in columns.values())} |")
     return lines
 
 
@@ -155,11 +170,10 @@ def ablation_table(groups: dict[str, list[Row]], base: str, name: str) -> list[s
 
 
 def report(path: Path) -> str:
-    """All tables of a study, with its seeds and its machine."""
+    """All tables of a study, with its machine."""
     groups = gather(path)
-    seeds = sorted({row["seed"] for rows in groups.values() for row in rows})
-    machine = next(iter(groups.values()))[0]["machine"]
-    parts = [f"Seeds {seeds}; mean ± standard deviation; machine: {machine}", *main_table(groups)]
+    machine = list(groups.values())[-1][-1]["machine"]
+    parts = [f"Mean ± standard deviation over the seeds; machine: {machine}", *main_table(groups)]
     if "end-to-end" in groups and "B=1" in groups:
         parts += ["", *memory_table(groups)]
     for base, name in (("B=3", "corrected"), ("published", "published")):
@@ -168,5 +182,16 @@ def report(path: Path) -> str:
     return "\n".join([parts[0], "", *parts[1:]]) + "\n"
 
 
+def renewed(page: str) -> str:
+    """The page with every marked table as the rows have it now."""
+
+    def table(found: re.Match[str]) -> str:
+        name, which = found.groups()
+        tables = report(RESULTS / f"{name}.jsonl").rstrip().split("\n\n")
+        return f"<!-- {name} {which} -->\n{tables[int(which)]}\n"
+
+    return MARKED.sub(table, page)
+
+
 if __name__ == "__main__":
-    print(report(Path(sys.argv[1])))
+    PAGE.write_text(renewed(PAGE.read_text()))
