@@ -1,7 +1,7 @@
 """Trains variants of one run over several seeds and gathers what they reach: python benchmarks/study.py --help.
 
-Each (variant, seed) is a line of JSON in --to; lines that are there already are not run again, so several processes can
-share the work (--part 0/2, --part 1/2) and a study that was interrupted goes on.
+Each (variant, seed) is a line of JSON in --folder; lines that are there already are not run again, so several processes
+can share the work (--part 0/2, --part 1/2) and a study that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -123,10 +123,10 @@ class Study:
 
     run: str = "vit-digits"
     study: str = "main"
-    """Which of the run's studies: main, blocks, partition, overlap, sharing, branch; or "choice": every learning rate
-    and warm-up, to choose from on the validation split of seeds that no table uses."""
-    folder: Path = Path("benchmarks/results/cpu-2core")
-    """Its rows go to RUN_STUDY.jsonl there, its table to RUN_STUDY.md."""
+    """Which of the run's studies: main, blocks, partition, overlap, sharing, branch, capacity; or "choice": every
+    learning rate and warm-up, to choose from on the validation split of seeds that no table uses."""
+    folder: Path = tables.RESULTS
+    """Its rows go to RUN_STUDY.jsonl there; from the default one, its tables to docs/results.md."""
     seeds: tuple[int, ...] = (0, 1, 2)
     only: tuple[str, ...] = ()
     """Variants to run; all by default."""
@@ -150,7 +150,10 @@ def main(study: Study) -> None:
             file.write(json.dumps(row) + "\n")
         key = adapter.metric.key
         print(f"{name} seed {seed}: val {row['val'][key]:.4g} test {row['test'][key]:.4g}", flush=True)
-        rows.with_suffix(".md").write_text(tables.report(rows))
+        if study.folder.resolve() == tables.RESULTS:
+            tables.renew()
+    if rows.exists():
+        print(tables.report(rows))
 
 
 def work(study: Study, base: TrainConfig) -> list[tuple[str, TrainConfig, int]]:

@@ -193,5 +193,10 @@ def renewed(page: str) -> str:
     return MARKED.sub(table, page)
 
 
-if __name__ == "__main__":
+def renew() -> None:
+    """Bring the rows onto the page."""
     PAGE.write_text(renewed(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    renew()

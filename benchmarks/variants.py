@@ -118,6 +118,17 @@ def masked_lm(base: Any) -> Variants:
     return {**dit(base), "B=3 per_block": replace(base, shared="per_block")}
 
 
+def capacity(base: Any) -> Variants:
+    """One narrow layer a block, trained up to fifteen times as long: what becomes of a lone block that is filled?"""
+    model = replace(base.model, dim=32, layers=3, heads=2, mlp=128, cond=8)
+    found: Variants = {}
+    for steps in (1500, 5000, 15000):
+        small = replace(base, model=model, steps=steps)
+        ways = {"B=3": small, "B=3, branched at half": replace(small, branch=0.5), **lone(small)}
+        found |= {f"{name}, {steps} steps": config for name, config in ways.items()}
+    return found
+
+
 def recurrent(base: Any) -> Variants:
     """One pass a step, at a tenth of the ordinary network's compute and at all of it."""
     return {"a tenth": base, "equal compute": replace(base, share=1.0)}
@@ -138,7 +149,7 @@ STUDIES: dict[str, dict[str, Callable[[Any], Variants]]] = {
         "sharing": sharing,
         "branch": branched,
     },
-    "masked_lm": {"main": masked_lm, "sharing": sharing, "branch": branched},
+    "masked_lm": {"main": masked_lm, "sharing": sharing, "branch": branched, "capacity": capacity},
     "causal_lm": {"main": causal_lm, "sharing": sharing, "branch": branched},
     "recurrent": {"main": recurrent},
 }

@@ -158,6 +158,8 @@ def test_a_run_trains_both_samples_and_draws_its_pictures(tmp_path):
     (file,) = jobs.sample(one, session, tmp_path / "samples", count=2, seed=1)
     text = file.read_text()
     assert text.count("puzzle") == 2 and text.count("pass 3") == 2 and "pass 4" not in text
+    with pytest.raises(ValueError, match="puzzles take no prompt"):
+        jobs.sample(one, session, tmp_path / "other", count=2, seed=1, prompt="a")
     assert json.loads((config.out / "summary.json").read_text())["results"].keys() == {"block-wise", "end-to-end"}
 
 

@@ -77,8 +77,7 @@ def test_a_study_goes_on_where_it_stopped_and_writes_its_table(benchmarks, tmp_p
     assert ran == [(2, 0), (2, 1), (3, 0), (3, 1)]
     rows = [json.loads(line) for line in (tmp_path / "dit_digits_main.jsonl").read_text().splitlines()]
     assert [row["variant"] for row in rows] == ["B=2", "B=2", "B=3", "B=3"]
-    table = (tmp_path / "dit_digits_main.md").read_text()
-    assert "| B=3 | 0 1 | 5.50 ± 0.71 |" in table
+    assert "| B=3 | 0 1 | 5.50 ± 0.71 |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="study must be one of"):
         study.main(replace(settings, study="moon"))
 

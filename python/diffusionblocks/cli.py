@@ -76,6 +76,7 @@ def sample(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    judge: str | None = None,
 ) -> None:
     """Samples of a run's last checkpoint, and how they came about.
 
@@ -90,9 +91,12 @@ def sample(
         temperature: of the network's distribution over tokens.
         top_k: keep only the likeliest tokens, so many.
         top_p: keep only the likeliest tokens, of this probability together.
+        judge: a pretrained network that judges them against the test split, into judge.json: for text a GPT-2 or BERT
+            of transformers, by name or folder (MAUVE); for images "inception" (FID and KID). Take thousands.
     """
     adapter, session = jobs.open_run(folder)
-    given = dict(steps=steps, prompt=prompt, length=length, temperature=temperature, top_k=top_k, top_p=top_p)
+    how = dict(prompt=prompt, length=length, temperature=temperature, top_k=top_k, top_p=top_p)
+    given = dict(steps=steps, judge=judge, **how)
     options = {name: value for name, value in given.items() if value is not None}
     for path in jobs.sample(adapter, session, to or folder / "samples", count=count, seed=seed, **options):
         print(path)

@@ -180,10 +180,19 @@ def machine(device: torch.device) -> Row:
         "torch": torch.__version__,
         "diffusionblocks": package_version(),
         "device": gpu or device.type,
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def read_config(folder: Path) -> TrainConfig:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import dbkernels
 
+from . import pretrained
 from .decoding import distinct_2, filtered
 from .evaluation import LabelReader, Walker
 from .ngram import NGram
@@ -81,10 +82,17 @@ class TextOptions:
         return filtered(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
-def write_texts(folder: Path, data: TextData, samples: Tensor) -> list[Path]:
-    """samples.txt with the text of tokens (B, N), and judge.json about it; returns the files."""
-    texts = "\n\n----\n\n".join(data.decode(sample) for sample in samples)
-    files = {"samples.txt": texts, "judge.json": json.dumps(judged(data, samples.cpu()), indent=1)}
+def write_texts(folder: Path, data: TextData, samples: Tensor, judge: str | None = None) -> list[Path]:
+    """samples.txt with the text of tokens (B, N), and judge.json about it; returns the files.
+
+    judge: a pretrained network that judges them besides, see `pretrained.mauve`.
+    """
+    texts = [data.decode(sample) for sample in samples]
+    verdict = judged(data, samples.cpu())
+    if judge:
+        real = [data.decode(row) for row in _real(data, samples)]
+        verdict["mauve"] = pretrained.mauve(texts, real, judge, device=samples.device)
+    files = {"samples.txt": "\n\n----\n\n".join(texts), "judge.json": json.dumps(verdict, indent=1)}
     for name, content in files.items():
         (folder / name).write_text(content + "\n", encoding="utf-8")
     return [folder / name for name in files]
@@ -97,10 +105,14 @@ def judged(data: TextData, samples: Tensor) -> dict[str, Any]:
     judge_bits: bits a character, the logarithm of the generative perplexity. distinct_2: share of different pairs.
     """
     judge = _judge(data.decode(data.train), len(data.alphabet))
-    length = min(samples.shape[1], len(data.test))
-    both = {"": samples, "_test": rows(data.test, length)[: len(samples)]}
+    both = {"": samples, "_test": _real(data, samples)}
     bits = {f"judge{k}_bits": sum(judge.bits(data.decode(row)) for row in part) / len(part) for k, part in both.items()}
     return bits | {f"distinct_2{k}": distinct_2(part) for k, part in both.items()}
+
+
+def _real(data: TextData, samples: Tensor) -> Tensor:
+    """As many windows of the test text as there are samples, as long, where it has them."""
+    return rows(data.test, min(samples.shape[1], len(data.test)))[: len(samples)]
 
 
 @functools.lru_cache(maxsize=1)

@@ -127,11 +127,11 @@ class CausalLMAdapter(Adapter):
         return every[: max(1, self.config.evaluated // self.config.length)].to(device)
 
     def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
-        """samples.txt: `count` texts; judge.json: how likely and how varied they are. options: TextOptions' and steps.
+        """samples.txt: `count` texts; judge.json: what they are worth. options: TextOptions', steps, and judge.
 
         All blocks are on the device at once: every token needs each of them.
         """
-        steps = options.pop("steps", None) or self.config.walk_steps
+        steps, judge = options.pop("steps", None) or self.config.walk_steps, options.pop("judge", None)
         how = TextOptions(**options)
         model = self.blocks(walker.model.partition).to(walker.device)
         model.load_state_dict(walker.weights())
@@ -140,7 +140,7 @@ class CausalLMAdapter(Adapter):
         prompt = prompt[: len(prompt) // size * size].expand(count, -1)
         generator = Generator(model, step_levels(model.partition, steps), seed=seed, keep=how.keep)
         tokens = generator.generate(prompt, -(-how.length // size) * size)
-        return write_texts(folder, self.data, tokens)
+        return write_texts(folder, self.data, tokens, judge)
 
     def network(self) -> nn.Module:
         """The ordinary language model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import dbkernels
 
+from .. import pretrained
 from ..blocks import DiffusionBlocks
 from ..config import TrainConfig
 from ..data import ImageData, Loader, Split, check_model, load, prepare
@@ -142,10 +144,15 @@ class DiTAdapter(Adapter):
         }
 
     def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
-        """samples.png: `count` images, a class a row; trajectory.png: what each block made of some. options: steps."""
-        steps = options.pop("steps", None) or self.config.walk_steps
+        """samples.png: `count` images, a class a row; trajectory.png: what each block made of some.
+
+        options: steps; judge="inception": also judge.json, their distances from the test split.
+        """
+        steps, judge = options.pop("steps", None) or self.config.walk_steps, options.pop("judge", None)
         if options:
             raise ValueError(f"images take no {', '.join(options)}; leave it out")
+        if judge not in (None, "inception"):
+            raise ValueError(f"judge={judge!r} must be 'inception' for images")
         partition, columns = walker.model.partition, -(-count // self.config.model.classes)
         labels = torch.arange(count, device=walker.device) // columns
         some = torch.linspace(0, count - 1, min(count, 5)).long()
@@ -156,10 +163,15 @@ class DiTAdapter(Adapter):
 
         made = self.walk(walker, labels, step_levels(partition, steps), seed=seed, callback=watch)
         shown = [estimates[i] for i in spread_steps([block for _, block, _ in estimates])]
-        return [
+        files = [
             write_grid(to_pixels(made), folder / "samples.png", columns),
             write_trajectory(shown, folder / "trajectory.png", partition.blocks),
         ]
+        if judge:
+            found = pretrained.inception(to_pixels(made), self.data.test.images, device=walker.device)
+            files.append(folder / "judge.json")
+            files[-1].write_text(json.dumps(found, indent=1) + "\n")
+        return files
 
     def walk(
         self, walker: Walker, labels: Tensor, levels: list[float], *, seed: int, callback: Callback | None = None

@@ -103,21 +103,20 @@ class MaskedLMAdapter(Adapter):
         unigram = masked_diffusion.unigram_bits(self.data.train, self.windows(split), self.config.model.symbols)
         return {**found, "unigram": unigram}
 
-    def sample(
-        self, walker: Walker, folder: Path, *, count: int, seed: int, steps: int | None = None, **decode: Any
-    ) -> list[Path]:
+    def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
         """samples.txt, judge.json about them, and trajectory.txt: the first as each block leaves it.
 
-        decode: temperature, top_k, top_p of `decoding.filtered`.
+        options: steps, judge, and temperature, top_k, top_p of `decoding.filtered`.
         """
         c = self.config
-        levels = step_levels(walker.model.partition, steps or c.walk_steps, kind="probability")
-        walk = list(masked_diffusion.generate(walker, levels, (count, c.length), seed=seed, **decode))
+        steps, judge = options.pop("steps", None) or c.walk_steps, options.pop("judge", None)
+        levels = step_levels(walker.model.partition, steps, kind="probability")
+        walk = list(masked_diffusion.generate(walker, levels, (count, c.length), seed=seed, **options))
         left = {step.block: step for step in walk}  # the last of each block
         drafts = [f"after block {b}, its last step from t = {s.t:.2f}\n{self.show(s.z[0])}" for b, s in left.items()]
         trajectory = folder / "trajectory.txt"
         trajectory.write_text("\n\n".join(drafts) + "\n", encoding="utf-8")
-        return [*write_texts(folder, self.data, walk[-1].z), trajectory]
+        return [*write_texts(folder, self.data, walk[-1].z, judge), trajectory]
 
     def windows(self, split: str) -> Tensor:
         """A whole split in windows that don't overlap."""

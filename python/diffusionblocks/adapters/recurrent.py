@@ -158,10 +158,16 @@ class RecurrentAdapter(Adapter):
         return found
 
     def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
-        """puzzles.txt: test puzzles with the answers after each pass, "?" where none has half the probability."""
+        """puzzles.txt: test puzzles with the answers after each pass, "?" where none has half the probability.
+
+        options: steps.
+        """
+        steps = options.pop("steps", None) or self.config.walk_steps
+        if options:
+            raise ValueError(f"puzzles take no {', '.join(options)}; leave it out")
         puzzle = self.config.puzzle
         x, y = (t.to(walker.device) for t in draw(puzzle, count, "test", stream(seed, "sample")))
-        path = self.walk(walker, x, options.get("steps") or self.config.walk_steps)
+        path = self.walk(walker, x, steps)
         guesses = [step["logits"].softmax(-1).max(-1) for step in path]
         lines = []
         for i in range(count):
