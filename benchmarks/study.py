@@ -24,7 +24,7 @@ from diffusionblocks import baselines, jobs
 from diffusionblocks.adapters import adapter_of
 from diffusionblocks.adapters.base import Adapter
 from diffusionblocks.adapters.causal_lm import WRITTEN, CausalLMAdapter
-from diffusionblocks.config import TrainConfig
+from diffusionblocks.config import TrainConfig, to_dict
 from diffusionblocks.runs import RUNS
 from diffusionblocks.training import Session, train
 
@@ -144,7 +144,8 @@ def main(study: Study) -> None:
             continue
         adapter = adapter_of(replace(config, seed=seed))
         result = CONTROLS.get(name, block_wise)(adapter)
-        row = {"architecture": base.architecture, "variant": name, "seed": seed, "machine": jobs.machine(CPU), **result}
+        told = {"variant": name, "seed": seed, "machine": jobs.machine(CPU), "config": to_dict(adapter.config)}
+        row = {"architecture": base.architecture, **told, **result}
         study.folder.mkdir(parents=True, exist_ok=True)
         with rows.open("a") as file:
             file.write(json.dumps(row) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +136,13 @@ class TrainConfig:
 
 def to_yaml(config: TrainConfig) -> str:
     """The config, for people and for `from_yaml`."""
-    values = dataclasses.asdict(config)
-    plain = {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-    return yaml.safe_dump({"architecture": config.architecture, **plain, **config.resolved()}, sort_keys=False)
+    return yaml.safe_dump(to_dict(config) | config.resolved(), sort_keys=False)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The config in plain values."""
+    values = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return {"architecture": config.architecture, **values}
 
 
 def from_yaml(text: str) -> TrainConfig:

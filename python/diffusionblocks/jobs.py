@@ -21,7 +21,7 @@ from .adapters import adapter_of
 from .adapters.base import Adapter, Row
 from .adapters.vit import ViTAdapter
 from .checkpoint import CheckpointError
-from .config import TrainConfig, from_yaml, to_yaml
+from .config import TrainConfig, from_yaml, to_dict, to_yaml
 from .evaluation import Walker
 from .forward_forward import forward_forward
 from .manifest import package_version
@@ -164,7 +164,7 @@ def summarize(session: Session) -> Row:
     """All results of a run folder, with what is needed to run it again."""
     config = session.config
     return {
-        "config": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
+        "config": to_dict(config),
         "machine": machine(session.device),
         "level": session.model.target.level,
         "partition": snapshots.partition_to_dict(session.model.partition),
