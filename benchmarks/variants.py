@@ -23,7 +23,8 @@ def tripled(base: TrainConfig) -> TrainConfig:
 def lone(base: TrainConfig) -> Variants:
     """One block's layers alone, for all noise and all the steps: what blocks must beat to be worth their weights."""
     alone = replace(base.in_one_block(max(base.layer_counts)), steps=base.total_steps)
-    return {f"{alone.layers} layers alone": alone}
+    name = "1 layer" if alone.layers == 1 else f"{alone.layers} layers"
+    return {f"{name} alone": alone}
 
 
 def late(base: TrainConfig) -> Variants:
@@ -120,12 +121,12 @@ def masked_lm(base: Any) -> Variants:
 
 def capacity(base: Any) -> Variants:
     """One narrow layer a block, trained up to fifteen times as long: what becomes of a lone block that is filled?"""
-    model = replace(base.model, dim=32, layers=3, heads=2, mlp=128, cond=8)
     found: Variants = {}
-    for steps in (1500, 5000, 15000):
+    for dim, steps in ((32, 1500), (32, 5000), (32, 15000), (16, 5000), (16, 15000)):
+        model = replace(base.model, dim=dim, layers=3, heads=2, mlp=4 * dim, cond=dim // 4)
         small = replace(base, model=model, steps=steps)
         ways = {"B=3": small, "B=3, branched at half": replace(small, branch=0.5), **lone(small)}
-        found |= {f"{name}, {steps} steps": config for name, config in ways.items()}
+        found |= {f"width {dim}, {steps} steps: {name}": config for name, config in ways.items()}
     return found
 
 
