@@ -172,7 +172,7 @@ def test_a_walk_visits_every_block_in_order_and_leaves_no_mask(trained):
     walker, partition = Walker(session.model, session.residency), session.model.partition
     for steps in (3, 4, 7, 16):
         levels = step_levels(partition, steps, kind="probability")
-        walk = list(generate(walker, levels, (5, 16), seed=0))
+        walk = list(generate(walker, levels, torch.full((5, 16), 12), seed=0))
         blocks = [step.block for step in walk]
         assert blocks == sorted(blocks) and set(blocks) == {0, 1, 2} and len(walk) == steps
         assert not (walk[-1].z == 12).any()
@@ -186,18 +186,38 @@ def test_a_walk_visits_every_block_in_order_and_leaves_no_mask(trained):
 def test_the_walk_reveals_by_the_schedule():
     model = twins()
     levels = [1.0, 0.6, 0.3, 0.0]
-    walk = list(generate(Walker(model), levels, (4000, 2), seed=0))
+    walk = list(generate(Walker(model), levels, torch.full((4000, 2), 4), seed=0))
     shares = [float((step.z == 4).double().mean()) for step in walk]
     assert shares == pytest.approx([0.6, 0.3, 0.0], abs=0.025)  # 4 standard errors
     assert float((walk[-1].z[:, 0] == walk[-1].z[:, 1]).double().mean()) > 0.6
 
 
 def test_samples_of_the_exact_denoiser_have_the_exact_distribution():
-    walk = list(generate(Walker(twins()), step_levels(twins().partition, 64, kind="probability"), (4000, 2), seed=1))
+    model, start = twins(), torch.full((4000, 2), 4)
+    walk = list(generate(Walker(model), step_levels(model.partition, 64, kind="probability"), start, seed=1))
     a, b = walk[-1].z.unbind(1)
     assert float((a == b).double().mean()) > 0.96  # but for both revealed in one step
     shares = torch.bincount(a, minlength=4) / 4000
     torch.testing.assert_close(shares, CHANCES, rtol=0, atol=0.03)
+
+
+def test_given_tokens_stay_and_decide_the_others():
+    model, start = twins(), torch.full((400, 2), 4)
+    start[:, 1] = torch.arange(400) % 4
+    walk = list(generate(Walker(model), step_levels(model.partition, 6, kind="probability"), start, seed=1))
+    assert torch.equal(walk[-1].z, start[:, 1:].expand(-1, 2)), "the twin of what is given"
+    assert torch.equal(walk[0].z[:, 1], start[:, 1])
+
+
+def test_a_prompt_stays_but_for_its_gaps(trained):
+    made, session = trained
+    prompt = made.data.alphabet[:3] + MASK + made.data.alphabet[3]
+    files = jobs.sample(made, session, made.config.out / "prompted", count=3, seed=0, prompt=prompt, length=9)
+    texts = files[0].read_text()[:-1].split("\n\n----\n\n")
+    assert [len(text) for text in texts] == [9] * 3 and MASK not in "".join(texts)
+    assert all(text[:3] == prompt[:3] and text[4] == prompt[4] for text in texts)
+    with pytest.raises(ValueError, match="don't fit in length=4"):
+        jobs.sample(made, session, made.config.out / "long", count=1, seed=0, prompt=prompt, length=4)
 
 
 def test_the_same_seed_gives_the_same_text(trained):

@@ -86,8 +86,8 @@ def sample(
         count: how many.
         seed: of the noise they start from.
         steps: steps of the walk; the run's own by default.
-        prompt: text to go on with.
-        length: characters of a text.
+        prompt: text to go on with; for masked text it may have gaps to fill, each place a \u2591.
+        length: characters of a text, behind the prompt, for masked text with it.
         temperature: of the network's distribution over tokens.
         top_k: keep only the likeliest tokens, so many.
         top_p: keep only the likeliest tokens, of this probability together.

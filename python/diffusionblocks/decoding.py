@@ -7,11 +7,14 @@ of the noise. At the last step z has told the answer, and no temperature changes
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import dbkernels
+
+Filter = Callable[[Tensor], Tensor]
 
 
 def filtered(

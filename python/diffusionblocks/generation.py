@@ -4,7 +4,7 @@ and values a layer; from an ordinary network, token by token."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,10 @@ import dbkernels
 
 from . import edm
 from .blocks import DiffusionBlocks
-from .decoding import draw
+from .decoding import Filter, draw
 from .denoiser import Ends
 from .models.causal_lm import Cache
 from .rng import stream
-
-Filter = Callable[[Tensor], Tensor]
 
 
 class Generator:

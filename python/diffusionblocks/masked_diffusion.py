@@ -13,7 +13,8 @@ from torch import Tensor
 
 import dbkernels
 
-from . import decoding, masking
+from . import masking
+from .decoding import Filter, draw
 from .evaluation import Walker
 from .partition import Partition, Range
 from .rng import stream
@@ -114,22 +115,21 @@ def given(tokens: Tensor) -> Tensor:
 
 
 def generate(
-    walker: Walker, levels: Sequence[float], shape: tuple[int, int], *, seed: int, **decode: Any
+    walker: Walker, levels: Sequence[float], z: Tensor, *, seed: int, keep: Filter = lambda x: x
 ) -> Iterator[Step]:
-    """Walk from all masks to tokens (count, N): a step from t to s reveals each mask with probability
-    (alpha(s) - alpha(t)) / (1 - alpha(t)), a step to 0 the last of them.
+    """Walk from tokens z (count, N), masked where they are to be found, to tokens without masks: a step from t to s
+    reveals each mask with probability (alpha(s) - alpha(t)) / (1 - alpha(t)), a step to 0 the last of them.
 
-    levels: falling times, then 0. decode: temperature, top_k and top_p of `decoding.filtered`.
+    levels: falling times, then 0. keep: what of the logits is kept, e.g. decoding.filtered with a temperature.
     Source: Shi et al. 2024 (MD4), algorithm 2.
     """
     model, mask_id = walker.model.eval(), walker.model.target.mask_id
-    z = torch.full(shape, mask_id, device=walker.device)
     for i, (t, s) in enumerate(itertools.pairwise(levels)):
         logits = walker.read(given(z), z, t, BATCH).raw
-        guesses = decoding.draw(decoding.filtered(logits, **decode), seed=stream(seed, "tokens"), offset=i)
+        guesses = draw(keep(logits), seed=stream(seed, "tokens"), offset=i)
         kept = masking.alpha(torch.tensor([t, s], dtype=torch.float64))
         reveal = float((kept[1] - kept[0]) / (1 - kept[0])) if s > 0 else 1.0
-        now = dbkernels.philox_uniform(shape, seed=stream(seed, "reveal"), offset=i, device=z.device) < reveal
+        now = dbkernels.philox_uniform(tuple(z.shape), seed=stream(seed, "reveal"), offset=i, device=z.device) < reveal
         z = torch.where((z == mask_id) & now, guesses, z)
         yield Step(t, int(model.partition.block_of(t)), z)
 

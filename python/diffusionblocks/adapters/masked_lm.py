@@ -16,16 +16,16 @@ from ..config import TrainConfig, check_positive
 from ..denoiser import Ends
 from ..density import Uniform
 from ..evaluation import Walker
-from ..language import write_texts
+from ..language import TextOptions, write_texts
 from ..masked_target import T_MIN, MaskedTarget
 from ..models.masked_lm import Head, MaskedLMConfig, Stem, layers
 from ..partition import Partition, make_partition, step_levels
 from ..rng import stream
-from ..text import UNKNOWN, TextData, Windows, load, rows
+from ..text import UNKNOWN, TextData, Windows, encode, load, rows
 from ..training import Batches
 from .base import Adapter, Metric, Row
 
-MASK = "\u2591"  # how a mask is shown
+MASK = "\u2591"  # how a mask is shown, and written in a prompt
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,14 @@ class MaskedLMAdapter(Adapter):
     def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
         """samples.txt, judge.json about them, and trajectory.txt: the first as each block leaves it.
 
-        options: steps, judge, and temperature, top_k, top_p of `decoding.filtered`.
+        options: steps, judge, and TextOptions', where the prompt stays but for its masks and the length, a window's
+        by default, counts it.
         """
-        c = self.config
-        steps, judge = options.pop("steps", None) or c.walk_steps, options.pop("judge", None)
+        steps, judge = options.pop("steps", None) or self.config.walk_steps, options.pop("judge", None)
+        how = TextOptions(**({"length": self.config.length} | options))
         levels = step_levels(walker.model.partition, steps, kind="probability")
-        walk = list(masked_diffusion.generate(walker, levels, (count, c.length), seed=seed, **options))
+        start = self.start(how.prompt, how.length).to(walker.device).expand(count, -1)
+        walk = list(masked_diffusion.generate(walker, levels, start, seed=seed, keep=how.keep))
         left = {step.block: step for step in walk}  # the last of each block
         drafts = [f"after block {b}, its last step from t = {s.t:.2f}\n{self.show(s.z[0])}" for b, s in left.items()]
         trajectory = folder / "trajectory.txt"
@@ -121,6 +123,17 @@ class MaskedLMAdapter(Adapter):
     def windows(self, split: str) -> Tensor:
         """A whole split in windows that don't overlap."""
         return rows(getattr(self.data, split), self.config.length)
+
+    def start(self, prompt: str, length: int) -> Tensor:
+        """Tokens (N,) of a prompt, each MASK in it a place to fill, and masks behind it.
+
+        Raises: ValueError if the prompt is longer than that.
+        """
+        if len(prompt) > length:
+            raise ValueError(f"the prompt's {len(prompt)} characters don't fit in length={length}; give more")
+        tokens, mask_id = encode(prompt, self.data.alphabet), self.config.model.symbols
+        gaps = torch.tensor([symbol == MASK for symbol in prompt], dtype=torch.bool)
+        return torch.cat([tokens.masked_fill(gaps, mask_id), torch.full((length - len(prompt),), mask_id)])
 
     def show(self, tokens: Tensor) -> str:
         """The text of tokens with masks, (N,)."""
