@@ -67,9 +67,9 @@ def by_passes(rows: list[Row]) -> str:
     return ", ".join(f"{statistics.mean(row['test']['passes'][i]['accuracy'] for row in rows):.1f}" for i in counts)
 
 
-def exactly(key: str) -> Column:
-    """A number of the test split that is the same for every seed."""
-    return lambda rows: f"{rows[0]['test'][key]:,.0f}"
+def count(key: str) -> Column:
+    """A count of the test split, the mean over seeds."""
+    return lambda rows: f"{statistics.mean(row['test'][key] for row in rows):,.0f}"
 
 
 def seeds(rows: list[Row]) -> str:
@@ -90,7 +90,7 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "validation": of("val", "frechet", 2),
         "class accuracy %": of("test", "class_accuracy"),
         "held-out loss": of("test", "loss", 3),
-        "layers run an image": exactly("layer_evaluations"),
+        "layers run an image": count("layer_evaluations"),
         "sampling, s": of("test", "sampling_seconds"),
         "memory, MB": memory,
     },
@@ -104,7 +104,7 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "validation %": of("val", "accuracy"),
         "whole puzzles %": of("test", "exact"),
         "after 1, 2, 4, 8, 16, 32 passes": by_passes,
-        "layer evaluations of the training": exactly("layer_evaluations"),
+        "layer evaluations of the training": count("layer_evaluations"),
         "memory, MB": memory,
     },
     "causal_lm": {
