@@ -54,7 +54,9 @@ def texts(adapter: Adapter, session: Session, folder: Path) -> Row:
     """What the judge says of as many texts as it gets from the end-to-end network; nothing for other architectures."""
     if not isinstance(adapter, CausalLMAdapter):
         return {}
-    jobs.sample(adapter, session, folder, count=WRITTEN, seed=adapter.config.seed, length=adapter.config.length)
+    config = adapter.config
+    with jobs.averaged(session) as walker:
+        jobs.sample(adapter, walker, folder, count=WRITTEN, seed=config.seed, length=config.length)
     return json.loads((folder / "judge.json").read_text())
 
 

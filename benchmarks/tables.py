@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusionblocks.jobs import write
+
 Row = dict[str, Any]
 Column = Callable[[list[Row]], str]
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,7 +197,7 @@ def renewed(page: str) -> str:
 
 def renew() -> None:
     """Bring the rows onto the page."""
-    PAGE.write_text(renewed(PAGE.read_text()))
+    write(PAGE, renewed(PAGE.read_text()))
 
 
 if __name__ == "__main__":

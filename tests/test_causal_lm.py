@@ -222,6 +222,16 @@ def test_it_learns_and_writes_what_it_learnt(model, rhyme, tmp_path):
     assert files[0].read_text().split("\n\n----\n\n")[0].startswith("one two buck")
 
 
+def test_all_of_a_prompt_comes_back_whatever_the_group(rhyme, tmp_path):
+    adapter = CausalLMAdapter(config(replace(KINDS["groups of 4"], symbols=16), text=rhyme, out=tmp_path))
+    for prompt in ("one two buck", "one two", "o"):
+        walker = Walker(adapter.blocks())
+        text = adapter.sample(walker, tmp_path, count=1, seed=0, prompt=prompt, length=8)[0].read_text()[:-1]
+        assert text.startswith(prompt) and len(text) == len(prompt) + 8
+    with pytest.raises(ValueError, match="texts take no guidance"):
+        adapter.sample(walker, tmp_path, count=1, seed=0, guidance=2.0)
+
+
 def test_steps_are_counted_in_layer_evaluations():
     """Of two layers a block: forward and backward are 2, a forward pass through the block before 2/3."""
     base = config(MODEL, steps=600, blocks=2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusionblocks import cli, load_model
+from diffusionblocks import cli, load_alphabet, load_model
 
 TINY = (
     "--model.dim 16 --model.layers 3 --model.heads 2 --model.mlp 32 --model.cond 8 --model.patch 4 --steps 25 "
@@ -143,7 +143,30 @@ def test_a_foreign_model_file_is_refused(tmp_path):
         load_model(tmp_path / "b.safetensors")
 
 
+def test_a_classifier_has_no_alphabet(folder, tmp_path):
+    dblocks("export", folder, "--to", tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="holds no language model"):
+        load_alphabet(tmp_path / "model.safetensors")
+
+
 def test_predictions_of_garbage_config_are_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("blocks: [")
     with pytest.raises(SystemExit):
         dblocks("resume", tmp_path)
+
+
+def test_a_text_that_has_changed_is_not_read_as_the_old_one(tmp_path, capsys):
+    text = tmp_path / "words.txt"
+    text.write_text("acgt" * 400)
+    tiny = "--model.dim 16 --model.layers 2 --model.heads 2 --model.mlp 32 --steps 4 --length 16 --batch-size 4".split()
+    out = tmp_path / "run"
+    dblocks("train", "lm-text", "--text", text, *tiny, "--tune-lr", "4e-3", "--out", out)
+    dblocks("sample", out, "--count", "2", "--length", "40", "--prompt", "tag")
+    samples = (out / "samples" / "samples.txt").read_text()
+    assert samples.startswith("tag") and set(samples) <= set("acgt\ufffd\n-")
+    dblocks("export", out, "--to", tmp_path / "lm.safetensors")
+    assert load_alphabet(tmp_path / "lm.safetensors").rstrip("\ufffd") == "acgt"
+    assert load_model(tmp_path / "lm.safetensors").target.table.shape[0] == 64
+    text.write_text("bcgt" * 400)
+    for command in ("sample", "resume", "eval"):
+        assert "not those it was trained on" in fails(capsys, command, out)

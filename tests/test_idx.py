@@ -135,3 +135,29 @@ def test_debians_fashion_mnist_loads():
         assert split.labels.bincount().tolist() == [each] * 10
     # The dataset's well-known mean and std, of all 60,000; a tenth of them less moves these by under 1e-3.
     assert data.mean == pytest.approx((0.2860,), abs=1e-3) and data.std == pytest.approx((0.3530,), abs=1e-3)
+
+
+def test_idx_files_of_ones_own(tmp_path):
+    """Any size, any labels, names that end as MNIST's do."""
+    labels = torch.arange(40) % 4 * 2 + 1  # 1, 3, 5, 7
+    arrays = {"train-images": torch.zeros(40, 16, 16), "train-labels": labels}
+    arrays |= {"test-images": torch.ones(8, 16, 16), "test-labels": labels[:8]}
+    for name, array in arrays.items():
+        kind = "idx3" if name.endswith("images") else "idx1"
+        (tmp_path / f"letters-{name}-{kind}-ubyte").write_bytes(encode(array.to(torch.uint8)))
+    data = load("idx", folder=tmp_path)
+    assert (data.channels, data.image_size, data.classes) == (1, 16, 4)
+    assert torch.equal(data.test.labels, torch.arange(8) % 4) and int(data.test.images.min()) == 1
+    labels_file = tmp_path / "letters-test-labels-idx1-ubyte"
+    labels_file.write_bytes(encode(torch.full((8,), 2, dtype=torch.uint8)))
+    with pytest.raises(ValueError, match="labels in its test split that"):
+        load("idx", folder=tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(labels_file.read_bytes())
+    with pytest.raises(ValueError, match="letters-test-labels-idx1-ubyte and t10k-labels-idx1-ubyte: keep one"):
+        load("idx", folder=tmp_path)
+    for path in tmp_path.glob("*labels*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="no file with train-labels in its name"):
+        load("idx", folder=tmp_path)
+    with pytest.raises(FileNotFoundError, match="needs folder="):
+        load("idx")

@@ -19,6 +19,7 @@ from diffusionblocks.masked_target import T_MIN, MaskedTarget
 from diffusionblocks.models.masked_lm import MaskedLMConfig
 from diffusionblocks.planning import plan
 from diffusionblocks.training import train
+from reading import reader
 
 MODEL = MaskedLMConfig(dim=16, layers=3, heads=2, mlp=32, cond=8, symbols=12)
 CONFIG = MaskedLMRun(
@@ -212,26 +213,26 @@ def test_given_tokens_stay_and_decide_the_others():
 def test_a_prompt_stays_but_for_its_gaps(trained):
     made, session = trained
     prompt = made.data.alphabet[:3] + MASK + made.data.alphabet[3]
-    files = jobs.sample(made, session, made.config.out / "prompted", count=3, seed=0, prompt=prompt, length=9)
+    files = jobs.sample(made, reader(session), made.config.out / "prompted", count=3, seed=0, prompt=prompt, length=9)
     texts = files[0].read_text()[:-1].split("\n\n----\n\n")
     assert [len(text) for text in texts] == [9] * 3 and MASK not in "".join(texts)
     assert all(text[:3] == prompt[:3] and text[4] == prompt[4] for text in texts)
     with pytest.raises(ValueError, match="don't fit in length=4"):
-        jobs.sample(made, session, made.config.out / "long", count=1, seed=0, prompt=prompt, length=4)
+        jobs.sample(made, reader(session), made.config.out / "long", count=1, seed=0, prompt=prompt, length=4)
 
 
 def test_the_same_seed_gives_the_same_text(trained):
     made, session = trained
     texts = []
     for name, options in (("a", {"seed": 0}), ("b", {"seed": 0}), ("c", {"seed": 1}), ("d", {"seed": 0, "steps": 12})):
-        files = jobs.sample(made, session, made.config.out / name, count=4, **options)
+        files = jobs.sample(made, reader(session), made.config.out / name, count=4, **options)
         assert [file.name for file in files] == ["samples.txt", "judge.json", "trajectory.txt"]
         texts.append(files[0].read_text())
     assert texts[0] == texts[1] and len(set(texts)) == 3 and MASK not in texts[0]
     drafts = files[2].read_text()
     assert all(f"after block {block}" in drafts for block in range(3)) and MASK in drafts
-    cold = jobs.sample(made, session, made.config.out / "e", count=4, seed=0, temperature=1e-3)[0].read_text()
-    narrow = jobs.sample(made, session, made.config.out / "f", count=4, seed=0, top_p=1e-3)[0].read_text()
+    cold = jobs.sample(made, reader(session), made.config.out / "e", count=4, seed=0, temperature=1e-3)[0].read_text()
+    narrow = jobs.sample(made, reader(session), made.config.out / "f", count=4, seed=0, top_p=1e-3)[0].read_text()
     assert cold == narrow != texts[0], "both take the likeliest"
 
 

@@ -43,6 +43,10 @@ def test_a_folder_of_images(tmp_path):
     adapter = DiTAdapter(DiTRun(data="folder", folder=tmp_path, batch_size=8, model=DiTConfig(classes=2)))
     assert [len(split) for split in (adapter.data.train, adapter.data.val, adapter.data.test)] == [32, 4, 4]
     assert adapter.data.test.labels.tolist() == [0, 0, 1, 1]
+    (tmp_path / ".DS_Store").write_text("not an image")
+    (tmp_path / "cats" / ".hidden").write_text("nor this")
+    (tmp_path / "birds").mkdir()
+    assert data.load("folder", folder=tmp_path).classes == 2, "what is hidden or empty is no class"
     labels, images = adapter.batches(torch.device("cpu")).batch(0)
     assert images.shape == (8, 1, 8, 8) and set(labels.tolist()) <= {0, 1, 2}
     Image.fromarray(numpy.zeros((8, 9), dtype=numpy.uint8)).save(tmp_path / "dogs" / "wide.png")

@@ -154,12 +154,12 @@ def test_a_run_trains_both_samples_and_draws_its_pictures(tmp_path):
     assert ours["layer_evaluations"] == pytest.approx(0.5 * theirs["layer_evaluations"], rel=0.1)
     assert len(theirs["passes"]) == len(ours["passes"]) == 6
     assert (config.out / "passes.png").exists()
-    one, session = jobs.open_run(config.out)
-    (file,) = jobs.sample(one, session, tmp_path / "samples", count=2, seed=1)
+    one, walker = jobs.open_run(config.out)
+    (file,) = jobs.sample(one, walker, tmp_path / "samples", count=2, seed=1)
     text = file.read_text()
     assert text.count("puzzle") == 2 and text.count("pass 3") == 2 and "pass 4" not in text
     with pytest.raises(ValueError, match="puzzles take no prompt"):
-        jobs.sample(one, session, tmp_path / "other", count=2, seed=1, prompt="a")
+        jobs.sample(one, walker, tmp_path / "other", count=2, seed=1, prompt="a")
     assert json.loads((config.out / "summary.json").read_text())["results"].keys() == {"block-wise", "end-to-end"}
 
 

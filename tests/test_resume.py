@@ -159,6 +159,8 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
         jobs.open_session(adapter_of(other))
     same_elsewhere = tiny.config(tmp_path / "a", store="host", checkpoint_every=100)
     assert jobs.open_session(adapter_of(same_elsewhere)).step == 7
+    read_otherwise = tiny.config(tmp_path / "a", walk_steps=9, sampler="heun")
+    assert jobs.open_session(adapter_of(read_otherwise)).step == 7
 
 
 def test_a_bad_loss_leaves_the_last_checkpoint_as_it_was(tmp_path):

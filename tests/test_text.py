@@ -26,9 +26,20 @@ def test_text_survives_encoding_and_decoding():
     assert data.decode(text.encode("a☃b", data.alphabet)) == f"a{text.UNKNOWN}b"
 
 
-def test_the_seed_decides_what_is_held_out():
-    one, same, other = (text.load("topics", symbols=32, seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(one.test, same.test) and not torch.equal(one.test, other.test)
+def test_an_alphabet_smaller_than_the_vocabulary(tmp_path):
+    """A network may say any of its symbols, also those that no character of the text stands for."""
+    (tmp_path / "genome.txt").write_text("acgt" * 50, encoding="utf-8")
+    data = text.load(str(tmp_path / "genome.txt"), symbols=9)
+    assert data.alphabet[:4] == "acgt" and data.decode(torch.arange(9)) == data.alphabet
+    assert data.decode(text.encode("tag?", data.alphabet)) == f"tag{text.UNKNOWN}"
+
+
+def test_a_fingerprint_tells_texts_and_alphabets_apart(tmp_path):
+    path, prints = tmp_path / "a.txt", []
+    for content, symbols in (("acgt" * 50, 9), ("acgt" * 50, 9), ("bcgt" * 50, 9), ("acgt" * 50, 8)):
+        path.write_text(content, encoding="utf-8")
+        prints.append(text.load(str(path), symbols=symbols).fingerprint())
+    assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
 def test_files_and_folders(tmp_path):

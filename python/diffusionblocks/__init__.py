@@ -5,7 +5,7 @@ from .adapters.vit import vit_blocks
 from .blocks import BlockLoss, DiffusionBlocks
 from .denoiser import Block, Ends
 from .density import LogNormal, LogUniform, NoiseDensity, Tabulated, Uniform
-from .exporting import load_model
+from .exporting import load_alphabet, load_model
 from .optim import PartOptimizer
 from .partition import Partition, make_partition, step_levels
 from .recipes import CORRECTED, PUBLISHED, Recipe
@@ -37,6 +37,7 @@ __all__ = [
     "euler",
     "heun",
     "huggingface_vit",
+    "load_alphabet",
     "load_model",
     "make_partition",
     "spread_codebook",

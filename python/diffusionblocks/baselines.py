@@ -66,13 +66,26 @@ def end_to_end(
     """The adapter's network, all layers at once, for config.steps steps.
 
     name: "checkpointing" makes activations again in the backward pass; "shallow" is a network of one block's depth.
-    Learning rate and warm-up are chosen on the validation split at the full budget: every rate of tune_lr at the first
-    warm-up, then the other warm-ups at the best rate; ties go to the earlier one. `choice` skips the search. The test
-    split is read once, for the chosen run.
+    `choice` of learning rate and warm-up skips the search. The test split is read once, for the chosen run.
     Raises: NonFiniteLoss, naming the step, if the loss isn't finite and there is nothing else to try.
     """
-    config, metric = adapter.config, adapter.metric
     adapter = shallow(adapter) if name == "shallow" else adapter
+    best, choice, tried = tuned(
+        adapter, lambda lr, warmup: attempt(name, adapter, device, lr, warmup, on_log), choice=choice
+    )
+    test = adapter.score(best.network, "test", device)
+    return Result(name, best.val, test, best.seconds, best.memory, choice, tried)
+
+
+def tuned(
+    adapter: Adapter, run: Callable[[float, float], Attempt], *, choice: dict[str, float] | None = None
+) -> tuple[Attempt, dict[str, float], list[dict[str, float]]]:
+    """The run(lr, warmup) that is best on the validation split, its choice, and all that were tried.
+
+    Every rate of the config's tune_lr at the first warm-up, then the other warm-ups at the best rate; ties go to the
+    earlier one. `choice` skips the search. Raises: NonFiniteLoss if no loss is finite.
+    """
+    config, metric = adapter.config, adapter.metric
     tried: list[dict[str, float]] = []
     best: Attempt | None = None
 
@@ -80,14 +93,14 @@ def end_to_end(
         nonlocal best, choice
         tried.append({"lr": lr, "warmup": warmup, "val": float("nan")})
         try:
-            run = attempt(name, adapter, device, lr, warmup, on_log)
+            made = run(lr, warmup)
         except NonFiniteLoss:
             if len(config.tune_lr) * len(config.tune_warmup) == 1:
                 raise
             return
-        tried[-1]["val"] = run.val[metric.key]
-        if best is None or metric.better(run.val[metric.key], best.val[metric.key]):
-            best, choice = run, {"lr": lr, "warmup": warmup}
+        tried[-1]["val"] = made.val[metric.key]
+        if best is None or metric.better(made.val[metric.key], best.val[metric.key]):
+            best, choice = made, {"lr": lr, "warmup": warmup}
 
     if choice is not None:
         look(choice["lr"], choice["warmup"])
@@ -98,9 +111,8 @@ def end_to_end(
         for warmup in config.tune_warmup[1:]:
             look(rate, warmup)
     if best is None or choice is None:
-        raise NonFiniteLoss(f"{name}: no learning rate of {config.tune_lr} gave a finite loss; use lower ones")
-    test = adapter.score(best.network, "test", device)
-    return Result(name, best.val, test, best.seconds, best.memory, choice, tried)
+        raise NonFiniteLoss(f"no learning rate of {config.tune_lr} gave a finite loss; use lower ones")
+    return best, choice, tried
 
 
 def shallow(adapter: Adapter) -> Adapter:

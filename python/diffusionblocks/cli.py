@@ -61,8 +61,8 @@ def evaluate(folder: Folder, split: Literal["test", "val"] = "test", steps: int 
         split: of the data.
         steps: steps of the walk; the run's own by default.
     """
-    adapter, session = jobs.open_run(folder)
-    show(adapter.metric, jobs.evaluate(adapter, session, split, steps=steps))
+    adapter, walker = jobs.open_run(folder)
+    show(adapter.metric, adapter.evaluate(walker, split, steps=steps))
 
 
 def sample(
@@ -76,6 +76,9 @@ def sample(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    guidance: float | None = None,
+    sampler: Literal["euler", "heun", "dpmpp_2m"] | None = None,
+    label: int | None = None,
     judge: str | None = None,
 ) -> None:
     """Samples of a run's last checkpoint, and how they came about.
@@ -91,14 +94,18 @@ def sample(
         temperature: of the network's distribution over tokens.
         top_k: keep only the likeliest tokens, so many.
         top_p: keep only the likeliest tokens, of this probability together.
+        guidance: of images, how many times what the class changes counts; the run's own by default.
+        sampler: of images; the run's own by default.
+        label: images of this class alone.
         judge: a pretrained network that judges them against the test split, into judge.json: for text a GPT-2 or BERT
             of transformers, by name or folder (MAUVE); for images "inception" (FID and KID). Take thousands.
     """
-    adapter, session = jobs.open_run(folder)
-    how = dict(prompt=prompt, length=length, temperature=temperature, top_k=top_k, top_p=top_p)
-    given = dict(steps=steps, judge=judge, **how)
+    adapter, walker = jobs.open_run(folder)
+    of_texts = dict(prompt=prompt, length=length, temperature=temperature, top_k=top_k, top_p=top_p)
+    of_images = dict(guidance=guidance, sampler=sampler, label=label)
+    given = dict(steps=steps, judge=judge, **of_texts, **of_images)
     options = {name: value for name, value in given.items() if value is not None}
-    for path in jobs.sample(adapter, session, to or folder / "samples", count=count, seed=seed, **options):
+    for path in jobs.sample(adapter, walker, to or folder / "samples", count=count, seed=seed, **options):
         print(path)
 
 
@@ -130,7 +137,7 @@ def export(folder: Folder, to: Path) -> None:
         folder: the run folder.
         to: the file to write, ending in .safetensors.
     """
-    exporting.export(jobs.open_run(folder)[1], to)
+    exporting.export(*jobs.open_run(folder), to)
     print(to)
 
 

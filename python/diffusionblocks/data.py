@@ -6,6 +6,7 @@ needs only its step.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .rng import stream
-from .sources import SOURCES, Source, hub_images, image_folder, stratified
+from .sources import SOURCES, Source, hub_images, idx_folder, image_folder, stratified
 
 NAMES = tuple(SOURCES)
+OWN = {"folder": image_folder, "idx": idx_folder}  # files of one's own
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,21 @@ class ImageData:
         """H = W, in pixels."""
         return int(self.train.images.shape[2])
 
+    def fingerprint(self) -> str:
+        """SHA-256 of what is trained on."""
+        digest = hashlib.sha256(self.train.labels.numpy().tobytes())
+        digest.update(self.train.images.contiguous().numpy())
+        return digest.hexdigest()
+
 
 def load(name: str, *, folder: str | Path | None = None, val_fraction: float = 0.1, seed: int = 0) -> ImageData:
-    """The dataset `name`: one of NAMES, "folder" for files of one's own, or "hub:ID" for any of the hub's with square
-    images of one size and labels. Its test split is the same for every seed.
+    """The dataset `name`: one of NAMES, "folder" or "idx" for files of one's own, or "hub:ID" for any of the hub's with
+    square images of one size and labels. Its test split is the same for every seed.
 
     folder: where the files are. For fashion-mnist the four IDX files, gzipped or not (None: where Debian's
     package dataset-fashion-mnist puts them); for cifar100 and tiny-imagenet a copy of the hub's dataset, as
     parquet or from save_to_disk (None: downloaded); digits comes with scikit-learn and takes none; for
-    "folder" see sources.image_folder.
+    "folder" and "idx" see sources.image_folder and sources.idx_folder.
     val_fraction: share of the training images set aside for choices, stratified by class, drawn by `seed`.
     Raises: FileNotFoundError on a missing folder or file, or an unreachable hub. ValueError on an unknown
     name, files that are truncated, foreign or of another shape, labels out of range, or an empty split.
@@ -97,9 +105,9 @@ def _source(name: str, folder: str | Path | None) -> Source:
     where = None if folder is None else Path(folder).expanduser()
     if name.startswith("hub:"):
         return hub_images(name.removeprefix("hub:"), where)
-    if name not in (*SOURCES, "folder"):
-        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(NAMES)}, 'folder', or 'hub:ID'")
-    return image_folder(where) if name == "folder" else SOURCES[name]
+    if name not in (*SOURCES, *OWN):
+        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join((*NAMES, *OWN))}, or 'hub:ID'")
+    return OWN[name](where) if name in OWN else SOURCES[name]
 
 
 def check_model(data: ImageData, model: Any) -> None:

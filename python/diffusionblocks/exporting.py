@@ -10,26 +10,28 @@ from safetensors.torch import save_file
 
 from . import snapshots
 from .adapters import adapter_of
+from .adapters.base import Adapter
 from .blocks import DiffusionBlocks
 from .config import from_yaml, to_yaml
-from .training import Session
+from .evaluation import Walker
+from .text import TextData
 
 FORMAT = "diffusionblocks-model-1"
 
 
-def export(session: Session, to: Path) -> None:
-    """Write a session's averaged weights to one safetensors file, config and partition inside.
+def export(adapter: Adapter, walker: Walker, to: Path) -> None:
+    """Write a walker's weights to one safetensors file; config, partition and a text's alphabet inside.
 
     Raises: ValueError if `to` doesn't end in .safetensors.
     """
     if to.suffix != ".safetensors":
         raise ValueError(f"to must end in .safetensors, got {to}")
-    with session.residency.averages():
-        weights = session.residency.weights()
-    partition = json.dumps(snapshots.partition_to_dict(session.model.partition))
-    metadata = {"format": FORMAT, "config": to_yaml(session.config), "partition": partition}
+    partition = json.dumps(snapshots.partition_to_dict(walker.model.partition))
+    metadata = {"format": FORMAT, "config": to_yaml(adapter.config), "partition": partition}
+    if isinstance(adapter.data, TextData):
+        metadata["alphabet"] = adapter.data.alphabet
     aside = to.with_name(to.name + ".tmp")
-    save_file(weights, aside, metadata=metadata)
+    save_file(walker.weights(), aside, metadata=metadata)
     aside.replace(to)
 
 
@@ -38,16 +40,33 @@ def load_model(path: Path | str) -> DiffusionBlocks:
 
     Raises: ValueError if the file is damaged or another program's.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a sound safetensors file ({error}); export the run again") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by `dblocks export`; pass a file that was")
+    metadata = _metadata(path)
+    with safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}
     config = from_yaml(metadata["config"])
     model = adapter_of(config).blocks()
     model.partition = snapshots.partition_from_dict(json.loads(metadata["partition"]))
     model.load_state_dict(weights)
     return model.eval()
+
+
+def load_alphabet(path: Path | str) -> str:
+    """What the tokens of an exported language model stand for: token i for character i.
+
+    Raises: ValueError if the file is damaged, another program's, or no language model's.
+    """
+    metadata = _metadata(path)
+    if "alphabet" not in metadata:
+        raise ValueError(f"{path} holds no language model, so its targets are no characters")
+    return metadata["alphabet"]
+
+
+def _metadata(path: Path | str) -> dict[str, str]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a sound safetensors file ({error}); export the run again") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by `dblocks export`; pass a file that was")
+    return metadata

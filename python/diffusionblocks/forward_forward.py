@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .adapters.base import Row
 from .adapters.vit import ViTAdapter, ViTRun
-from .baselines import Log, Result, memory_row, usage
+from .baselines import Attempt, Log, Result, memory_row, tuned, usage
 from .evaluation import BATCH, accuracy
 from .memory import SavedTensors
 from .models import ViT
@@ -67,7 +67,17 @@ def wrong_labels(y: Tensor, classes: int, generator: torch.Generator) -> Tensor:
 
 
 def forward_forward(adapter: ViTAdapter, device: torch.device, *, on_log: Log) -> Result:
-    """Train at equal layer evaluations: a step runs a true and a false batch, so there are half as many steps.
+    """Train at equal layer evaluations, learning rate and warm-up chosen as for end to end.
+
+    Raises: NonFiniteLoss, naming the step, if the loss isn't finite and there is nothing else to try.
+    """
+    best, choice, tried = tuned(adapter, lambda lr, warmup: attempt(adapter, device, lr, warmup, on_log))
+    test = score(best.network, *adapter.inputs("test", device))
+    return Result("forward-forward", best.val, test, best.seconds, best.memory, choice, tried)
+
+
+def attempt(adapter: ViTAdapter, device: torch.device, lr: float, warmup: float, on_log: Log) -> Attempt:
+    """One training: a step runs a true and a false batch, so there are half as many steps.
 
     A layer's loss is softplus(-goodness) of true pairs plus softplus(goodness) of false ones; its activations are
     freed before the next layer's are made. Raises: NonFiniteLoss, naming the step.
@@ -79,7 +89,7 @@ def forward_forward(adapter: ViTAdapter, device: torch.device, *, on_log: Log) -
     batches = adapter.batches(device)
     steps, began = max(1, config.steps // 2), time.perf_counter()
     peak: dict[str, int] = {}
-    lr, warm = config.tune_lr[0], max(1, round(config.tune_warmup[0] * steps))
+    warm = max(1, round(warmup * steps))
     for step in range(steps):
         generator = torch.Generator().manual_seed(stream(config.seed, "wrong", step))
         x, y = batches.batch(step)
@@ -91,14 +101,13 @@ def forward_forward(adapter: ViTAdapter, device: torch.device, *, on_log: Log) -
         optimizer.step(rate)
         if step % LOG_EVERY == LOG_EVERY - 1 or step + 1 == steps:
             if not bool(loss.isfinite() & norm.isfinite()):
-                raise NonFiniteLoss(f"forward-forward: the loss is not finite at or before step {step}; lower lr")
+                raise NonFiniteLoss(f"forward-forward: the loss isn't finite at or before step {step}; lower lr={lr}")
             row = {"step": 2 * (step + 1), "loss": float(loss), "grad_norm": float(norm), "lr": rate}
             on_log({"run": "forward-forward", **row, "seconds": time.perf_counter() - began} | memory_row(used, device))
             peak = max(peak, used, key=lambda bytes_: sum(bytes_.values()))
     optimizer.swap_ema()
     seconds = time.perf_counter() - began
-    val, test = (score(network, *adapter.inputs(split, device)) for split in ("val", "test"))
-    return Result("forward-forward", val, test, seconds, peak, {"lr": lr, "warmup": config.tune_warmup[0]})
+    return Attempt(network, score(network, *adapter.inputs("val", device)), seconds, peak)
 
 
 def train_layers(network: ForwardForward, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
@@ -116,7 +125,7 @@ def train_layers(network: ForwardForward, x: Tensor, y: Tensor) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def score(network: ForwardForward, x: Tensor, labels: Tensor) -> Row:
+def score(network: nn.Module, x: Tensor, labels: Tensor) -> Row:
     """Accuracy: the label of most goodness."""
     network.eval()
     scores = torch.cat([network.scores(part) for part in x.split(BATCH)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from .manifest import package_version
 from .noprop import noprop
 from .planning import plan
 from .progress import Progress
-from .training import Session, train
+from .residency import Residency
+from .training import Session, store, train
 
 OTHERS = {"forward-forward": forward_forward, "noprop": noprop}  # that train without backpropagation through all layers
 
@@ -50,13 +52,23 @@ def start(config: TrainConfig) -> Row:
     adapter = adapter_of(config)
     adapter.batches(pick_device(config.device))  # data that can't be read must not leave a folder that holds a run
     config.out.mkdir(parents=True, exist_ok=True)
+    if adapter.data:
+        write(config.out / "data.json", json.dumps({"train_sha256": adapter.data.fingerprint()}) + "\n")
     write(config.out / "config.yaml", to_yaml(config))
     return carry_on(adapter)
 
 
 def resume(folder: Path) -> Row:
     """Go on with a run from its last checkpoint, bit for bit as if it had never stopped; returns the summary."""
-    return carry_on(adapter_of(read_config(folder)))
+    return carry_on(open_adapter(folder))
+
+
+def open_adapter(folder: Path) -> Adapter:
+    """A run's architecture and data. Raises: CheckpointError if it holds no run, or its data have changed since."""
+    adapter, told = adapter_of(read_config(folder)), folder / "data.json"
+    if told.exists() and json.loads(told.read_text())["train_sha256"] != adapter.data.fingerprint():
+        raise CheckpointError(f"the data of {folder} are not those it was trained on: put them back, or start anew")
+    return adapter
 
 
 def carry_on(adapter: Adapter) -> Row:
@@ -83,31 +95,31 @@ def carry_on(adapter: Adapter) -> Row:
     return summary
 
 
-def open_session(adapter: Adapter, waiting: str = "waiting") -> Session:
-    """A session for the adapter's config: at its last checkpoint if there is one, else at the start.
-
-    waiting: where in the run folder its waiting blocks are.
-    """
+def open_session(adapter: Adapter) -> Session:
+    """A session for the adapter's config: at its last checkpoint if there is one, else at the start."""
     config = adapter.config
     device = pick_device(config.device)
-    session = Session(adapter.blocks(), config, device=device, folder=config.out / waiting)
+    session = Session(adapter.blocks(), config, device=device, folder=config.out / "waiting")
     if (config.out / "checkpoint" / checkpoint.MANIFEST).exists():
         session.seconds = snapshots.restore(session, config.out / "checkpoint")
     return session
 
 
-def open_run(folder: Path) -> tuple[Adapter, Session]:
-    """A run's architecture, and its last checkpoint, to be read: nothing of it stays in the folder.
+def open_run(folder: Path) -> tuple[Adapter, Walker]:
+    """A run's architecture, and the averaged weights of its last checkpoint, a block at a time on the device, without
+    moments: nothing of it stays in the folder.
 
     Raises: CheckpointError if there is none.
     """
-    adapter = adapter_of(read_config(folder))
+    adapter = open_adapter(folder)
+    config, model, device = adapter.config, adapter.blocks(), pick_device(adapter.config.device)
     if not (folder / "checkpoint" / checkpoint.MANIFEST).exists():
         raise CheckpointError(f"{folder} has no checkpoint yet; train it on with `dblocks resume {folder}`")
     waiting = tempfile.TemporaryDirectory(prefix="waiting-", dir=folder)
-    session = open_session(adapter, Path(waiting.name).name)
-    weakref.finalize(session, waiting.cleanup)
-    return adapter, session
+    residency = Residency(model, device=device, store=store(config, device), folder=Path(waiting.name))
+    weakref.finalize(residency, waiting.cleanup)
+    model.partition = snapshots.restore_averages(residency, config, folder / "checkpoint")
+    return adapter, Walker(model, residency)
 
 
 def _run(name: str, adapter: Adapter, session: Session, on_log: Callable[[Row], None]) -> Row:
@@ -147,17 +159,23 @@ def _block_wise(adapter: Adapter, session: Session, on_log: Callable[[Row], None
     }
 
 
-def evaluate(adapter: Adapter, session: Session, split: str, *, steps: int | None = None) -> Row:
+def evaluate(adapter: Adapter, session: Session, split: str) -> Row:
     """What a session's averaged weights are worth on a split, in the architecture's terms."""
+    with averaged(session) as walker:
+        return adapter.evaluate(walker, split)
+
+
+@contextlib.contextmanager
+def averaged(session: Session) -> Iterator[Walker]:
+    """A session's averaged weights, to be read."""
     with session.residency.averages():
-        return adapter.evaluate(Walker(session.model, session.residency), split, steps=steps)
+        yield Walker(session.model, session.residency)
 
 
-def sample(adapter: Adapter, session: Session, folder: Path, **options: Any) -> list[Path]:
-    """Samples by a session's averaged weights, written to `folder`; returns the files."""
+def sample(adapter: Adapter, walker: Walker, folder: Path, **options: Any) -> list[Path]:
+    """Samples by a walker's weights, written to `folder`; returns the files. The next block comes while one works."""
     folder.mkdir(parents=True, exist_ok=True)
-    with session.residency.averages():
-        return adapter.sample(Walker(session.model, session.residency, prefetch=True), folder, **options)
+    return adapter.sample(Walker(walker.model, walker.residency, prefetch=True), folder, **options)
 
 
 def summarize(session: Session) -> Row:

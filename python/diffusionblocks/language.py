@@ -69,10 +69,13 @@ def _walk(read: LabelReader, sigmas: Sequence[float], key: int) -> tuple[Tensor,
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What of a text can be asked for: its beginning, its length in characters, and how tokens are drawn."""
+    """What can be asked for of texts that are made: their beginning, their length in characters, how tokens are drawn,
+    steps of the walk if not the config's, and a pretrained network that judges them besides, see `pretrained.mauve`."""
 
     prompt: str = ""
     length: int = 256
+    steps: int | None = None
+    judge: str | None = None
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -90,7 +93,7 @@ def write_texts(folder: Path, data: TextData, samples: Tensor, judge: str | None
     texts = [data.decode(sample) for sample in samples]
     verdict = judged(data, samples.cpu())
     if judge:
-        real = [data.decode(row) for row in _real(data, samples)]
+        real = [data.decode(row) for row in _spread(data.test, *samples.shape)]
         verdict["mauve"] = pretrained.mauve(texts, real, judge, device=samples.device)
     files = {"samples.txt": "\n\n----\n\n".join(texts), "judge.json": json.dumps(verdict, indent=1)}
     for name, content in files.items():
@@ -113,6 +116,12 @@ def judged(data: TextData, samples: Tensor) -> dict[str, Any]:
 def _real(data: TextData, samples: Tensor) -> Tensor:
     """As many windows of the test text as there are samples, as long, where it has them."""
     return rows(data.test, min(samples.shape[1], len(data.test)))[: len(samples)]
+
+
+def _spread(tokens: Tensor, count: int, length: int) -> Tensor:
+    """`count` windows of tokens (N,), evenly spread, overlapping where there is too little text: (count, length)."""
+    windows = tokens.unfold(0, min(length, len(tokens)), 1)
+    return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
 
 
 @functools.lru_cache(maxsize=1)

@@ -15,11 +15,10 @@ from .data import prepare
 from .evaluation import Walker
 from .partition import step_levels
 from .sources import read_image
-from .training import Session
 
 
-def predict(adapter: Adapter, session: Session, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """For each image file, its name, label and probability, by the session's averaged weights.
+def predict(adapter: Adapter, walker: Walker, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """For each image file, its name, label and probability, by the walker's weights.
 
     Raises: ValueError if the run is no classifier's, or a file is no image, or not of the model's size.
     """
@@ -27,10 +26,9 @@ def predict(adapter: Adapter, session: Session, images: Sequence[Path]) -> Itera
         raise ValueError(f"a {adapter.config.architecture} run gives no labels; see `dblocks sample`")
     config, data = adapter.config, adapter.data
     pixels = torch.stack([read_image(path, data.channels, data.image_size) for path in images])
-    x = prepare(pixels, data.mean, data.std, device=session.device)
+    x = prepare(pixels, data.mean, data.std, device=walker.device)
     how = adapter.walk()
-    levels = step_levels(session.model.partition, config.walk_steps, kind=how.pop("levels"))
-    with session.residency.averages():
-        steps = walk(Walker(session.model, session.residency), x, levels, **how)
+    levels = step_levels(walker.model.partition, config.walk_steps, kind=how.pop("levels"))
+    steps = walk(walker, x, levels, **how)
     for path, p in zip(images, steps[-1]["logits"].softmax(-1), strict=True):
         yield {"file": str(path), "label": int(p.argmax()), "probability": float(p.max())}

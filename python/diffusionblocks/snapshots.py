@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from . import checkpoint, density
 from .checkpoint import CheckpointError, Manifest
 from .config import TrainConfig, to_yaml
 from .partition import Partition
+from .residency import Residency
 from .training import Session
 
 
@@ -34,13 +37,12 @@ def restore(session: Session, folder: Path) -> float:
 
     Raises: CheckpointError if the files are damaged, or belong to another config.
     """
-    manifest = checkpoint.read_state(folder)
+    manifest = read(folder, session.config)
     state = manifest.state
-    if state.get("config") != identity(session.config):
-        raise CheckpointError(
-            f"{folder}: this checkpoint was written by a run with another config; resume it with its own config.yaml"
-        )
-    _load_parts(session, folder, manifest)
+    for part in session.residency.parts:
+        _load(session.residency, part, checkpoint.load_part(folder, part, manifest=manifest), folder)
+    if session.meter:
+        session.meter.sums.copy_(checkpoint.load_part(folder, "noise", manifest=manifest)["sums"])
     for part, optimizer in session.optimizers.items():
         optimizer.steps = state["optimizer_steps"][part]
     session.model.partition = partition_from_dict(state["partition"])
@@ -49,23 +51,47 @@ def restore(session: Session, folder: Path) -> float:
     return float(state["seconds"])
 
 
-def _load_parts(session: Session, folder: Path, manifest: Manifest) -> None:
-    for part in session.residency.parts:
-        tensors = checkpoint.load_part(folder, part, manifest=manifest)
-        try:
-            session.residency.load(part, tensors)
-        except ValueError as error:
-            raise CheckpointError(f"{folder}: {error}") from error
-    if session.meter:
-        session.meter.sums.copy_(checkpoint.load_part(folder, "noise", manifest=manifest)["sums"])
+def restore_averages(residency: Residency, config: TrainConfig, folder: Path) -> Partition:
+    """Bring a model that waits without optimizers to the averaged weights of `folder`; returns their partition.
+
+    Raises: CheckpointError as `restore`.
+    """
+    manifest = read(folder, config)
+    for part in residency.parts:
+        stored = checkpoint.load_part(folder, part, manifest=manifest)
+        names = [name.removeprefix("weight/") for name in stored if name.startswith("weight/")]
+        averages = {f"weight/{name}": stored.get(f"ema/{name}", stored[f"weight/{name}"]) for name in names}
+        _load(residency, part, averages, folder)
+    return partition_from_dict(manifest.state["partition"])
+
+
+def read(folder: Path, config: TrainConfig) -> Manifest:
+    """The manifest of a checkpoint of this config. Raises: CheckpointError if there is none, or it is another's."""
+    manifest = checkpoint.read_state(folder)
+    if _trained(str(manifest.state.get("config"))) != identity(config):
+        raise CheckpointError(
+            f"{folder}: this checkpoint was written by a run with another config; resume it with its own config.yaml"
+        )
+    return manifest
+
+
+def _load(residency: Residency, part: str, tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        residency.load(part, tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def identity(config: TrainConfig) -> str:
-    """What of a config the weights depend on: all but where it runs and where it writes."""
-    lines = to_yaml(config).splitlines()
-    free = ("out:", "folder:", "device:", "store:", "compile:", "checkpoint_every:", "baseline:", "tune_")
-    kept, skipping = [], False
-    for line in lines:
+    """What of a config the weights depend on: all but where it runs, where it writes, and how it is read."""
+    return _trained(to_yaml(config))
+
+
+def _trained(config: str) -> str:
+    places = ("out:", "folder:", "device:", "store:", "compile:", "checkpoint_every:", "baseline:", "tune_")
+    reading = ("walk_steps:", "guidance:", "sampler:", "draws:", "evaluated:", "levels:")
+    kept, skipping, free = [], False, places + reading
+    for line in config.splitlines():
         skipping = line.startswith(free) or (skipping and line.startswith("- "))
         if not skipping:
             kept.append(line)

@@ -81,8 +81,8 @@ def image_folder(folder: Path | None) -> Source:
     """
     if folder is None or not folder.is_dir():
         raise FileNotFoundError(f"data='folder' needs folder= with image files, got {folder}")
-    kinds = sorted(p for p in folder.iterdir() if p.is_dir()) or [folder]
-    files = [(path, label) for label, kind in enumerate(kinds) for path in sorted(kind.iterdir()) if path.is_file()]
+    kinds = [kind for kind in _seen(folder) if kind.is_dir() and any(p.is_file() for p in _seen(kind))] or [folder]
+    files = [(path, label) for label, kind in enumerate(kinds) for path in _seen(kind) if path.is_file()]
     if not files:
         raise ValueError(f"{folder} holds no image files, and no sub-folders with any")
     first = _open(files[0][0])
@@ -92,6 +92,40 @@ def image_folder(folder: Path | None) -> Source:
     test, train = stratified(labels, len(labels) // 10, stream(0, "folder", "test"))
     pairs = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
     return Source((channels, size, size), len(kinds), lambda _: pairs)
+
+
+def _seen(folder: Path) -> list[Path]:
+    """What is in a folder, in order, but for hidden files."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def idx_folder(folder: Path | None) -> Source:
+    """A source of one's own: a folder of four IDX files, gzipped or not, named as MNIST's and its kin's are, perhaps
+    with more in front (emnist-letters-train-images-idx3-ubyte.gz). Classes are the labels that occur, in order.
+
+    Raises: FileNotFoundError on a missing folder or file, ValueError on foreign files or two that would do.
+    """
+    if folder is None or not folder.is_dir():
+        raise FileNotFoundError(f"data='idx' needs folder= with four IDX files, got {folder}")
+    pairs = {}
+    for part, names in (("train", ("train",)), ("test", ("t10k", "test"))):
+        images, labels = (idx.read(_only(folder, [f"{n}-{kind}" for n in names])) for kind in ("images", "labels"))
+        pairs[part] = (images.unsqueeze(1), labels.long())
+    kinds = pairs["train"][1].unique()
+    if not bool(torch.isin(pairs["test"][1], kinds).all()):
+        raise ValueError(f"{folder} has labels in its test split that its training split lacks")
+    known = {part: (images, torch.searchsorted(kinds, labels)) for part, (images, labels) in pairs.items()}
+    size = pairs["train"][0].shape[-1]
+    return Source((1, size, size), len(kinds), lambda _: known)
+
+
+def _only(folder: Path, names: list[str]) -> Path:
+    found = [path for path in _seen(folder) if any(name in path.name for name in names)]
+    if not found:
+        raise FileNotFoundError(f"{folder} has no file with {' or '.join(names)} in its name")
+    if len(found) > 1:
+        raise ValueError(f"{folder} has {' and '.join(path.name for path in found)}: keep one of them there")
+    return found[0]
 
 
 def hub_images(name: str, folder: Path | None) -> Source:

@@ -5,6 +5,7 @@ Nothing here has state: which windows make up a batch is a function of (seed, st
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ HELD_OUT = 0.05  # of the characters, for validation and for testing each
 
 @dataclass(frozen=True)
 class TextData:
-    """Tokens (N,) int64 of each split; token i stands for alphabet[i], the last one for any other character."""
+    """Tokens (N,) int64 of each split; token i stands for alphabet[i], the last one for any other character, as do
+    those that the text has no character for."""
 
     train: Tensor
     val: Tensor
@@ -32,31 +34,34 @@ class TextData:
         """The text of tokens (N,)."""
         return "".join(self.alphabet[i] for i in tokens.tolist())
 
+    def fingerprint(self) -> str:
+        """SHA-256 of what is trained on and of what its tokens stand for."""
+        return hashlib.sha256(self.train.numpy().tobytes() + self.alphabet.encode()).hexdigest()
+
 
 def encode(text: str, alphabet: str) -> Tensor:
     """Tokens (N,) of a text."""
     place = {symbol: i for i, symbol in enumerate(alphabet)}
-    return torch.tensor([place.get(symbol, len(place) - 1) for symbol in text], dtype=torch.int64)
+    return torch.tensor([place.get(symbol, len(alphabet) - 1) for symbol in text], dtype=torch.int64)
 
 
-def load(source: str, *, symbols: int, seed: int = 0) -> TextData:
+def load(source: str, *, symbols: int) -> TextData:
     """Split a text: documents in an order of their own, the last twentieths of the characters held out.
 
     source: "topics", Python's own help in English (465 kB, always there); a text file or a folder of .txt files; or
     "hub:NAME", the "text" column of a data set of the Hugging Face hub or of a local copy.
-    symbols: size of the alphabet: the most frequent characters of the training split, and one for all others. seed: the
-    order of the documents, which decides what is held out.
+    symbols: size of the alphabet: the most frequent characters of the training split, and one for all others.
     Raises: FileNotFoundError if there is no such file. ValueError if it isn't UTF-8 text, or too short.
     """
     documents = read(source)
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(stream(seed, "documents")))
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(stream(0, "documents")))
     text = "\n\n".join(documents[i] for i in order)
     held = int(len(text) * HELD_OUT)
     if held < 1:
         raise ValueError(f"{source} holds {len(text)} characters: too few to hold any out")
     train, val, test = text[: -2 * held], text[-2 * held : -held], text[-held:]
     frequent = [symbol for symbol, _ in Counter(train).most_common(symbols - 1)]
-    alphabet = "".join(sorted(frequent)) + UNKNOWN
+    alphabet = "".join(sorted(frequent)).ljust(symbols, UNKNOWN)
     return TextData(encode(train, alphabet), encode(val, alphabet), encode(test, alphabet), alphabet)
 
 

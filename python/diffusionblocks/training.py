@@ -47,9 +47,8 @@ class Session:
             part: PartOptimizer(module.named_parameters(), weight_decay=config.weight_decay, ema_decay=config.ema)
             for part, module in model.parts().items()
         }
-        on_host = device.type == "cpu"
-        store = ("disk" if on_host else "host") if config.store == "auto" else config.store
-        self.residency = Residency(model, self.optimizers, device=device, store=store, folder=folder)
+        where = store(config, device)
+        self.residency = Residency(model, self.optimizers, device=device, store=where, folder=folder)
         density = model.partition.density
         self.meter = InformationMeter(density, device=device) if isinstance(density, Tabulated) else None
         self.changed = set(self.residency.parts)  # since the last checkpoint
@@ -75,6 +74,11 @@ class Session:
                 f"to {high:.4g}); the last checkpoint is intact. Lower lr, raise warmup, or use precision='float32', "
                 "and start again"
             )
+
+
+def store(config: TrainConfig, device: torch.device) -> str:
+    """Where waiting blocks are: where nothing else would free memory, on disk."""
+    return ("disk" if device.type == "cpu" else "host") if config.store == "auto" else config.store
 
 
 def train(

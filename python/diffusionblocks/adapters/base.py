@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ..partition import Partition
 from ..training import Batches
 
 Row = dict[str, Any]
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Adapter(ABC):
     """
 
     metric: ClassVar[Metric]
+    data: Any = None  # the splits, where a data set is read; they have a fingerprint()
 
     def __init__(self, config: Any):
         self.config = config
@@ -80,6 +82,15 @@ class Adapter(ABC):
     def whole(self) -> Adapter:
         """The same architecture in one block."""
         return type(self)(self.config.in_one_block())
+
+
+def taken(kind: type[Options], options: Row, what: str) -> Options:
+    """What was asked for of samples as a dataclass. Raises: ValueError if `what` doesn't have all of it."""
+    known: Any = kind
+    unknown = options.keys() - {field.name for field in fields(known)}
+    if unknown:
+        raise ValueError(f"{what} take no {', '.join(sorted(unknown))}; leave it out")
+    return kind(**options)
 
 
 class Whole(nn.Module):

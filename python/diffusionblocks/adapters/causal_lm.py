@@ -25,7 +25,7 @@ from ..rng import stream
 from ..targets import spread_codebook
 from ..token_target import TokenTarget
 from ..training import Batches
-from .base import Adapter, Metric, Row
+from .base import Adapter, Metric, Row, taken
 
 WRITTEN = 256  # texts that are judged, each as long as a window of training
 
@@ -127,20 +127,20 @@ class CausalLMAdapter(Adapter):
         return every[: max(1, self.config.evaluated // self.config.length)].to(device)
 
     def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
-        """samples.txt: `count` texts; judge.json: what they are worth. options: TextOptions', steps, and judge.
+        """samples.txt: `count` texts; judge.json: what they are worth. options: TextOptions'.
 
         All blocks are on the device at once: every token needs each of them.
         """
-        steps, judge = options.pop("steps", None) or self.config.walk_steps, options.pop("judge", None)
-        how = TextOptions(**options)
+        how = taken(TextOptions, options, "texts")
         model = self.blocks(walker.model.partition).to(walker.device)
         model.load_state_dict(walker.weights())
         size = self.config.model.group_size
-        prompt = text.encode(how.prompt, self.data.alphabet).to(walker.device)
-        prompt = prompt[: len(prompt) // size * size].expand(count, -1)
-        generator = Generator(model, step_levels(model.partition, steps), seed=seed, keep=how.keep)
+        prompt = text.encode(how.prompt, self.data.alphabet).to(walker.device).expand(count, -1)
+        unread, prompt = prompt.tensor_split([prompt.shape[1] % size], 1)  # whole groups are read, up to its end
+        levels = step_levels(model.partition, how.steps or self.config.walk_steps)
+        generator = Generator(model, levels, seed=seed, keep=how.keep)
         tokens = generator.generate(prompt, -(-how.length // size) * size)
-        return write_texts(folder, self.data, tokens, judge)
+        return write_texts(folder, self.data, torch.cat([unread, tokens], 1), how.judge)
 
     def network(self) -> nn.Module:
         """The ordinary language model."""

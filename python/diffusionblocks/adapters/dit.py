@@ -32,7 +32,7 @@ from ..sampling import SAMPLERS, Callback, guided
 from ..sources import stratified
 from ..targets import ContinuousTarget
 from ..training import Batches
-from .base import Adapter, Metric, Row
+from .base import Adapter, Metric, Row, taken
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DiTRun(TrainConfig):
     architecture: ClassVar[str] = "dit"
 
     data: str = "digits"
-    """"digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder", or "hub:ID"."""
+    """"digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder" or "idx" for files of one's own, or "hub:ID"."""
     folder: Path | None = None
     """Where the data's files are; None: found or fetched by name."""
     out: Path = Path("runs/dit-digits")
@@ -71,6 +71,32 @@ class DiTRun(TrainConfig):
             raise ValueError(f"guidance={self.guidance} needs label_dropout > 0: no class must have been trained")
         if not 0 < self.draws < math.inf:
             raise ValueError(f"draws must be a positive number, got {self.draws}")
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """What can be asked for of images that are made: steps, guidance and sampler if not the config's, one class alone,
+    and a judge."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: Literal["euler", "heun", "dpmpp_2m"] | None = None
+    label: int | None = None
+    judge: Literal["inception"] | None = None
+    """Also judge.json, their distances from the test split."""
+
+    def __post_init__(self) -> None:
+        if self.judge not in (None, "inception"):
+            raise ValueError(f"judge={self.judge!r} must be 'inception' for images")
+
+    def labels(self, count: int, classes: int) -> tuple[Tensor, int]:
+        """The class of each of `count` images, (count,), and how many stand in a row: a class, or ten of the one."""
+        if self.label is None:
+            columns = -(-count // classes)
+            return torch.arange(count) // columns, columns
+        if not 0 <= self.label < classes:
+            raise ValueError(f"label={self.label} must be one of the {classes} classes, 0 to {classes - 1}")
+        return torch.full((count,), self.label), min(count, 10)
 
 
 class DroppedLabels:
@@ -146,28 +172,27 @@ class DiTAdapter(Adapter):
     def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
         """samples.png: `count` images, a class a row; trajectory.png: what each block made of some.
 
-        options: steps; judge="inception": also judge.json, their distances from the test split.
+        options: ImageOptions'.
         """
-        steps, judge = options.pop("steps", None) or self.config.walk_steps, options.pop("judge", None)
-        if options:
-            raise ValueError(f"images take no {', '.join(options)}; leave it out")
-        if judge not in (None, "inception"):
-            raise ValueError(f"judge={judge!r} must be 'inception' for images")
-        partition, columns = walker.model.partition, -(-count // self.config.model.classes)
-        labels = torch.arange(count, device=walker.device) // columns
+        how = taken(ImageOptions, options, "images")
+        c, partition = self.config, walker.model.partition
+        labels, columns = how.labels(count, c.model.classes)
         some = torch.linspace(0, count - 1, min(count, 5)).long()
         estimates: list[tuple[float, int, Tensor]] = []
 
         def watch(step: int, sigma: float, D: Tensor) -> None:
             estimates.append((sigma, int(partition.block_of(sigma)), to_pixels(D.cpu()[some])))
 
-        made = self.walk(walker, labels, step_levels(partition, steps), seed=seed, callback=watch)
+        guidance = c.guidance if how.guidance is None else how.guidance
+        asked = type(self)(replace(c, guidance=guidance, sampler=how.sampler or c.sampler))
+        levels = step_levels(partition, how.steps or c.walk_steps)
+        made = asked.walk(walker, labels.to(walker.device), levels, seed=seed, callback=watch)
         shown = [estimates[i] for i in spread_steps([block for _, block, _ in estimates])]
         files = [
             write_grid(to_pixels(made), folder / "samples.png", columns),
             write_trajectory(shown, folder / "trajectory.png", partition.blocks),
         ]
-        if judge:
+        if how.judge:
             found = pretrained.inception(to_pixels(made), self.data.test.images, device=walker.device)
             files.append(folder / "judge.json")
             files[-1].write_text(json.dumps(found, indent=1) + "\n")

@@ -21,9 +21,9 @@ from ..masked_target import T_MIN, MaskedTarget
 from ..models.masked_lm import Head, MaskedLMConfig, Stem, layers
 from ..partition import Partition, make_partition, step_levels
 from ..rng import stream
-from ..text import UNKNOWN, TextData, Windows, encode, load, rows
+from ..text import TextData, Windows, encode, load, rows
 from ..training import Batches
-from .base import Adapter, Metric, Row
+from .base import Adapter, Metric, Row, taken
 
 MASK = "\u2591"  # how a mask is shown, and written in a prompt
 
@@ -106,19 +106,18 @@ class MaskedLMAdapter(Adapter):
     def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
         """samples.txt, judge.json about them, and trajectory.txt: the first as each block leaves it.
 
-        options: steps, judge, and TextOptions', where the prompt stays but for its masks and the length, a window's
-        by default, counts it.
+        options: TextOptions', where the prompt stays but for its masks and the length, a window's by default, counts
+        it.
         """
-        steps, judge = options.pop("steps", None) or self.config.walk_steps, options.pop("judge", None)
-        how = TextOptions(**({"length": self.config.length} | options))
-        levels = step_levels(walker.model.partition, steps, kind="probability")
+        how = taken(TextOptions, {"length": self.config.length} | options, "texts")
+        levels = step_levels(walker.model.partition, how.steps or self.config.walk_steps, kind="probability")
         start = self.start(how.prompt, how.length).to(walker.device).expand(count, -1)
         walk = list(masked_diffusion.generate(walker, levels, start, seed=seed, keep=how.keep))
         left = {step.block: step for step in walk}  # the last of each block
         drafts = [f"after block {b}, its last step from t = {s.t:.2f}\n{self.show(s.z[0])}" for b, s in left.items()]
         trajectory = folder / "trajectory.txt"
         trajectory.write_text("\n\n".join(drafts) + "\n", encoding="utf-8")
-        return [*write_texts(folder, self.data, walk[-1].z, judge), trajectory]
+        return [*write_texts(folder, self.data, walk[-1].z, how.judge), trajectory]
 
     def windows(self, split: str) -> Tensor:
         """A whole split in windows that don't overlap."""
@@ -137,5 +136,5 @@ class MaskedLMAdapter(Adapter):
 
     def show(self, tokens: Tensor) -> str:
         """The text of tokens with masks, (N,)."""
-        alphabet = self.data.alphabet.ljust(self.config.model.symbols, UNKNOWN) + MASK
+        alphabet = self.data.alphabet + MASK
         return "".join(alphabet[i] for i in tokens.tolist())

@@ -37,7 +37,7 @@ class ViTRun(TrainConfig):
     architecture: ClassVar[str] = "vit"
 
     data: str = "digits"
-    """"digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder", or "hub:ID"."""
+    """"digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder" or "idx" for files of one's own, or "hub:ID"."""
     folder: Path | None = None
     """Where the data's files are; None: found or fetched by name."""
     out: Path = Path("runs/vit-digits")

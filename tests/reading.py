@@ -1,0 +1,8 @@
+"""What a test's session has learnt, to be read."""
+
+from diffusionblocks.evaluation import Walker
+
+
+def reader(session) -> Walker:
+    """The weights as they stand, not their averages."""
+    return Walker(session.model, session.residency)
