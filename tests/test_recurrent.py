@@ -204,6 +204,7 @@ def test_a_plan_has_one_block_and_holds(tmp_path):
         ({"share": 0.0}, r"share must be in \(0, 1\]"),
         ({"evaluated": 0}, "evaluated must be at least 1"),
         ({"size": 1}, "size must be at least 2"),
+        ({"overlap": 0.05}, r"overlap=0\.05 must be 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffusionblocks.adapters.vit import ViTRun
 from diffusionblocks.models.vit import Layer, NoiseEmbedding, Stem, ViT, ViTConfig, modulate
 
 SMALL = {
@@ -169,3 +170,8 @@ def test_images_that_do_not_fit_are_refused(x):
 def test_images_of_another_dtype_are_welcome_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         Stem(ViTConfig(**SMALL), True).check(images().bfloat16())
+
+
+def test_what_the_recipe_decides_is_not_set_beside_it():
+    with pytest.raises(ValueError, match="gate_start, z_gain, silu_after of the model come with the recipe"):
+        ViTRun(blocks=2, model=ViTConfig(**SMALL, z_gain=1.0))

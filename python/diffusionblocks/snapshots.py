@@ -9,10 +9,14 @@ from torch import Tensor
 
 from . import checkpoint, density
 from .checkpoint import CheckpointError, Manifest
-from .config import TrainConfig, to_yaml
+from .config import TrainConfig, to_dict
 from .partition import Partition
 from .residency import Residency
 from .training import Session
+
+PLACES = ("out", "folder", "device", "store", "compile", "checkpoint_every", "baseline")
+READING = ("walk_steps", "guidance", "sampler", "draws", "evaluated", "levels")
+FREE = (*PLACES, *READING)
 
 
 def save(session: Session, folder: Path, *, seconds: float) -> None:
@@ -68,7 +72,7 @@ def restore_averages(residency: Residency, config: TrainConfig, folder: Path) ->
 def read(folder: Path, config: TrainConfig) -> Manifest:
     """The manifest of a checkpoint of this config. Raises: CheckpointError if there is none, or it is another's."""
     manifest = checkpoint.read_state(folder)
-    if _trained(str(manifest.state.get("config"))) != identity(config):
+    if manifest.state.get("config") != identity(config):
         raise CheckpointError(
             f"{folder}: this checkpoint was written by a run with another config; resume it with its own config.yaml"
         )
@@ -82,20 +86,10 @@ def _load(residency: Residency, part: str, tensors: dict[str, Tensor], folder: P
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def identity(config: TrainConfig) -> str:
+def identity(config: TrainConfig) -> dict[str, Any]:
     """What of a config the weights depend on: all but where it runs, where it writes, and how it is read."""
-    return _trained(to_yaml(config))
-
-
-def _trained(config: str) -> str:
-    places = ("out:", "folder:", "device:", "store:", "compile:", "checkpoint_every:", "baseline:", "tune_")
-    reading = ("walk_steps:", "guidance:", "sampler:", "draws:", "evaluated:", "levels:")
-    kept, skipping, free = [], False, places + reading
-    for line in config.splitlines():
-        skipping = line.startswith(free) or (skipping and line.startswith("- "))
-        if not skipping:
-            kept.append(line)
-    return "\n".join(kept)
+    values = to_dict(config) | config.resolved()
+    return {name: value for name, value in values.items() if name not in FREE and not name.startswith("tune_")}
 
 
 def partition_to_dict(partition: Partition) -> dict[str, Any]:

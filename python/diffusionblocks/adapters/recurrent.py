@@ -44,6 +44,7 @@ class RecurrentRun(TrainConfig):
     size: int = 16
     out: Path = Path("runs/recurrent-sums")
     blocks: int = 1
+    overlap: float = 0.0
     steps: int = 1500
     lr: float = 1e-3
     warmup: float = 0.1
@@ -62,6 +63,8 @@ class RecurrentRun(TrainConfig):
         super().__post_init__()
         if self.blocks != 1:
             raise ValueError(f"blocks={self.blocks}: the one core denoises at every level of noise; use blocks=1")
+        if self.overlap:
+            raise ValueError(f"overlap={self.overlap} must be 0: one core has no neighbours")
         if self.shared == "frozen":
             raise ValueError("shared='frozen' would keep an untrained prelude and coda; use 'shared' or 'per_block'")
         if not 0 < self.share <= 1:

@@ -27,6 +27,7 @@ from ..targets import ClassTarget, spread_codebook
 from ..training import Batches
 from .base import Adapter, Metric, Row
 
+OF_RECIPE = {name: getattr(CORRECTED, name) for name in ("gate_start", "z_gain", "silu_after")}
 Baseline = Literal["end-to-end", "checkpointing", "shallow", "forward-forward", "noprop"]
 
 
@@ -54,6 +55,8 @@ class ViTRun(TrainConfig):
         super().__post_init__()
         if self.accumulate > 1 and self.votes:
             raise ValueError(f"accumulate={self.accumulate} needs --switch block_choice: batches may vote differently")
+        if self.model != replace(self.model, **OF_RECIPE):
+            raise ValueError(f"{', '.join(OF_RECIPE)} of the model come with the recipe: choose them by --switch")
         if self.shared != "shared" and self.method.codebook == "learned":
             raise ValueError(f"shared={self.shared!r} needs a fixed codebook: add --switch codebook")
 

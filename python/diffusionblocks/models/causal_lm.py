@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import dbkernels
 
-from .layers import LayerConfig, Modulation, NoiseEmbedding, rotary
+from .layers import ConditionedConfig, Modulation, NoiseEmbedding, rotary
 
 
 @dataclass(frozen=True)
-class CausalLMConfig(LayerConfig):
+class CausalLMConfig(ConditionedConfig):
     """Sizes of a causal language model.
 
     symbols: of the vocabulary. group_size: tokens denoised together. sees_z: whether the network sees the noised tokens

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import dbkernels
 
-from .layers import LayerConfig, Modulation, NoiseEmbedding
+from .layers import ConditionedConfig, Modulation, NoiseEmbedding
 
 
 @dataclass(frozen=True)
-class DiTConfig(LayerConfig):
+class DiTConfig(ConditionedConfig):
     """Sizes of a Diffusion Transformer."""
 
     cond: int = 64

@@ -14,20 +14,13 @@ import dbkernels
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What all models have. mlp, cond: widths of the MLP and of the noise conditioning.
-
-    gate_start: what AdaLN's gates start from: 0 is AdaLN-Zero; from 1 a shallow block learns sooner (docs/method.md).
-    silu_after: put SiLU after AdaLN's linear layer, as the published code does, not before it.
-    """
+    """What all models have. mlp: width of the MLP."""
 
     dim: int = 64
     layers: int = 6
     heads: int = 4
     mlp: int = 256
-    cond: int = 16
     norm_eps: float = 1e-6
-    gate_start: float = 1.0
-    silu_after: bool = False
 
     def __post_init__(self) -> None:
         sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
@@ -35,6 +28,19 @@ class LayerConfig:
             raise ValueError(f"every size must be at least 1, got {sizes}")
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
+
+
+@dataclass(frozen=True)
+class ConditionedConfig(LayerConfig):
+    """What models have besides whose layers know the noise. cond: width of the conditioning.
+
+    gate_start: what AdaLN's gates start from: 0 is AdaLN-Zero; from 1 a shallow block learns sooner (docs/method.md).
+    silu_after: put SiLU after AdaLN's linear layer, as the published code does, not before it.
+    """
+
+    cond: int = 16
+    gate_start: float = 1.0
+    silu_after: bool = False
 
 
 class NoiseEmbedding(nn.Module):
@@ -73,12 +79,16 @@ class Layer(nn.Module):
     def __init__(self, config: LayerConfig, conditioned: bool):
         super().__init__()
         d = config.dim
-        self.heads, self.gate_start = config.heads, config.gate_start
+        self.heads = config.heads
         self.norm1 = nn.LayerNorm(d, config.norm_eps, elementwise_affine=not conditioned)
         self.norm2 = nn.LayerNorm(d, config.norm_eps, elementwise_affine=not conditioned)
         self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
         self.mlp = nn.Sequential(nn.Linear(d, config.mlp), nn.GELU(), nn.Linear(config.mlp, d))
-        self.modulation = Modulation(config.cond, d, 6, config.silu_after) if conditioned else None
+        self.modulation = None
+        if conditioned:
+            assert isinstance(config, ConditionedConfig)
+            self.gate_start = config.gate_start
+            self.modulation = Modulation(config.cond, d, 6, config.silu_after)
 
     def forward(self, h: Tensor, cond: Tensor | None) -> Tensor:
         if self.modulation is None:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .layers import LayerConfig, NoiseEmbedding, RotaryLayer
+from .layers import ConditionedConfig, NoiseEmbedding, RotaryLayer
 
 NEAR = 5  # tokens, centred, that the convolution of the stem sees
 
 
 @dataclass(frozen=True)
-class MaskedLMConfig(LayerConfig):
+class MaskedLMConfig(ConditionedConfig):
     """Sizes of a masked language model. symbols: of the alphabet; the mask is one more, the last.
 
     Gates start at 0: from 1, six layers at once stay at single characters' frequencies for hundreds of steps.

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from .layers import Layer, LayerConfig, Modulation, NoiseEmbedding, modulate
+from .layers import ConditionedConfig, Layer, Modulation, NoiseEmbedding, modulate
 
 
 @dataclass(frozen=True)
-class ViTConfig(LayerConfig):
+class ViTConfig(ConditionedConfig):
     """Sizes of a Vision Transformer.
 
     z_gain: what c_in z is multiplied by as it enters the first token, where it is noise to the classifier's features.
