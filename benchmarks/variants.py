@@ -161,7 +161,7 @@ def choices(base: TrainConfig) -> Variants:
     return {
         f"B={b}, lr {lr:g}, warm-up {warmup:g}": base.in_blocks(b, lr=lr, warmup=warmup)
         for b in (1, 2, 3, 6)
-        if b <= base.model.layers
+        if b in base.block_counts
         for lr in base.tune_lr
         for warmup in base.tune_warmup
     }

@@ -121,6 +121,14 @@ def test_errors_are_one_line_and_say_what_to_do(folder, tmp_path, capsys):
     assert "is 9x9, not 8x8" in fails(capsys, "predict", folder, wrong)
     wrong.write_text("text")
     assert "not an image" in fails(capsys, "predict", folder, wrong)
+    assert "name the image files" in fails(capsys, "predict", folder)
+    assert "steps must be at least 1" in fails(capsys, "eval", folder, "--steps", "0")
+    assert "count must be at least 1" in fails(capsys, "sample", folder, "--count", "0")
+    assert "is none that PyTorch knows" in fails(
+        capsys, "train", "vit-digits", "--device", "gpu", "--out", tmp_path / "z"
+    )
+    assert "overlap" in fails(capsys, "train", "vit-digits", "--overlap", "-1", "--out", tmp_path / "z")
+    assert not (tmp_path / "z").exists(), "what is refused leaves no folder"
     assert "must end in .safetensors" in fails(capsys, "export", folder, "--to", tmp_path / "x.pt")
     if not torch.cuda.is_available():
         assert "no GPU" in fails(capsys, "train", "vit-digits", "--device", "cuda", "--out", tmp_path / "y")

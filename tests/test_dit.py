@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffusionblocks import data, jobs, metrics
-from diffusionblocks.adapters.dit import DiTAdapter, DiTRun, repeated
+from diffusionblocks.adapters.dit import DiTAdapter, DiTRun, ImageOptions, repeated
 from diffusionblocks.config import from_yaml, to_yaml
 from diffusionblocks.evaluation import Walker, held_out_loss
 from diffusionblocks.memory import count_bytes
@@ -235,6 +235,24 @@ def test_samples_are_written_a_class_a_row(session, tmp_path):
     assert files[0].read_bytes() == again[0].read_bytes()
     with pytest.raises(ValueError, match="images take no prompt"):
         jobs.sample(adapter, reader(session), tmp_path / "other", count=20, seed=0, prompt="a")
+
+
+@pytest.mark.parametrize("count", [3, 10, 16, 20])
+def test_samples_are_of_all_classes(count):
+    labels, columns = ImageOptions().labels(count, 10)
+    amounts = labels.bincount(minlength=10)
+    assert len(labels) == count and int(amounts.max() - amounts.min()) <= 1 and columns == int(amounts.max())
+
+
+def test_an_end_to_end_network_is_never_frozen(tmp_path):
+    frozen = DiTAdapter(config(out=tmp_path, shared="frozen"))
+    assert all(p.requires_grad for p in frozen.network().parameters())
+    assert not all(p.requires_grad for p in frozen.blocks().parameters())
+
+
+def test_too_few_images_to_judge_are_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"draws=0\.001 of 144 validation images are fewer than two"):
+        DiTAdapter(config(out=tmp_path, draws=0.001)).batches(CPU)
 
 
 def test_guidance_sampler_and_class_can_be_chosen_when_sampling(tmp_path):

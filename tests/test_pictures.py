@@ -52,6 +52,17 @@ def test_a_folder_of_images(tmp_path):
     Image.fromarray(numpy.zeros((8, 9), dtype=numpy.uint8)).save(tmp_path / "dogs" / "wide.png")
     with pytest.raises(ValueError, match="is 9x8, not 8x8"):
         data.load("folder", folder=tmp_path)
+    (tmp_path / "dogs" / "wide.png").unlink()
+    coloured = Image.fromarray(generator.integers(0, 255, (8, 8, 3), dtype=numpy.uint8))
+    coloured.save(tmp_path / "dogs" / "red.png")
+    assert data.load("folder", folder=tmp_path).channels == 3, "one image in colour makes all of them"
+    whole = (tmp_path / "dogs" / "red.png").read_bytes()
+    (tmp_path / "dogs" / "red.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"red\.png can't be read to its end"):
+        data.load("folder", folder=tmp_path)
+    Image.fromarray(generator.integers(0, 60000, (8, 8), dtype=numpy.uint16)).save(tmp_path / "dogs" / "red.png")
+    with pytest.raises(ValueError, match=r"red\.png has pixels of Pillow's mode 'I;16'"):
+        data.load("folder", folder=tmp_path)
     (tmp_path / "cats" / "0.png").write_text("a text")
     with pytest.raises(ValueError, match="is not an image file"):
         data.load("folder", folder=tmp_path)

@@ -212,6 +212,16 @@ def test_what_makes_no_sense_is_refused(changes, message):
         replace(CONFIG, **changes)
 
 
+def test_rotary_positions_need_pairs():
+    with pytest.raises(ValueError, match="dim=12 over heads=4 must be even"):
+        RecurrentConfig(dim=12, heads=4)
+
+
+def test_a_size_with_too_few_puzzles_is_refused_before_training():
+    with pytest.raises(ValueError, match="so few puzzles"):
+        adapter(size=2).batches(CPU)
+
+
 def test_foreign_puzzles_are_refused():
     one = adapter()
     model = one.blocks()

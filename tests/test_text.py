@@ -34,6 +34,14 @@ def test_an_alphabet_smaller_than_the_vocabulary(tmp_path):
     assert data.decode(text.encode("tag?", data.alphabet)) == f"tag{text.UNKNOWN}"
 
 
+def test_every_split_must_have_its_windows(tmp_path):
+    (tmp_path / "short.txt").write_text("acgt" * 300, encoding="utf-8")  # 60 characters to validate and to test
+    data = text.load(str(tmp_path / "short.txt"), symbols=9)
+    data.check_windows(30, 2)
+    with pytest.raises(ValueError, match="a split holds 60 characters, less than 2 windows of length=31"):
+        data.check_windows(31, 2)
+
+
 def test_a_fingerprint_tells_texts_and_alphabets_apart(tmp_path):
     path, prints = tmp_path / "a.txt", []
     for content, symbols in (("acgt" * 50, 9), ("acgt" * 50, 9), ("bcgt" * 50, 9), ("acgt" * 50, 8)):

@@ -234,3 +234,9 @@ def test_impossible_configs_are_refused_by_name(tmp_path, change):
 def test_independent_blocks_refuse_a_learned_codebook(tmp_path):
     with pytest.raises(ValueError, match="fixed codebook"):
         tiny.config(tmp_path, recipe="published", shared="per_block")
+
+
+def test_a_branch_always_comes(tmp_path):
+    """However late: blocks that never began as copies would stay as they were initialised."""
+    late = tiny.config(tmp_path, branch=0.999, steps=4)
+    assert late.trunk_steps == late.total_steps - 1

@@ -172,6 +172,12 @@ def test_images_of_another_dtype_are_welcome_under_autocast():
         Stem(ViTConfig(**SMALL), True).check(images().bfloat16())
 
 
+def test_baselines_that_lack_a_setting_say_so():
+    for changes in ({"accumulate": 2}, {"precision": "bfloat16"}):
+        with pytest.raises(ValueError, match="forward-forward and noprop know no accumulate and no bfloat16"):
+            ViTRun(baseline=("noprop", "forward-forward"), **changes)
+
+
 def test_what_the_recipe_decides_is_not_set_beside_it():
     with pytest.raises(ValueError, match="gate_start, z_gain, silu_after of the model come with the recipe"):
         ViTRun(blocks=2, model=ViTConfig(**SMALL, z_gain=1.0))

@@ -61,6 +61,7 @@ def evaluate(folder: Folder, split: Literal["test", "val"] = "test", steps: int 
         split: of the data.
         steps: steps of the walk; the run's own by default.
     """
+    at_least_one(steps=steps)
     adapter, walker = jobs.open_run(folder)
     show(adapter.metric, adapter.evaluate(walker, split, steps=steps))
 
@@ -100,6 +101,7 @@ def sample(
         judge: a pretrained network that judges them against the test split, into judge.json: for text a GPT-2 or BERT
             of transformers, by name or folder (MAUVE); for images "inception" (FID and KID). Take thousands.
     """
+    at_least_one(count=count, steps=steps)
     adapter, walker = jobs.open_run(folder)
     of_texts = dict(prompt=prompt, length=length, temperature=temperature, top_k=top_k, top_p=top_p)
     of_images = dict(guidance=guidance, sampler=sampler, label=label)
@@ -107,6 +109,13 @@ def sample(
     options = {name: value for name, value in given.items() if value is not None}
     for path in jobs.sample(adapter, walker, to or folder / "samples", count=count, seed=seed, **options):
         print(path)
+
+
+def at_least_one(**numbers: int | None) -> None:
+    """Raise ValueError if a number is given that is less."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
 
 
 def predict(folder: Folder, images: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:

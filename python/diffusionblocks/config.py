@@ -68,7 +68,8 @@ class TrainConfig:
         CONFIGS[cls.architecture] = cls
 
     def __post_init__(self) -> None:
-        check_positive(self, "blocks", "steps", "visit", "batch_size", "accumulate", "walk_steps", "checkpoint_every")
+        check_at_least(self, 1, "blocks", "steps", "visit", "batch_size", "accumulate")
+        check_at_least(self, 1, "walk_steps", "checkpoint_every")
         if self.blocks > self.model.layers:
             raise ValueError(
                 f"blocks={self.blocks} exceeds the model's {self.model.layers} layers; use at most one each"
@@ -85,6 +86,10 @@ class TrainConfig:
             raise ValueError(f"need lr > 0 and 0 <= warmup < 1, got lr={self.lr}, warmup={self.warmup}")
         if not 0 <= self.branch < 1:
             raise ValueError(f"branch must be a share of the steps in [0, 1), got {self.branch}")
+        if not self.tune_lr or not self.tune_warmup:
+            raise ValueError("tune_lr and tune_warmup need a value each: what the baselines choose from")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
 
@@ -110,9 +115,9 @@ class TrainConfig:
         return dataclasses.replace(self, **{"blocks": blocks, "split": split, "walk_steps": steps, **changes})
 
     def in_one_block(self, layers: int | None = None) -> TrainConfig:
-        """The same network in one block; with so many layers, if not with all."""
+        """The same network in one block, all of it trained; with so many layers, if not with all."""
         model = self.model if layers is None else dataclasses.replace(self.model, layers=layers)
-        return dataclasses.replace(self, blocks=1, split=(), model=model)
+        return dataclasses.replace(self, blocks=1, split=(), shared="shared", model=model)
 
     def resolved(self) -> dict[str, Any]:
         """What the config stands for besides its fields; written to config.yaml, and part of a run's identity."""
@@ -131,7 +136,7 @@ class TrainConfig:
     @property
     def trunk_steps(self) -> int:
         """Steps of block 0 for all blocks, before they branch."""
-        return round(self.branch * self.total_steps)
+        return min(round(self.branch * self.total_steps), self.total_steps - 1)
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -169,8 +174,8 @@ def _typed(type_: Any, value: Any) -> Any:
     return Path(value) if isinstance(value, str) and Path in (type_, *typing.get_args(type_)) else value
 
 
-def check_positive(config: TrainConfig, *names: str) -> None:
-    """Raise ValueError unless these fields are at least 1."""
+def check_at_least(config: Any, least: int, *names: str) -> None:
+    """Raise ValueError unless these fields are as much."""
     for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")

@@ -30,6 +30,7 @@ def export(adapter: Adapter, walker: Walker, to: Path) -> None:
     metadata = {"format": FORMAT, "config": to_yaml(adapter.config), "partition": partition}
     if isinstance(adapter.data, TextData):
         metadata["alphabet"] = adapter.data.alphabet
+    to.parent.mkdir(parents=True, exist_ok=True)
     aside = to.with_name(to.name + ".tmp")
     save_file(walker.weights(), aside, metadata=metadata)
     aside.replace(to)

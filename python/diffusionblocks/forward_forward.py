@@ -47,11 +47,12 @@ class ForwardForward(nn.Module):
             yield h
 
     def scores(self, x: Tensor) -> Tensor:
-        """The summed goodness of every label, all layers but the first: (B, K)."""
+        """The summed goodness of every label, all layers but the first if there are more: (B, K)."""
         columns = []
         for k in range(len(self.table)):
             h = self.embed(x, torch.full((len(x),), k, device=x.device))
-            columns.append(torch.stack([goodness(out) for out in self.outputs(h)][1:]).sum(0))
+            good = [goodness(out) for out in self.outputs(h)]
+            columns.append(torch.stack(good[1:] or good).sum(0))
         return torch.stack(columns, dim=1)
 
 

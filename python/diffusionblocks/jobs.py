@@ -39,7 +39,10 @@ def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" is the GPU if there is one. Raises: ValueError if it isn't there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r} is none that PyTorch knows; use 'cpu', 'cuda' or 'auto'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' but this PyTorch sees no GPU; use device='cpu' or 'auto'")
     return device
@@ -50,7 +53,8 @@ def start(config: TrainConfig) -> Row:
     if (config.out / "config.yaml").exists():
         raise ValueError(f"{config.out} already holds a run: `dblocks resume {config.out}`, or choose another --out")
     adapter = adapter_of(config)
-    adapter.batches(pick_device(config.device))  # data that can't be read must not leave a folder that holds a run
+    adapter.batches(pick_device(config.device))  # what can't be read or made must not leave a folder that holds a run
+    adapter.blocks()
     config.out.mkdir(parents=True, exist_ok=True)
     if adapter.data:
         write(config.out / "data.json", json.dumps({"train_sha256": adapter.data.fingerprint()}) + "\n")

@@ -80,6 +80,10 @@ class TextOptions:
     top_k: int | None = None
     top_p: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.length < 2:
+            raise ValueError(f"length must be at least 2, got {self.length}")
+
     def keep(self, logits: Tensor) -> Tensor:
         """What is kept of logits (..., V)."""
         return filtered(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)

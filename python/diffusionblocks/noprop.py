@@ -101,7 +101,10 @@ def noprop(adapter: ViTAdapter, device: torch.device, *, on_log: Log) -> Result:
     config = adapter.config
     torch.manual_seed(stream(config.seed, "init") % 2**63)
     network, batches, began = NoProp(config).to(device), adapter.batches(device), time.perf_counter()
-    parts = [PartOptimizer(m.named_parameters(), ema_decay=config.ema) for m in (*network.blocks, network.out)]
+    parts = [
+        PartOptimizer(module.named_parameters(), weight_decay=config.weight_decay, ema_decay=config.ema)
+        for module in (*network.blocks, network.out)
+    ]
     warm = max(1, round(config.warmup * config.total_steps))
     peak: dict[str, int] = {}
     for step in range(config.total_steps):

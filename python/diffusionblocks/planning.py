@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def smallest_fit(table: dict[int, Usage], memory: int) -> int | None:
 def _one_block(adapter: Adapter) -> Adapter:
     """The block with the most layers, as a model of its own."""
     config = adapter.config
-    return type(adapter)(config.in_one_block(max(config.layer_counts)))
+    return type(adapter)(replace(config.in_one_block(max(config.layer_counts)), shared=config.shared))
 
 
 def _saved(model: DiffusionBlocks, x: Tensor, y: Tensor, precision: str) -> int:

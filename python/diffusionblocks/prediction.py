@@ -24,6 +24,8 @@ def predict(adapter: Adapter, walker: Walker, images: Sequence[Path]) -> Iterato
     """
     if not isinstance(adapter, ViTAdapter):
         raise ValueError(f"a {adapter.config.architecture} run gives no labels; see `dblocks sample`")
+    if not images:
+        raise ValueError("name the image files to label")
     config, data = adapter.config, adapter.data
     pixels = torch.stack([read_image(path, data.channels, data.image_size) for path in images])
     x = prepare(pixels, data.mean, data.std, device=walker.device)

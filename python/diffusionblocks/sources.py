@@ -16,6 +16,7 @@ from . import hub, idx
 from .rng import stream
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
+GREY, COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}  # Pillow's modes of at most 8 bits
 DIGITS_TEST_SIZE = 360  # a fifth of the 1,797
 
 Pair = tuple[Tensor, Tensor]  # images (N, C, H, W) uint8, labels (N,) int64
@@ -85,8 +86,8 @@ def image_folder(folder: Path | None) -> Source:
     files = [(path, label) for label, kind in enumerate(kinds) for path in _seen(kind) if path.is_file()]
     if not files:
         raise ValueError(f"{folder} holds no image files, and no sub-folders with any")
-    first = _open(files[0][0])
-    channels, size = 1 if first.mode in ("1", "L") else 3, first.width
+    modes, widths, _ = zip(*(_header(path) for path, _ in files), strict=True)
+    channels, size = 1 if set(modes) <= GREY else 3, widths[0]
     images = torch.stack([read_image(path, channels, size) for path, _ in files])
     labels = torch.tensor([label for _, label in files])
     test, train = stratified(labels, len(labels) // 10, stream(0, "folder", "test"))
@@ -140,17 +141,27 @@ def hub_images(name: str, folder: Path | None) -> Source:
 
 def read_image(path: Path, channels: int, size: int) -> Tensor:
     """An image file as (C, S, S) uint8. Raises: ValueError if it can't be read or has another size."""
-    image = _open(path).convert("L" if channels == 1 else "RGB")
-    if image.size != (size, size):
-        raise ValueError(f"{path} is {image.width}x{image.height}, not {size}x{size}; resize it first")
-    return torch.from_numpy(numpy.array(image)).reshape(size, size, channels).permute(2, 0, 1).contiguous()
-
-
-def _open(path: Path) -> Image.Image:
+    _, width, height = _header(path)
+    if (width, height) != (size, size):
+        raise ValueError(f"{path} is {width}x{height}, not {size}x{size}; resize it first")
     try:
-        return Image.open(path)
+        with Image.open(path) as image:
+            pixels = numpy.array(image.convert("L" if channels == 1 else "RGB"))
+    except OSError as error:
+        raise ValueError(f"{path} can't be read to its end ({error}); put back the whole file") from error
+    return torch.from_numpy(pixels).reshape(size, size, channels).permute(2, 0, 1).contiguous()
+
+
+def _header(path: Path) -> tuple[str, int, int]:
+    """An image file's mode, width and height."""
+    try:
+        with Image.open(path) as image:
+            mode, (width, height) = image.mode, image.size
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image file") from error
+    if mode not in GREY | COLOUR:
+        raise ValueError(f"{path} has pixels of Pillow's mode {mode!r}, not of 8 bits a channel; convert it first")
+    return mode, width, height
 
 
 def stratified(labels: Tensor, count: int, key: int) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,15 @@ class TextData:
         """The text of tokens (N,)."""
         return "".join(self.alphabet[i] for i in tokens.tolist())
 
+    def check_windows(self, length: int, least: int) -> None:
+        """Raise ValueError unless every split has so many windows."""
+        shortest = min(len(self.train), len(self.val), len(self.test))
+        if shortest < least * length:
+            raise ValueError(
+                f"a split holds {shortest} characters, less than {least} windows of length={length}: give more text, "
+                "or shorten the windows"
+            )
+
     def fingerprint(self) -> str:
         """SHA-256 of what is trained on and of what its tokens stand for."""
         return hashlib.sha256(self.train.numpy().tobytes() + self.alphabet.encode()).hexdigest()

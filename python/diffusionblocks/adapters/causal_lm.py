@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import text
 from ..blocks import DiffusionBlocks
-from ..config import TrainConfig
+from ..config import TrainConfig, check_at_least
 from ..denoiser import Ends
 from ..evaluation import Walker, bound, cross_entropy
 from ..generation import Generator, ancestral
@@ -60,6 +60,7 @@ class CausalLMRun(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_at_least(self, 2, "length")
         if self.model.sees_z and self.combine == "mean":
             raise ValueError("combine='mean' needs blocks that don't look at z; with sees_z use 'none' or 'carry'")
 
@@ -68,7 +69,7 @@ class CausalLMRun(TrainConfig):
         """As many layer evaluations as `steps` end-to-end steps: a forward pass alone counts a third, and block b
         takes b of them for what it is given; a noisy stream doubles the tokens."""
         carrying = (self.blocks - 1) / 6 if self.combine == "carry" else 0
-        return round(self.steps * self.blocks / (1 + carrying) / (2 if self.model.sees_z else 1))
+        return max(1, round(self.steps * self.blocks / (1 + carrying) / (2 if self.model.sees_z else 1)))
 
 
 class CausalLMAdapter(Adapter):
@@ -84,6 +85,7 @@ class CausalLMAdapter(Adapter):
 
     def batches(self, device: torch.device) -> Batches:
         c = self.config
+        self.data.check_windows(c.length, 1)
         return text.Windows(self.data.train, c.length, c.batch_size, seed=c.seed, device=device)
 
     def example(self) -> tuple[Tensor, Tensor]:
@@ -140,7 +142,8 @@ class CausalLMAdapter(Adapter):
         levels = step_levels(model.partition, how.steps or self.config.walk_steps)
         generator = Generator(model, levels, seed=seed, keep=how.keep)
         tokens = generator.generate(prompt, -(-how.length // size) * size)
-        return write_texts(folder, self.data, torch.cat([unread, tokens], 1), how.judge)
+        asked = tokens[:, : prompt.shape[1] + how.length]
+        return write_texts(folder, self.data, torch.cat([unread, asked], 1), how.judge)
 
     def network(self) -> nn.Module:
         """The ordinary language model."""

@@ -92,8 +92,7 @@ class ImageOptions:
     def labels(self, count: int, classes: int) -> tuple[Tensor, int]:
         """The class of each of `count` images, (count,), and how many stand in a row: a class, or ten of the one."""
         if self.label is None:
-            columns = -(-count // classes)
-            return torch.arange(count) // columns, columns
+            return torch.arange(count) * classes // count, -(-count // classes)
         if not 0 <= self.label < classes:
             raise ValueError(f"label={self.label} must be one of the {classes} classes, 0 to {classes - 1}")
         return torch.full((count,), self.label), min(count, 10)
@@ -129,6 +128,8 @@ class DiTAdapter(Adapter):
 
     def batches(self, device: torch.device) -> Batches:
         c, data = self.config, self.data
+        if min(round(c.draws * len(split)) for split in (data.val, data.test)) < 2:
+            raise ValueError(f"draws={c.draws} of {len(data.val)} validation images are fewer than two: take more")
         loader = Loader(data.train, data, c.batch_size, seed=c.seed, device=device)
         return DroppedLabels(loader, c.label_dropout, c.model.classes)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import masked_diffusion, masking
 from ..blocks import DiffusionBlocks
-from ..config import TrainConfig, check_positive
+from ..config import TrainConfig, check_at_least
 from ..denoiser import Ends
 from ..density import Uniform
 from ..evaluation import Walker
@@ -51,11 +51,14 @@ class MaskedLMRun(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "length")
+        check_at_least(self, 2, "length")
         if self.overlap:
             raise ValueError(f"overlap={self.overlap} must be 0: widening by logarithms means nothing near t = 0")
         if self.levels < self.blocks:
             raise ValueError(f"levels={self.levels} must be at least blocks={self.blocks}: every block must be read")
+
+    def in_blocks(self, blocks: int, **changes: Any) -> TrainConfig:
+        return super().in_blocks(blocks, **{"levels": max(blocks, self.levels), **changes})
 
 
 class UnconditionalWindows(Windows):
@@ -79,6 +82,7 @@ class MaskedLMAdapter(Adapter):
 
     def batches(self, device: torch.device) -> Batches:
         c = self.config
+        self.data.check_windows(c.length, 2)
         return UnconditionalWindows(self.data.train, c.length, c.batch_size, seed=c.seed, device=device)
 
     def example(self) -> tuple[Tensor, Tensor]:

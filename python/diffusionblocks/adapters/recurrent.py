@@ -114,6 +114,8 @@ class RecurrentAdapter(Adapter):
 
     def batches(self, device: torch.device) -> Batches:
         c = self.config
+        for split in ("val", "test"):
+            self.puzzles(split, device)  # a size with too few puzzles for all splits says so before training
         return PuzzleBatches(c.puzzle, c.batch_size, seed=c.seed, device=device)
 
     def example(self) -> tuple[Tensor, Tensor]:

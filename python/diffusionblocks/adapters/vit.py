@@ -55,6 +55,9 @@ class ViTRun(TrainConfig):
         super().__post_init__()
         if self.accumulate > 1 and self.votes:
             raise ValueError(f"accumulate={self.accumulate} needs --switch block_choice: batches may vote differently")
+        others = {"forward-forward", "noprop"} & set(self.baseline)
+        if others and (self.accumulate, self.precision) != (1, "float32"):
+            raise ValueError(f"{' and '.join(sorted(others))} know no accumulate and no bfloat16: leave them out")
         if self.model != replace(self.model, **OF_RECIPE):
             raise ValueError(f"{', '.join(OF_RECIPE)} of the model come with the recipe: choose them by --switch")
         if self.shared != "shared" and self.method.codebook == "learned":

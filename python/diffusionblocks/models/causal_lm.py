@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dbkernels
 
-from .layers import ConditionedConfig, Modulation, NoiseEmbedding, rotary
+from .layers import ConditionedConfig, Modulation, NoiseEmbedding, check_rotary, rotary
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class CausalLMConfig(ConditionedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dim // self.heads % 2:
-            raise ValueError(f"dim / heads must be even for rotary positions, got {self.dim} / {self.heads}")
+        check_rotary(self)
         if self.group_size > 1 and not self.sees_z:
             raise ValueError(f"group_size={self.group_size} needs sees_z: its tokens would not know of each other")
 

@@ -30,6 +30,12 @@ class LayerConfig:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
 
 
+def check_rotary(config: LayerConfig) -> None:
+    """Raise ValueError unless rotary positions can turn pairs of a head's numbers."""
+    if config.dim // config.heads % 2:
+        raise ValueError(f"dim={config.dim} over heads={config.heads} must be even: rotary positions turn pairs")
+
+
 @dataclass(frozen=True)
 class ConditionedConfig(LayerConfig):
     """What models have besides whose layers know the noise. cond: width of the conditioning.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .layers import ConditionedConfig, NoiseEmbedding, RotaryLayer
+from .layers import ConditionedConfig, NoiseEmbedding, RotaryLayer, check_rotary
 
 NEAR = 5  # tokens, centred, that the convolution of the stem sees
 
@@ -24,8 +24,7 @@ class MaskedLMConfig(ConditionedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dim // self.heads % 2:
-            raise ValueError(f"dim={self.dim} over heads={self.heads} must be even: rotary positions turn pairs")
+        check_rotary(self)
 
 
 class Stem(nn.Module):

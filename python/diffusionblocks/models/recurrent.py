@@ -13,7 +13,7 @@ import dbkernels
 
 from ..puzzles import Puzzle
 from ..rng import stream
-from .layers import LayerConfig, RotaryLayer
+from .layers import LayerConfig, RotaryLayer, check_rotary
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class RecurrentConfig(LayerConfig):
     coda: int = 2
     passes: int = 8
     backprop: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rotary(self)
 
     @property
     def evaluated(self) -> int:
