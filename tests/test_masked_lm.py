@@ -280,7 +280,7 @@ def test_bad_input_is_named(folder):
         bound(walker, torch.zeros(1, 2, dtype=torch.int64), levels=3)
     with pytest.raises(ValueError, match="levels >= B = 3"):
         bound(walker, torch.zeros(5, 2, dtype=torch.int64), levels=2)
-    with pytest.raises(ValueError, match="a window 99999"):
+    with pytest.raises(ValueError, match="windows of length=99999"):
         adapter(folder, length=99999).batches(CPU)
     with pytest.raises(ValueError, match=r"overlap=0\.05 must be 0"):
         replace(CONFIG, overlap=0.05)
