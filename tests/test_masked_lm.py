@@ -286,5 +286,5 @@ def test_bad_input_is_named(folder):
         replace(CONFIG, overlap=0.05)
     with pytest.raises(ValueError, match="levels=2 must be at least blocks=3"):
         replace(CONFIG, levels=2)
-    with pytest.raises(ValueError, match="length must be at least 1"):
+    with pytest.raises(ValueError, match="length must be at least 2"):
         replace(CONFIG, length=0)
