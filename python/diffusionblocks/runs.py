@@ -53,7 +53,9 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
     "recurrent-sums": ("running sums of 16 digits; minutes on two CPU cores", RecurrentRun()),
     "recurrent-mazes": (
         "where water flows, 6x6 cells",
-        RecurrentRun(task="mazes", size=6, out=Path("runs/recurrent-mazes")),
+        RecurrentRun(
+            task="mazes", size=6, out=Path("runs/recurrent-mazes"), lr=2e-3, tune_lr=(2.5e-4, 5e-4, 1e-3, 2e-3),
+        ),
     ),
     "dit-digits": ("8x8 digits made from noise, embedded; minutes on two CPU cores", DiTRun()),
     "dit-fashion": (
