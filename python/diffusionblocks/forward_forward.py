@@ -71,7 +71,7 @@ def wrong_labels(y: Tensor, classes: int, generator: torch.Generator) -> Tensor:
 
 
 def forward_forward(adapter: ViTAdapter, device: torch.device, *, on_log: Log) -> Result:
-    """Train at equal layer evaluations; learning rate and warm-up are chosen as end to end's, from FASTER times its rates.
+    """Train at equal layer evaluations; the rate is chosen as end to end's is, from FASTER times its rates.
 
     Raises: NonFiniteLoss, naming the step, if the loss isn't finite and there is nothing else to try.
     """
