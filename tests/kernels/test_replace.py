@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dbkernels import replace
-from dbkernels.nn import AdaLayerNorm, AdaRMSNorm
+from dbkernels._drop_in import DropInLayerNorm, DropInRMSNorm
 
 
 class Offset(nn.Module):
@@ -50,11 +50,11 @@ def test_the_model_computes_the_same_and_learns_the_same():
     before = copy.deepcopy(model)
     report = replace(model)
     assert [str(r) for r in report] == [
-        "0: LayerNorm -> AdaLayerNorm (ada_layer_norm)",
-        "2.0: LayerNorm -> AdaLayerNorm (ada_layer_norm)",
-        "4: LayerNorm -> AdaLayerNorm (ada_layer_norm)",
-        "2.2: RMSNorm -> AdaRMSNorm (ada_rms_norm)",
-        "3: LlamaLikeRMSNorm -> AdaRMSNorm (ada_rms_norm)",
+        "0: LayerNorm -> DropInLayerNorm (ada_layer_norm)",
+        "2.0: LayerNorm -> DropInLayerNorm (ada_layer_norm)",
+        "4: LayerNorm -> DropInLayerNorm (ada_layer_norm)",
+        "2.2: RMSNorm -> DropInRMSNorm (ada_rms_norm)",
+        "3: LlamaLikeRMSNorm -> DropInRMSNorm (ada_rms_norm)",
     ]
     x = torch.randn(5, 7, 48)
     out, was = model(x), before(x)
@@ -83,7 +83,7 @@ def test_other_dtypes(dtype):
 def test_only_the_named_op():
     model = network()
     replace(model, ops=["ada_rms_norm"])
-    assert type(model[0]) is nn.LayerNorm and type(model[3]) is AdaRMSNorm
+    assert type(model[0]) is nn.LayerNorm and type(model[3]) is DropInRMSNorm
 
 
 def test_a_norm_that_computes_something_else_stays():
@@ -134,4 +134,4 @@ def test_a_llama_and_a_vit_of_transformers():
         before = model(x).last_hidden_state
         assert len(replace(model, ops=op)) == count
         torch.testing.assert_close(model(x).last_hidden_state, before, rtol=1e-4, atol=1e-5)
-    assert type(vit.layernorm) is AdaLayerNorm
+    assert type(vit.layernorm) is DropInLayerNorm
