@@ -13,6 +13,7 @@ import dbkernels
 from . import edm
 from .denoiser import Block, Ends, mean_with
 from .density import NoiseDensity
+from .devices import on_host
 from .partition import Partition, make_partition
 from .rng import stream
 from .targets import Output, Target
@@ -142,7 +143,8 @@ class DiffusionBlocks(nn.Module):
         x: conditioning. y: the target (labels or a tensor). seed, step: address the noise; the same pair gives the same
         noise on every device. sigma: levels to use instead of drawing them, of the target's level_shape.
         handed: what `handed` gives, for a block whose context is carried; an ensemble's blocks are trained alone.
-        Raises: ValueError on a wrong shape, dtype, device, label, noise level or block.
+        Raises: ValueError on a wrong shape, dtype, device, label, noise level or block; labels and levels on a GPU
+        aren't read, since that would wait for it.
         """
         self.check(block, x, y)
         if self.carried:
@@ -236,7 +238,8 @@ def _check_levels(sigma: Tensor, y: Tensor, shape: tuple[int, ...]) -> None:
             f"sigma must be floating, of shape {shape} and on {y.device}, "
             f"got {tuple(sigma.shape)} {sigma.dtype} on {sigma.device}"
         )
-    edm.check_sigma(sigma)
+    if on_host(sigma):
+        edm.check_sigma(sigma)
 
 
 def _check_parts(

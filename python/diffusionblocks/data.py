@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .devices import send
 from .rng import stream
 from .sources import SOURCES, Source, hub_images, idx_folder, image_folder, stratified
 
@@ -151,7 +152,7 @@ def prepare(
         raise ValueError(f"need {images.shape[1]} numbers, one a channel, got mean={mean}, std={std}")
     if not all(s > 0 for s in std):
         raise ValueError(f"std must be positive in every channel, got {std}; drop channels that never vary")
-    images = _send(images, torch.device(device))
+    images = send(images, device)
     exact = torch.promote_types(dtype, torch.float32)  # bfloat16 has too few digits to compute in
     scale, shift = _scale_shift(tuple(mean), tuple(std), images.device, exact)
     return torch.addcmul(shift, images.to(exact), scale).to(dtype)
@@ -170,7 +171,7 @@ def augment(images: Tensor, *, pad: int, flip: bool, seed: int, step: int) -> Te
     if not pad and not flip:
         return images
     height, width = images.shape[2:]
-    mirrored, top, left = _send(_draws(len(images), pad, stream(seed, "augment", step)), images.device)
+    mirrored, top, left = send(_draws(len(images), pad, stream(seed, "augment", step)), images.device)
     rows = torch.arange(height, device=images.device) + top[:, None]  # (B, H)
     columns = torch.arange(width, device=images.device).expand(len(images), -1)
     if flip:
@@ -213,10 +214,10 @@ class Loader:
         """
         indices = batch_indices(len(self.split), self.batch_size, seed=self.seed, step=step)
         indices = indices.to(self.split.images.device)
-        images = _send(self.split.images[indices], self.device)
+        images = send(self.split.images[indices], self.device)
         images = augment(images, pad=self.pad, flip=self.flip, seed=self.seed, step=step)
         x = prepare(images, self.data.mean, self.data.std, device=self.device)
-        return x, _send(self.split.labels[indices], self.device)
+        return x, send(self.split.labels[indices], self.device)
 
 
 @lru_cache(maxsize=8)
@@ -239,13 +240,6 @@ def _scale_shift(
     constants = [[1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]]
     scale, shift = torch.tensor(constants, device=device, dtype=dtype)[:, :, None, None]
     return scale, shift
-
-
-def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; from the CPU to a GPU without waiting for the GPU."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def _val_count(n: int, fraction: float) -> int:

@@ -5,6 +5,7 @@ Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Gen
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -61,9 +62,10 @@ def expand_as(coefficient: Tensor, target: Tensor) -> Tensor:
 def karras_sigmas(
     steps: int, sigma_min: float = SIGMA_MIN, sigma_max: float = SIGMA_MAX, rho: float = RHO
 ) -> list[float]:
-    """EDM's falling ramp of `steps` noise levels from sigma_max to sigma_min, without the closing 0.
+    """Return EDM's falling ramp of `steps` noise levels from sigma_max to sigma_min, without the closing 0.
 
-    Raises: ValueError on steps < 1, rho that is not positive, or a range that is not 0 < sigma_min < sigma_max.
+    Raises: ValueError on steps < 1, rho that is not positive, a range that is not 0 < sigma_min < sigma_max, or levels
+    that float64 can't tell apart.
     Source: arXiv 2206.00364, eq. 5.
     """
     if steps < 1:
@@ -71,9 +73,13 @@ def karras_sigmas(
     if not 0 < rho < math.inf:
         raise ValueError(f"rho must be a positive number, got {rho}")
     check_range(sigma_min, sigma_max)
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    ramp = [t / max(steps - 1, 1) for t in range(steps)]
-    return [sigma_max if t == 0 else (high + t * (low - high)) ** rho for t in ramp]
+    # Equation 5 divided by sigma_max, in logarithms: no root overflows, vanishes or rounds to its neighbour.
+    root = math.expm1(math.log(sigma_min / sigma_max) / rho)
+    between = [sigma_max * math.exp(rho * math.log1p(t / (steps - 1) * root)) for t in range(1, steps - 1)]
+    levels = [sigma_max, *between, sigma_min][:steps]
+    if not all(a > b for a, b in itertools.pairwise(levels)):
+        raise ValueError(f"rho={rho} makes some of {steps} noise levels equal: choose one nearer to {RHO}")
+    return levels
 
 
 def check_range(sigma_min: float, sigma_max: float) -> None:
@@ -89,6 +95,6 @@ def check_sigma_data(sigma_data: float) -> None:
 
 
 def check_sigma(sigma: Tensor) -> None:
-    """Raise ValueError unless every noise level is positive and finite. Waits for the device: not for hot loops."""
+    """Raise ValueError unless every noise level is positive and finite. Waits for the device."""
     if not bool(((sigma > 0) & sigma.isfinite()).all()):
         raise ValueError("sigma must be positive and finite everywhere; a level of 0 or NaN reached a denoiser")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .adapters.base import Row
 from .adapters.vit import ViTAdapter, ViTRun
 from .baselines import Attempt, Log, Result, memory_row, tuned, usage
+from .devices import send
 from .evaluation import BATCH, accuracy
 from .memory import SavedTensors
 from .models import ViT
@@ -66,7 +67,7 @@ def goodness(out: Tensor) -> Tensor:
 
 def wrong_labels(y: Tensor, classes: int, generator: torch.Generator) -> Tensor:
     """A label for each sample that isn't its own, each equally likely. y: (B,)."""
-    shift = torch.randint(1, classes, y.shape, generator=generator).to(y.device)
+    shift = send(torch.randint(1, classes, y.shape, generator=generator), y.device)
     return (y + shift) % classes
 
 

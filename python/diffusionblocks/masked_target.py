@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import dbkernels
 
 from . import masking
+from .devices import check_labels
 from .targets import Objective, Output, Target
 
 T_MIN = 1e-3  # a partition's last edge must be positive; what lies below is the bound's reconstruction term
@@ -61,16 +62,15 @@ class MaskedTarget(Target):
         return Objective(per_sample, per_sample.detach())
 
     def check(self, y: Tensor) -> None:
-        """Raise ValueError unless `y` is a non-empty (B, N) int64 tensor of symbols. Waits for the device."""
+        """Raise ValueError unless `y` is a non-empty (B, N) int64 tensor of symbols; on a device they aren't read."""
         self._check_tokens(y, "y", self.mask_id)
 
     def check_noised(self, z: Tensor) -> None:
-        """Raise ValueError unless `z` is a non-empty (B, N) int64 tensor of symbols and masks. Waits for the device."""
+        """Raise ValueError unless `z` is a non-empty (B, N) int64 tensor of symbols and masks; on a device they aren't
+        read."""
         self._check_tokens(z, "z", self.mask_id + 1)
 
     def _check_tokens(self, tokens: Tensor, name: str, count: int) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
             raise ValueError(f"{name} must be non-empty int64 tokens (B, N), got {tuple(tokens.shape)} {tokens.dtype}")
-        low, high = (int(end) for end in tokens.aminmax())
-        if low < 0 or high >= count:
-            raise ValueError(f"{name}'s tokens must be in [0, {count}), got {low} to {high}")
+        check_labels(f"{name}'s tokens", tokens, count)

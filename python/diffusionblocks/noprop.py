@@ -62,7 +62,7 @@ class NoProp(nn.Module):
     def noised(self, y: Tensor, t: int, seed: int, step: int) -> Tensor:
         """z of labels (B,) at time t: (B, d), of unit variance where it is noise."""
         signal = self.alpha_bar[t]
-        sigma = torch.tensor(math.sqrt((1 - signal) / signal), device=y.device)
+        sigma = math.sqrt((1 - signal) / signal)
         noisy = dbkernels.inject_noise(self.table[y], sigma, seed=stream(seed, "noprop", t), offset=step)
         return math.sqrt(signal) * noisy
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .devices import send
 from .rng import stream
 
 BASE = 3
@@ -135,4 +136,4 @@ class PuzzleBatches:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Batch number `step`."""
         x, y = draw(self.puzzle, self.batch_size, "train", stream(self.seed, "puzzles", step))
-        return x.to(self.device), y.to(self.device)
+        return send(x, self.device), send(y, self.device)

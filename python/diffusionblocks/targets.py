@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import dbkernels
 
 from . import edm
+from .devices import check_labels
 
 
 class Output(NamedTuple):
@@ -157,11 +158,11 @@ class ClassTarget(Target):
         return functional.cross_entropy(output.raw, y.long(), reduction="none")
 
     def check(self, y: Tensor) -> None:
-        """Raise ValueError unless `y` is a non-empty (B,) integer tensor of labels in [0, K). Waits for the device."""
+        """Raise ValueError unless `y` is a non-empty (B,) integer tensor of labels in [0, K); on a device their values
+        aren't read."""
         if y.dim() != 1 or y.dtype not in (torch.int64, torch.int32) or len(y) == 0:
             raise ValueError(f"labels must be a non-empty 1-d integer tensor, got {tuple(y.shape)} {y.dtype}")
-        if int(y.min()) < 0 or int(y.max()) >= self.classes:
-            raise ValueError(f"labels must be in [0, {self.classes}), got {int(y.min())} to {int(y.max())}")
+        check_labels("labels", y, self.classes)
 
     def check_noised(self, z: Tensor) -> None:
         """Raise ValueError unless `z` is a non-empty floating (B, d)."""

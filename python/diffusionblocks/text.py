@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .devices import send
 from .rng import stream
 
 UNKNOWN = "\ufffd"
@@ -116,7 +117,7 @@ class Windows:
         """Batch number `step`."""
         generator = torch.Generator().manual_seed(stream(self.seed, "windows", step))
         starts = torch.randint(len(self.tokens) - self.length + 1, (self.batch_size, 1), generator=generator)
-        y = self.tokens[starts + torch.arange(self.length)].to(self.device)
+        y = send(self.tokens[starts + torch.arange(self.length)], self.device)
         return y, y
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import dbkernels
 
+from .devices import check_labels
 from .targets import Objective, Output, Target
 
 
@@ -87,11 +88,11 @@ class TokenTarget(Target):
         return Objective(loss, self.by_group(error, sigma.shape))
 
     def check(self, y: Tensor) -> None:
-        """Raise ValueError unless `y` is a non-empty (B, N) int64 tensor of labels in [0, K). Waits for the device."""
+        """Raise ValueError unless `y` is a non-empty (B, N) int64 tensor of labels in [0, K); on a device their values
+        aren't read."""
         if y.dim() != 2 or y.dtype != torch.int64 or y.numel() == 0:
             raise ValueError(f"labels must be a non-empty (B, N) int64 tensor, got {tuple(y.shape)} {y.dtype}")
-        if int(y.min()) < 0 or int(y.max()) >= self.classes:
-            raise ValueError(f"labels must be in [0, {self.classes}), got {int(y.min())} to {int(y.max())}")
+        check_labels("labels", y, self.classes)
 
     def check_noised(self, z: Tensor) -> None:
         """Raise ValueError unless `z` is a non-empty floating (B, N, d)."""

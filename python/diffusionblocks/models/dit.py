@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import dbkernels
 
+from ..devices import check_labels
 from .layers import ConditionedConfig, Modulation, NoiseEmbedding
 
 
@@ -51,12 +52,12 @@ class DiTStem(nn.Module):
         return self.patch(patches) + self.position, self.noise(c_noise) + self.label(x)
 
     def check(self, x: Tensor) -> None:
-        """Raise ValueError unless `x` is (B,) labels in [0, classes], `classes` being none. Waits for the device."""
+        """Raise ValueError unless `x` is (B,) labels in [0, classes], `classes` being none; on a device their values
+        aren't read."""
         if x.dim() != 1 or x.dtype not in (torch.int64, torch.int32) or len(x) == 0:
             raise ValueError(f"labels must be a non-empty 1-d integer tensor, got {tuple(x.shape)} {x.dtype}")
-        low, high, none = int(x.min()), int(x.max()), self.config.classes
-        if low < 0 or high > none:
-            raise ValueError(f"labels must be in [0, {none}], {none} for no class, got {low} to {high}")
+        none = self.config.classes
+        check_labels("labels", x, none + 1, f"[0, {none}], {none} for no class")
 
 
 class DiTHead(nn.Module):

@@ -1,0 +1,31 @@
+"""Host and device: send batches without waiting, and check values only where looking at them stops nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Return `tensor` on `device`; from the host to a GPU through pinned memory, so that the host goes on at once."""
+    device = torch.device(device)
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")  # to the host it must wait, or hold garbage
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Return whether a check may read values: on a device it would wait for all that is queued there."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_labels(name: str, labels: Tensor, end: int, closing: str = "") -> None:
+    """Raise ValueError unless integers, not empty, lie in [0, end); on a device they aren't read.
+
+    closing: what the message says of the interval instead of "[0, end)".
+    """
+    if not on_host(labels):
+        return
+    low, high = (int(value) for value in labels.aminmax())
+    if low < 0 or high >= end:
+        raise ValueError(f"{name} must be in {closing or f'[0, {end})'}, got {low} to {high}")
