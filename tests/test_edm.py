@@ -116,6 +116,22 @@ def test_karras_levels_run_from_end_to_end(steps, rho):
     assert gaps == pytest.approx([gaps[0]] * len(gaps), rel=1e-9)  # evenly spaced in sigma^(1/rho): equation 5
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5, 40])
+@pytest.mark.parametrize("rho", [0.01, 0.05, 0.1, 0.25, 0.5, 1e3, 1e6, 1e12, 1e15, 1e17, 1e300])
+def test_karras_levels_fall_for_any_rho(rho, steps):
+    levels = edm.karras_sigmas(steps, rho=rho)
+    assert levels[0] == 80.0 and (steps == 1 or levels[-1] == 0.002) and len(levels) == steps
+    assert all(a > b > 0 for a, b in itertools.pairwise(levels))
+    if rho >= 1e6:  # evenly spaced logarithms, the limit
+        want = [80 * (0.002 / 80) ** (t / max(1, steps - 1)) for t in range(steps)]
+        assert levels == pytest.approx(want, rel=1e-4)
+
+
+def test_levels_that_cannot_be_told_apart_are_refused():
+    with pytest.raises(ValueError, match="rho=1e-300 makes some of 5 noise levels equal"):
+        edm.karras_sigmas(5, rho=1e-300)
+
+
 def test_karras_levels_of_the_paper():
     # Equation 5 by hand for N = 4, rho = 7, the published range.
     want = [(80 ** (1 / 7) + i / 3 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(4)]

@@ -45,9 +45,23 @@ def test_frechet_of_gaussians_that_do_not_commute():
 
 def test_frechet_is_symmetric_and_nothing_for_the_same_samples_even_without_full_rank():
     few, other = torch.randn(5, 16), torch.randn(7, 16) * 2 + 1
-    # a square root of a rounding error of 1e-16 is 1e-8, a dozen times
-    assert frechet(few, few[torch.randperm(5)]) == pytest.approx(0, abs=1e-5)
-    assert frechet(few, other) == pytest.approx(frechet(other, few), rel=1e-5) and frechet(few, other) > 1
+    assert frechet(few, few[torch.randperm(5)]) == pytest.approx(0, abs=1e-12)  # some roundings of a trace of 16
+    assert frechet(few, other) == pytest.approx(frechet(other, few), rel=1e-12) and frechet(few, other) > 1
+
+
+@pytest.mark.parametrize(
+    ("count", "width", "size"), [(2, 32, 1.0), (31, 32, 1e3), (33, 32, 1.0), (10, 512, 1.0), (100, 64, 1e6)]
+)
+def test_frechet_of_few_samples_is_never_negative(count, width, size):
+    """Against the nuclear norm of the samples' own products, which no covariance is needed for."""
+    a, b = size * torch.randn(count, width), size * torch.randn(count + 1, width)
+    x, y = (t.double() - t.double().mean(0) for t in (a, b))
+    cross = torch.linalg.svdvals(x @ y.T).sum() / ((count - 1) * count) ** 0.5
+    means = (a.double().mean(0) - b.double().mean(0)).square().sum()
+    want = means + x.square().sum() / (count - 1) + y.square().sum() / count - 2 * cross
+    trace = float(x.square().sum() / (count - 1))
+    assert frechet(a, b) == pytest.approx(float(want), abs=1e-12 * trace)
+    assert 0 <= frechet(a, a.flip(0)) <= 1e-12 * trace
 
 
 @pytest.mark.parametrize(

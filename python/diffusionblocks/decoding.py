@@ -20,8 +20,8 @@ Filter = Callable[[Tensor], Tensor]
 def filtered(
     logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """Logits (..., V) divided by the temperature, -inf but for the top_k likeliest words and the fewest likeliest whose
-    probabilities reach top_p.
+    """Divide logits (..., V) by the temperature, up to a constant of each row; set all to -inf but the top_k likeliest
+    words and the fewest likeliest whose probabilities reach top_p. Of equally likely words the first are kept.
 
     Raises: ValueError if temperature isn't positive, top_k isn't at least 1 or top_p isn't in (0, 1].
     """
@@ -31,23 +31,28 @@ def filtered(
         raise ValueError(f"top_k={top_k} must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be in (0, 1]")
-    logits = logits.float() / temperature
+    logits = logits.float()
+    # The largest becomes 0, which no temperature makes infinite; what rounds to 0 in float32 would make it NaN.
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        order = logits.sort(dim=-1, descending=True, stable=True).indices
+        logits = logits.scatter(-1, order[..., top_k:], -torch.inf)
     if top_p is not None and top_p < 1:
-        falling, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        falling, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
         beyond = falling.cumsum(-1) - falling >= top_p  # what is likelier reaches top_p already
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
     return logits
 
 
 def draw(logits: Tensor, *, seed: int, offset: int = 0) -> Tensor:
-    """Tokens (...) from softmax(logits), (..., V), by the Gumbel trick and random numbers by address: the same on every
-    device for the same (seed, offset)."""
-    uniform = dbkernels.philox_uniform(logits.shape, seed=seed, offset=offset, device=logits.device)
-    noise = -torch.log(-torch.log(uniform.clamp(min=1e-20)))
-    return (logits.float() + noise).argmax(-1)
+    """Draw tokens (...) from softmax(logits), (..., V), by the Gumbel trick and random numbers by address: the same on
+    every device for the same (seed, offset). Words are drawn down to probabilities of 2^-47."""
+    coarse, fine = dbkernels.philox_uniform((2, *logits.shape), seed=seed, offset=offset, device=logits.device).double()
+    # Uniforms are odd multiples of 2^-24: a second one fills the gap around the first. With one alone the exponential
+    # had no value below 2^-24, so a word of smaller probability could win no race.
+    uniform = coarse + (fine - 0.5) * 2.0**-23
+    exponential = -torch.log1p(-uniform)
+    return (logits.double() - exponential.log()).argmax(-1)
 
 
 def mixture(logits: Tensor) -> Tensor:

@@ -18,7 +18,10 @@ WIDTH = 32  # of the features: few enough for the covariance of a few hundred im
 
 
 def frechet(a: Tensor, b: Tensor) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2), A and B the covariances; in float64.
+    """Return |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2), A and B the covariances; in float64, never negative.
+
+    With a and b centred, the trace of the root is the nuclear norm of a b^T / sqrt((N - 1)(M - 1)): no root of a matrix
+    that fewer samples than features make singular.
 
     a, b: (N, F) and (M, F) features. Raises: ValueError on fewer than two samples or different widths.
     Source: Heusel et al. 2017, arXiv 1706.08500.
@@ -26,11 +29,12 @@ def frechet(a: Tensor, b: Tensor) -> float:
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"features must be (N >= 2, F) and (M >= 2, F), got {tuple(a.shape)} and {tuple(b.shape)}")
     a, b = a.double(), b.double()
-    A, B = torch.cov(a.T).view(a.shape[1], -1), torch.cov(b.T).view(a.shape[1], -1)
-    values, vectors = torch.linalg.eigh(A)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ B @ root).clamp(min=0).sqrt().sum()  # (A B)^1/2 has these eigenvalues too
-    return float((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
+    spread_a, spread_b = ((x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (a, b))
+    # Products of the triangular factors have the same singular values, and at most F rows whatever the samples.
+    factor_a, factor_b = (torch.linalg.qr(spread, mode="r").R for spread in (spread_a, spread_b))
+    cross = torch.linalg.svdvals(factor_a @ factor_b.T).sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + spread_a.square().sum() + spread_b.square().sum() - 2 * cross
+    return float(distance.clamp(min=0))
 
 
 class FeatureNet(nn.Module):
