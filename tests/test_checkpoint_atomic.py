@@ -208,11 +208,12 @@ def test_an_error_at_every_touch_of_the_disk_leaves_a_whole_checkpoint(tmp_path:
             at_every_touch(lambda owner, name, value: patch.setattr(owner, name, value, raising=False), fail)
             try:
                 save(tmp_path, saved + 1)
-            except OSError:
-                failures += 1
+            except OSError as error:
+                failures, words = failures + 1, str(error)
             else:
                 break
         now = check(tmp_path)
+        assert ("after the save: the new checkpoint is whole" in words) == (now == saved + 1), words
         assert now in (saved, saved + 1)
         assert len(part_files(tmp_path)) <= 5
         saved = now

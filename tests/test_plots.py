@@ -266,7 +266,7 @@ def test_what_is_missing_is_named(tmp_path):
 def test_foreign_rows_are_named_by_line(tmp_path):
     write_run(tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"run": "block-wi')
+        file.write('{"run": "block-wi\n')
     with pytest.raises(ValueError, match="line 145 is no row of metrics"):
         plots.draw(tmp_path)
     write_rows(tmp_path, [row for row in rows() if row["run"] != "block-wise"])

@@ -69,7 +69,8 @@ def save(
     Raises:
         CheckpointError: a bad part name, tensor or state; a part to keep that isn't there; or a
             `manifest.json` that can't be read or isn't ours, which is never overwritten.
-        OSError: the disk refused (full, read-only). The checkpoint that was there, or this one, still loads.
+        OSError: the disk refused (full, read-only). The checkpoint that was there, or this one, still loads; the
+            message says so where it is this one, since only what follows the commit failed.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -87,9 +88,24 @@ def save(
         with contextlib.suppress(OSError):  # the first error is the one to tell; the next save sweeps again
             _sweep(folder, old)
         raise
-    _write(path, [text.encode()])
-    _sweep(folder, new)
+    _write_aside(path, [text.encode()])
+    try:
+        os.replace(path.with_name(path.name + _TEMPORARY), path)  # the commit
+        _sync_folder(folder)
+        _sweep(folder, new)
+    except OSError as error:
+        if path.read_bytes() != text.encode():
+            raise
+        words = f"{error.strerror}, after the save: the new checkpoint is whole; resume goes on from it"
+        raise OSError(error.errno, words, str(error.filename or folder)) from error
     return new
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Remove what a killed save left in a folder, if there is a checkpoint. Not beside a process that saves."""
+    folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        _sweep(folder, read_state(folder))
 
 
 def read_state(folder: str | os.PathLike[str]) -> Manifest:
@@ -235,16 +251,21 @@ def _read_tensors(path: Path, device: str | torch.device) -> dict[str, Tensor]:
 
 def _write(path: Path, content: Iterable[bytes | memoryview]) -> str:
     """Write a file aside and rename it, durably: the bytes first, then the name. Its SHA-256."""
-    partial = path.with_name(path.name + _TEMPORARY)
+    sha256 = _write_aside(path, content)
+    os.replace(path.with_name(path.name + _TEMPORARY), path)
+    _sync_folder(path.parent)
+    return sha256
+
+
+def _write_aside(path: Path, content: Iterable[bytes | memoryview]) -> str:
+    """Write and sync what is to become `path`, under its temporary name. Its SHA-256."""
     digest = hashlib.sha256()
-    with open(partial, "wb") as file:
+    with open(path.with_name(path.name + _TEMPORARY), "wb") as file:
         for piece in content:
             digest.update(piece)
             file.write(piece)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync_folder(path.parent)
     return digest.hexdigest()
 
 

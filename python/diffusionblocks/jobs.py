@@ -30,6 +30,7 @@ from .noprop import noprop
 from .planning import plan
 from .progress import Progress
 from .residency import Residency
+from .runlock import run_lock
 from .training import Session, store, train
 
 OTHERS = {"forward-forward": forward_forward, "noprop": noprop}  # that train without backpropagation through all layers
@@ -49,22 +50,37 @@ def pick_device(name: str) -> torch.device:
 
 
 def start(config: TrainConfig) -> Row:
-    """Run a config from the beginning; returns the summary. Raises: ValueError if its folder already holds a run."""
-    if (config.out / "config.yaml").exists():
-        raise ValueError(f"{config.out} already holds a run: `dblocks resume {config.out}`, or choose another --out")
+    """Run a config from the beginning; returns the summary.
+
+    Raises: ValueError if its folder already holds a run; RunLocked if another process is starting one there.
+    """
+    _check_free(config.out)
     adapter = adapter_of(config)
     adapter.batches(pick_device(config.device))  # what can't be read or made must not leave a folder that holds a run
     adapter.blocks()
     config.out.mkdir(parents=True, exist_ok=True)
-    if adapter.data:
-        write(config.out / "data.json", json.dumps({"train_sha256": adapter.data.fingerprint()}) + "\n")
-    write(config.out / "config.yaml", to_yaml(config))
-    return carry_on(adapter)
+    with run_lock(config.out):
+        _check_free(config.out)
+        if adapter.data:
+            write(config.out / "data.json", json.dumps({"train_sha256": adapter.data.fingerprint()}) + "\n")
+        write(config.out / "config.yaml", to_yaml(config))
+        return carry_on(adapter)
+
+
+def _check_free(folder: Path) -> None:
+    if (folder / "config.yaml").exists():
+        raise ValueError(f"{folder} already holds a run: `dblocks resume {folder}`, or choose another --out")
 
 
 def resume(folder: Path) -> Row:
-    """Go on with a run from its last checkpoint, bit for bit as if it had never stopped; returns the summary."""
-    return carry_on(open_adapter(folder))
+    """Go on with a run from its last checkpoint, bit for bit as if it had never stopped; returns the summary.
+
+    Raises: CheckpointError if the folder holds no run; RunLocked if another process trains there.
+    """
+    read_config(folder)  # before the lock's file is made in a folder that holds no run
+    with run_lock(folder):
+        checkpoint.sweep(folder / "checkpoint")
+        return carry_on(open_adapter(folder))
 
 
 def open_adapter(folder: Path) -> Adapter:

@@ -71,7 +71,8 @@ def read_run(folder: Path) -> Run:
 
 def _read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    whole, newline, _being_written = path.read_text().rpartition("\n")  # a training may be at work
+    for number, line in enumerate((whole + newline).splitlines(), 1):
         try:
             row = json.loads(line)
             found.setdefault(row["run"], {})[row["step"]] = row

@@ -56,11 +56,21 @@ def restore(session: Session, folder: Path) -> float:
 
 
 def restore_averages(residency: Residency, config: TrainConfig, folder: Path) -> Partition:
-    """Bring a model that waits without optimizers to the averaged weights of `folder`; returns their partition.
+    """Bring a model that waits without optimizers to the averaged weights of `folder`; returns their partition. A
+    process that trains may save meanwhile: then the newer checkpoint is read.
 
     Raises: CheckpointError as `restore`.
     """
-    manifest = read(folder, config)
+    while True:
+        manifest = read(folder, config)
+        try:
+            return _restore_averages(residency, folder, manifest)
+        except CheckpointError:
+            if read(folder, config).saves == manifest.saves:
+                raise
+
+
+def _restore_averages(residency: Residency, folder: Path, manifest: Manifest) -> Partition:
     for part in residency.parts:
         stored = checkpoint.load_part(folder, part, manifest=manifest)
         names = [name.removeprefix("weight/") for name in stored if name.startswith("weight/")]
