@@ -1,5 +1,6 @@
 # make demo    environment, install, and the main job: a ViT trained one block at a time, beside end to end
 # make test    environment, install, all tests
+# make test-triton36    the Triton kernels' tests with the oldest Triton that is supported
 #
 # With a CUDA build of torch already in PYTHON's packages, keep it:
 #   make demo PYTHON=python3 VENV_FLAGS=--system-site-packages CONSTRAINTS=
@@ -10,13 +11,15 @@ CONSTRAINTS ?= constraints.txt
 TORCH ?= torch
 PYTEST_FLAGS ?= -n 2 -q
 RUN_FLAGS ?=
+OLD_TRITON ?= 3.6.0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 PINNED := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+OLD_TRITON_AT := $(VENV)/triton-$(OLD_TRITON)
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
 
-.PHONY: demo test check clean
+.PHONY: demo test test-triton36 check clean
 
 # torch and the build tools go in first, and the package is built against them: an isolated build would fetch torch again.
 $(VENV)/.ready: $(CONSTRAINTS)
@@ -38,6 +41,19 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.tested
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# Beside the environment's Triton, before it on the path. Unpacked aside, so that an interrupted download leaves nothing.
+$(OLD_TRITON_AT): $(VENV)/.ready
+	rm -rf $@ $@.part
+	$(PIP) install --quiet --no-deps --target $@.part triton==$(OLD_TRITON)
+	mv $@.part $@
+	touch $@
+
+# One in five of each test's parameter sets: five has no factor in common with their numbers of types and architectures,
+# so all of these come.
+test-triton36: $(VENV)/.tested $(OLD_TRITON_AT)
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(abspath $(OLD_TRITON_AT))" TRITON_WANTED=$(OLD_TRITON) \
+		$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu" --thin 5 tests/kernels/*triton*.py tests/kernels/test_launch.py
 
 check: $(VENV)/.tested
 	$(BIN)/ruff check .

@@ -1,16 +1,35 @@
 """What every test shares: GPU tests skip without a GPU, and torch's own generator starts anew for each."""
 
+from collections import Counter
+
 import pytest
 import torch
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    help_ = "run every N-th of a test's parameter sets, the first among them"
+    parser.addoption("--thin", type=int, default=1, metavar="N", help=help_)
+
+
+def pytest_collection_modifyitems(config, items):
+    _thin(config, items, config.getoption("--thin"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):  # not its keywords: a folder called gpu is one of them
             item.add_marker(skip)
+
+
+def _thin(config, items, step):
+    seen, kept, dropped = Counter(), [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        (dropped if seen[test] % step else kept).append(item)
+        seen[test] += 1
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,12 @@ HERE = Path(__file__).parent
 
 
 def run_interpreted(script):
-    """`script` prints "interpreted: ok" where all its checks held."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{HERE}:{HERE.parents[1]}"}
+    """Return what `script` prints: "interpreted: ok" where all its checks held."""
+    before = os.environ.get("PYTHONPATH")  # another Triton's, if one is under test
+    path = os.pathsep.join([*([before] if before else []), str(HERE), str(HERE.parents[1])])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     environment.pop("DBKERNELS_BACKEND", None)
     command = [sys.executable, str(HERE / script)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0 and "interpreted: ok" in run.stdout, run.stdout + run.stderr
+    return run.stdout
