@@ -7,13 +7,14 @@
 #include <cmath>
 #include <type_traits>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include "cuda/multi_tensor.h"
 #include "ops.h"
@@ -103,7 +104,7 @@ __device__ Pack<T> rounded(const Pack<C>& value, uint64_t group, int64_t first, 
     }
   } else {
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) stored.v[k] = T(value.v[k]);
+    for (int k = 0; k < kPack; ++k) stored.v[k] = narrow<T>(value.v[k]);
   }
   return stored;
 }
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kThreads) update(const __grid_constant__ Batch
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

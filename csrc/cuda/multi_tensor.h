@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <vector>
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "ops.h"
 
 namespace dbk {
@@ -82,9 +85,32 @@ struct alignas(sizeof(T) * kPack) Pack {
   T v[kPack];
 };
 
+// Conversions by name: torch compiles with the half types' implicit ones off (cpp_extension.COMMON_NVCC_FLAGS).
 template <typename C, typename T>
 __device__ C widen(T value) {
   return static_cast<C>(value);
+}
+template <>
+__device__ inline float widen<float, __half>(__half value) {
+  return __half2float(value);
+}
+template <>
+__device__ inline float widen<float, __nv_bfloat16>(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
+
+// To nearest, ties to even.
+template <typename T, typename C>
+__device__ T narrow(C value) {
+  return static_cast<T>(value);
+}
+template <>
+__device__ inline __half narrow<__half, float>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16, float>(float value) {
+  return __float2bfloat16_rn(value);
 }
 
 template <typename T>
@@ -98,7 +124,7 @@ __device__ Pack<T> load(const T* from, int count, bool whole) {
   Pack<T> pack;
   if (whole) return *reinterpret_cast<const Pack<T>*>(from);
 #pragma unroll
-  for (int k = 0; k < kPack; ++k) pack.v[k] = k < count ? from[k] : T(0.0f);
+  for (int k = 0; k < kPack; ++k) pack.v[k] = k < count ? from[k] : narrow<T>(0.0f);
   return pack;
 }
 
