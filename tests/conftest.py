@@ -5,6 +5,10 @@ from collections import Counter
 import pytest
 import torch
 
+# Tests run beside each other, and more threads than cores wait for one another: tens of times slower. Already here,
+# since some test files compute what they are parametrized by.
+torch.set_num_threads(1)
+
 
 def pytest_addoption(parser):
     help_ = "run every N-th of a test's parameter sets, the first among them"
@@ -34,6 +38,5 @@ def _thin(config, items, step):
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    # Tests run beside each other, and more threads than cores wait for one another: tens of times slower.
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # whatever the test before has set
     torch.manual_seed(0)

@@ -7,8 +7,6 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
 from diffusionblocks import jobs, pretrained
 from diffusionblocks.adapters.causal_lm import CausalLMAdapter, CausalLMRun
@@ -26,6 +24,9 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory) -> str:
     """The folder of a small GPT-2 of random weights that reads letters."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast  # seconds, which collecting shouldn't take
+
     folder = tmp_path_factory.mktemp("gpt2")
     words = {letter: i for i, letter in enumerate([*LETTERS, "?"])}
     letters = Tokenizer(models.WordLevel(words, unk_token="?"))
