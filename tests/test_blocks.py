@@ -128,11 +128,30 @@ def test_noise_is_drawn_in_the_trained_range(block, count, seed, step):
     assert bool(((sigma >= low) & (sigma <= high)).all())
 
 
-@pytest.mark.parametrize(("share", "count", "wanted"), [(0.0, 8, 0), (0.5, 8, 4), (0.5, 7, 3), (1.0, 5, 5)])
+@pytest.mark.parametrize(
+    ("share", "count", "wanted"), [(0.0, 8, 0), (0.5, 8, 4), (0.3, 10, 3), (0.7, 10, 7), (1.0, 5, 5)]
+)
 def test_context_draws_the_first_share_at_the_top(share, count, wanted):
     model = make(context=share)
     sigma = model.draw_sigma(2, (count,), seed=0, step=0, device=torch.device("cpu"))
     assert (sigma == model.partition.sigma_max).tolist() == [i < wanted for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 32])
+@pytest.mark.parametrize("share", [0.25, 0.1, 0.5])
+def test_context_has_its_share_whatever_the_batch(share, count):
+    """A batch of one, accumulated 32 times, trains on the noise of a batch of 32."""
+    model = make(context=share)
+    counts = []
+    for step in range(2000 // count):
+        sigma = model.draw_sigma(1, (count,), seed=5, step=step, device=torch.device("cpu"))
+        at_top = (sigma == model.partition.sigma_max).tolist()
+        assert at_top == sorted(at_top, reverse=True), "the first ones"
+        assert abs(sum(at_top) - share * count) < 1
+        counts.append(sum(at_top))
+    draws = len(counts)
+    spread = (share * count % 1 * (1 - share * count % 1) / draws) ** 0.5
+    assert abs(sum(counts) / draws - share * count) <= 4 * spread + 1e-9
 
 
 def test_given_noise_levels_are_used():

@@ -166,6 +166,52 @@ def test_a_loss_that_is_not_finite_stops_with_block_step_and_sigma(tmp_path, bad
     assert all(t.isfinite().all() for t in weights(session).values()), "the bad step must not reach the weights"
 
 
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_a_logged_loss_is_the_steps(tmp_path, monkeypatch, accumulate):
+    session, seen = tiny.session(tiny.config(tmp_path, accumulate=accumulate, steps=3)), []
+    plain = session.model.loss
+    monkeypatch.setattr(session.model, "loss", lambda *a, **k: seen.append(plain(*a, **k)) or seen[-1])
+    rows = run(session)
+    last = [loss.per_sample.mean().item() for loss in seen[-accumulate:]]
+    assert rows[-1]["loss"] == pytest.approx(sum(last) / accumulate, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_the_levels_named_are_the_bad_micro_batches(tmp_path, monkeypatch, bad, what):
+    session, seen = tiny.session(tiny.config(tmp_path, accumulate=3)), {}
+    plain = session.model.loss
+
+    def loss(*args, step, **rest):
+        made = seen[step] = plain(*args, step=step, **rest)
+        if step != 9 + bad:
+            return made
+        if what == "loss":
+            return made._replace(loss=made.loss * float("nan"))
+        made.loss.register_hook(lambda grad: grad * float("inf"))
+        return made
+
+    monkeypatch.setattr(session.model, "loss", loss)
+    with pytest.raises(NonFiniteLoss) as error:
+        run(session)
+    named = [seen[9 + bad].sigma] if what == "loss" else [seen[step].sigma for step in (9, 10, 11)]
+    low, high = torch.cat(named).aminmax()
+    assert f"at step 3 (sigma from {low:.4g} to {high:.4g})" in str(error.value)
+
+
+def test_the_first_bad_step_is_remembered_not_the_last(tmp_path, monkeypatch):
+    session = tiny.session(tiny.config(tmp_path, steps=8))
+    plain = session.model.loss
+
+    def loss(*args, step, **rest):
+        made = plain(*args, step=step, **rest)
+        return made._replace(loss=made.loss * float("nan")) if step in (5, 7, 9) else made
+
+    monkeypatch.setattr(session.model, "loss", loss)
+    with pytest.raises(NonFiniteLoss, match="at step 5 "):
+        run(session)
+
+
 def test_vote_sends_the_batch_where_most_of_its_noise_belongs(tmp_path):
     config = tiny.config(tmp_path, recipe="published", lr=1e-3)
     session = tiny.session(config)

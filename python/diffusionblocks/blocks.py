@@ -95,7 +95,8 @@ class DiffusionBlocks(nn.Module):
     ) -> Tensor:
         """Training noise levels of `block`, float32 on `device`, the same for the same (seed, block, step).
 
-        block: None draws from the range of all. The first `context` share of them is sigma_max.
+        block: None draws from the range of all. The first `context` share of them is sigma_max: of a batch that it
+        doesn't divide, one more or not by chance, so that small batches get their share too.
         """
         key = stream(seed, "sigma", 0 if block is None else block)
         u = dbkernels.philox_uniform(shape, seed=key, offset=step, device=device)
@@ -103,7 +104,17 @@ class DiffusionBlocks(nn.Module):
             parts = torch.arange(u.numel(), device=device).view(shape) / u.numel()
             u = (u.flatten()[0] + parts) % 1
         sigma = self.partition.draw_any(u) if block is None else self.partition.draw(block, u)
-        sigma.view(-1)[: int(self.context * sigma.numel())] = self.partition.sigma_max
+        return self.give_context(sigma, seed=seed, step=step)
+
+    def give_context(self, sigma: Tensor, *, seed: int, step: int) -> Tensor:
+        """Set the first `context` share of noise levels to sigma_max, in place; their number is right on average."""
+        share = round(self.context * sigma.numel(), 9)
+        sigma.view(-1)[: int(share)] = self.partition.sigma_max
+        if share % 1:
+            key = stream(seed, "context")
+            more = dbkernels.philox_uniform((), seed=key, offset=step, device=sigma.device) < share % 1
+            last = sigma.view(-1)[int(share)]
+            last.copy_(torch.where(more, self.partition.sigma_max, last))
         return sigma
 
     def helpers(self, block: int) -> list[int]:

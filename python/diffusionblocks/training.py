@@ -57,12 +57,17 @@ class Session:
             for block in model.blocks:
                 block.compile()
 
-    def watch(self, step: int, block: int, loss: BlockLoss, norm: Tensor) -> None:
-        """Remember the first step whose loss or gradient isn't finite, without waiting for the device."""
-        low, high = loss.sigma.double().aminmax()
+    def watch(self, step: int, block: int, losses: list[BlockLoss], norm: Tensor) -> None:
+        """Remember the first step whose loss or gradient isn't finite, without waiting for the device; of its
+        micro-batches, the first whose loss isn't, or the levels of all."""
+        low, high = (
+            torch.stack(ends) for ends in zip(*(loss.sigma.double().aminmax() for loss in losses), strict=True)
+        )
+        bad = ~torch.stack([loss.loss for loss in losses]).isfinite()
+        first, some = bad.int().argmax(), bad.any()
+        low, high = torch.where(some, low[first], low.min()), torch.where(some, high[first], high.max())
         seen = torch.stack([torch.full_like(low, step), torch.full_like(low, block), low, high])
-        bad = ~(loss.loss.isfinite() & norm.isfinite())
-        self.first_bad = torch.where(bad & (self.first_bad[0] < 0), seen, self.first_bad)
+        self.first_bad = torch.where((some | ~norm.isfinite()) & (self.first_bad[0] < 0), seen, self.first_bad)
 
     def check(self) -> None:
         """Raise NonFiniteLoss if `watch` saw one. Waits for the device."""
@@ -103,7 +108,7 @@ def train(
         session.residency.activate(block)
         torch.manual_seed(stream(config.seed, "layers", step) % 2**63)  # for dropout, if the layers have any
 
-        logs = step % LOG_EVERY == LOG_EVERY - 1 or step + 1 == config.total_steps
+        logs, losses = step % LOG_EVERY == LOG_EVERY - 1 or step + 1 == config.total_steps, []
         for micro in range(step * config.accumulate, (step + 1) * config.accumulate):
             x, y = batches.batch(micro)
             voted, sigma = choose(model, block, y, config, micro)
@@ -115,6 +120,7 @@ def train(
             with saved_tensors(model, block) if logs else nullcontext() as saved, autocast(config, x.device):
                 loss = model.loss(block, x, y, seed=config.seed, step=micro, sigma=sigma, handed=made)
             (loss.loss / config.accumulate).backward()
+            losses.append(loss._replace(loss=loss.loss.detach()))
             if meter:
                 meter.update(loss.sigma.flatten(), loss.error.flatten())
         usage = session.residency.usage().with_(activations=saved.bytes) if saved else None
@@ -124,12 +130,12 @@ def train(
         rate = learning_rate(step, steps=config.total_steps, peak=config.lr, warmup=warmup)
         for optimizer in active:
             optimizer.step(rate)
-        session.watch(step, block, loss, norm)
+        session.watch(step, block, losses, norm)
         session.changed |= {"shared", f"block_{block}"}
         session.step += 1
         if usage:
             session.check()
-            on_log(row(session, block, loss, norm, usage) | {"lr": rate})
+            on_log(row(session, block, losses, norm, usage) | {"lr": rate})
         on_step()
     session.check()
 
@@ -168,12 +174,11 @@ def choose(model: DiffusionBlocks, block: int, y: Tensor, config: TrainConfig, s
     u = dbkernels.philox_uniform(shape, seed=stream(config.seed, "vote"), offset=step, device=y.device)
     sigma = model.partition.draw_any(u)
     block = int(model.partition.block_of(sigma).mode().values)
-    sigma[: int(model.context * len(y))] = model.partition.sigma_max
-    return block, sigma
+    return block, model.give_context(sigma, seed=config.seed, step=step)
 
 
-def row(session: Session, block: int, loss: BlockLoss, norm: Tensor, usage: Usage) -> dict[str, Any]:
-    """A row of metrics for one step."""
+def row(session: Session, block: int, losses: list[BlockLoss], norm: Tensor, usage: Usage) -> dict[str, Any]:
+    """Return a row of metrics for one step; its loss is the mean over the step's micro-batches."""
     partition = session.model.partition
     whole = Range(partition.sigma_min, partition.sigma_max)
     low, high = whole if session.step <= session.config.trunk_steps else partition.trained(block)
@@ -183,7 +188,7 @@ def row(session: Session, block: int, loss: BlockLoss, norm: Tensor, usage: Usag
         "block": block,
         "sigma_low": low,
         "sigma_high": high,
-        "loss": float(loss.per_sample.mean()),
+        "loss": float(torch.stack([loss.per_sample.mean() for loss in losses]).mean()),
         "grad_norm": float(norm),
         "bytes": usage.by_category,
         "allocated": peak if session.device.type == "cuda" else usage.total,
