@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbkernels._direct import direct
 from dbkernels._levels import check_floating, compute_dtype, readable
+from dbkernels.cross_entropy_rows import TRITON
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
 def check_rows(
-    h: Any, weight: Any, target: Any, z: Any, bias: Any, logit_scale: Any, posterior: Any, ignore_index: int,
-    softcap: float | None,
+    h: Any, weight: Any, target: Any, z: Any, bias: Any, logit_scale: Any, posterior: Any, softcap: float | None
 ) -> int:  # fmt: skip
     """How many rows there are. Raises: TypeError, ValueError naming the argument."""
     check_head(h, weight, bias, logit_scale)
@@ -28,11 +29,39 @@ def check_rows(
     if posterior is not None:
         check_posterior(posterior, h, weight)
     check_softcap(softcap)
-    if readable(target):
-        wrong = (target != ignore_index) & ((target < 0) | (target >= len(weight)))
-        if wrong.any():
-            raise ValueError(f"target {int(target[wrong][0])} is outside [0, {len(weight)}) and isn't ignore_index")
     return math.prod(h.shape[:-1])
+
+
+def all_words(target: Tensor, width: int, ignore_index: int) -> bool:
+    """Return whether all are known to be words, none ignored. Raises: ValueError where one is seen to be neither."""
+    if not readable(target):
+        return False
+    low, high = (end.item() for end in target.aminmax())
+    if low >= 0 and high < width:
+        return not low <= ignore_index <= high
+    wrong = (target != ignore_index) & ((target < 0) | (target >= width))
+    if wrong.any():
+        raise ValueError(f"target {int(target[wrong][0])} is outside [0, {width}) and isn't ignore_index")
+    return False
+
+
+def mark_targets(
+    target: Tensor, width: int, ignore_index: int, row_weight: Tensor | None, mean: bool, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the targets as the rows' kernels take them, -1 where ignored and -2 where not a word, and what each row's
+    loss is multiplied by: row_weight, 0 where ignored, and over the rows that count for a mean. All (R,)."""
+    dtype = compute_dtype(like.dtype)
+    if all_words(target, width, ignore_index):
+        count = len(target) if mean else 1
+        return target, (torch.full(target.shape, 1 / count, dtype=dtype) if row_weight is None else row_weight / count)
+    if TRITON and len(target) and direct(target, row_weight):
+        from dbkernels.triton.cross_entropy_rows import mark
+
+        return mark(target.contiguous(), width, ignore_index, row_weight, mean, dtype)
+    counts = target != ignore_index
+    marked = torch.where(counts, torch.where((target >= 0) & (target < width), target, -2), -1)
+    factor = counts.to(dtype) if row_weight is None else torch.where(counts, row_weight, 0)
+    return marked, factor / counts.sum() if mean else factor
 
 
 def check_head(h: Any, weight: Any, bias: Any, logit_scale: Any) -> None:

@@ -5,15 +5,16 @@ The definition first, then the op, its gradient and the public function. The ker
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dbkernels import _logit_chunks as chunks
 from dbkernels._autocast import autocast
-from dbkernels._cross_entropy_checks import REDUCTIONS, check_rows, coefficient
+from dbkernels._cross_entropy_checks import REDUCTIONS, check_rows, coefficient, mark_targets
+from dbkernels._direct import direct
 from dbkernels._levels import compute_dtype
 from dbkernels._library import backend, define, register
 from dbkernels.edm_loss import times_upstream
@@ -64,6 +65,12 @@ def logits_reference(head: Head) -> Tensor:
     return logits
 
 
+def _row_losses(logits: Tensor, target: Tensor) -> Tensor:
+    """The definition of the rows' losses: 0 where the target is -1, NaN where it is less."""
+    loss = torch.nn.functional.cross_entropy(logits, target.clamp(min=-1), ignore_index=-1, reduction="none")
+    return loss * torch.where(target < -1, math.nan, 1)
+
+
 def _definition(*arguments: Any) -> list[Tensor]:
     *head_arguments, target, factor, wants = arguments
     leaves = {}
@@ -73,7 +80,7 @@ def _definition(*arguments: Any) -> list[Tensor]:
             leaves[name] = getattr(head, name).detach().requires_grad_()
     with torch.enable_grad():
         logits = logits_reference(head._replace(**leaves))
-        loss = torch.nn.functional.cross_entropy(logits, target, ignore_index=-1, reduction="none")
+        loss = _row_losses(logits, target)
     found = torch.autograd.grad(loss, list(leaves.values()), factor) if leaves else ()
     grads = {name: g.to(chunks.kept_dtype(g.dtype)).contiguous() for name, g in zip(leaves, found, strict=True)}
     return [loss.detach(), *(grads.get(name, loss.new_empty(0)) for name in GRADIENTS)]
@@ -91,13 +98,15 @@ def _fake(*arguments: Any) -> list[Tensor]:
     return [loss, *grads]
 
 
-@torch.autocast("cpu", enabled=False)
-@torch.autocast("cuda", enabled=False)
 def _chunked(*arguments: Any) -> list[Tensor]:
+    device = arguments[0].device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _chunked(*arguments)
     *head_arguments, target, factor, wants = arguments
     wanted = dict(zip(GRADIENTS, wants, strict=True))
     loss, grads = chunks.loss_and_gradients(Head(*head_arguments), target, factor, wanted)
-    return [loss, *(grads.get(name, loss.new_empty(0)) for name in GRADIENTS)]
+    return [loss, *(grads[name] if name in grads else loss.new_empty(0) for name in GRADIENTS)]
 
 
 define(
@@ -111,6 +120,13 @@ for _key in ("CPU", "CUDA"):
     register("denoising_cross_entropy", _key, _chunked, "PyTorch, in chunks")
 
 
+def _call(*arguments: Any) -> list[Tensor]:
+    """Call the op: past the dispatcher where nothing but its CUDA kernel could answer."""
+    if direct(*(argument for argument in arguments if isinstance(argument, Tensor))):
+        return _chunked(*arguments)
+    return torch.ops.dbkernels.denoising_cross_entropy.default(*arguments)
+
+
 class _RowLosses(torch.autograd.Function):
     """Losses of the rows. With `factor`, what the loss of each row will be multiplied by on the way to a scalar, the
     gradients are found with them; without, by a second pass once the upstream gradient is known."""
@@ -119,23 +135,28 @@ class _RowLosses(torch.autograd.Function):
     def forward(ctx: Any, factor: Maybe, target: Tensor, *fields: Any) -> Tensor:
         needs = dict(zip(Head._fields, ctx.needs_input_grad[2:], strict=True))
         ctx.wants, ctx.dtypes = [needs[name] for name in GRADIENTS], [getattr(f, "dtype", None) for f in fields]
-        at_once = factor is not None and any(ctx.wants)
-        now = (factor, ctx.wants) if at_once else (None, [False] * len(GRADIENTS))
-        loss, *grads = torch.ops.dbkernels.denoising_cross_entropy.default(*fields, target, *now)
-        ctx.at_once, ctx.rest = at_once, fields[10:]
-        kept = grads if at_once else (target, *fields[:10])
+        ctx.at_once = factor is not None and any(ctx.wants)
+        now = (factor, ctx.wants) if ctx.at_once else (None, [False] * len(GRADIENTS))
+        loss, *grads = _call(*fields, target, *now)
+        ctx.rest = fields[10:]
+        kept = grads if ctx.at_once else (target, *fields[:10])
         ctx.save_for_backward(*kept)
-        return loss if factor is None else (loss * factor).sum()
+        return loss if factor is None else torch.dot(loss, factor)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        # Not once_differentiable: where upstream is a constant, it would let the gradient pass for a constant too.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "denoising_cross_entropy has no second derivative: drop create_graph=True, or set "
+                "DBKERNELS_BACKEND=reference"
+            )
         if ctx.at_once:
-            grads = [times_upstream(grad, upstream) for grad in ctx.saved_tensors]
+            pairs = zip(ctx.wants, ctx.saved_tensors, strict=True)
+            grads = [times_upstream(grad, upstream) if want else grad for want, grad in pairs]
         else:
             target, *tensors = ctx.saved_tensors
-            op = torch.ops.dbkernels.denoising_cross_entropy.default
-            _, *grads = op(*tensors, *ctx.rest, target, upstream, ctx.wants)
+            _, *grads = _call(*tensors, *ctx.rest, target, upstream.contiguous(), ctx.wants)
         found = {name: grad for name, grad, want in zip(GRADIENTS, grads, ctx.wants, strict=True) if want}
         dtypes = dict(zip(Head._fields, ctx.dtypes, strict=True))
         return None, None, *(found[name].to(dtypes[name]) if name in found else None for name in Head._fields)
@@ -181,21 +202,22 @@ def denoising_cross_entropy(
 
     Raises:
         TypeError: an argument isn't a tensor of the right kind. ValueError: shapes, devices or dtypes don't fit; z
-            without c_skip; reduction is unknown; softcap isn't positive; on the CPU, a target is outside [0, V).
+            without c_skip; reduction is unknown; softcap isn't positive; on the CPU, outside torch.compile, a target is
+            outside [0, V): elsewhere its loss is NaN. RuntimeError: a gradient is to be differentiated again.
 
     Source: Wijmans et al. 2024 (Cut Cross-Entropy), section 4; Karras et al. 2022, table 1; method.md, section 9.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
-    h, weight, z = (autocast(t) for t in (h, weight, z))
-    rows = check_rows(h, weight, target, z, bias, logit_scale, posterior, ignore_index, softcap)
-    dtype, shape = compute_dtype(h.dtype), target.shape
+    h, weight, z = autocast(h), autocast(weight), autocast(z)
+    rows = check_rows(h, weight, target, z, bias, logit_scale, posterior, softcap)
+    shape = target.shape
     if (z is None) != (c_skip is None):
         raise ValueError("z and c_skip go together: pass both or neither")
     seen_z, table, sigma = posterior or (None, None, None)
     precision = None if sigma is None else coefficient("sigma", sigma, shape, h).square().reciprocal()
     head = Head(
-        h.reshape(rows, h.shape[-1]),
+        h if h.dim() == 2 else h.reshape(rows, h.shape[-1]),
         weight,
         None if z is None else z.reshape(rows, z.shape[-1]),
         None if c_skip is None else coefficient("c_skip", c_skip, shape, h),
@@ -208,20 +230,14 @@ def denoising_cross_entropy(
         normalize,
         softcap,
     )
-    flat = target.reshape(rows)
-    flat = torch.where(flat == ignore_index, -1, flat)
-    weights = (
-        torch.ones((), dtype=dtype, device=h.device)
-        if row_weight is None
-        else coefficient("row_weight", row_weight, shape, h)
-    )
-    factor = (weights.expand(rows) * (flat >= 0)).contiguous()
-    if reduction == "mean":
-        factor = factor / (flat >= 0).sum()
-    plain = backend() == "reference" and not torch.compiler.is_compiling()
-    if plain:
-        losses = torch.nn.functional.cross_entropy(logits_reference(head), flat, ignore_index=-1, reduction="none")
-        return (losses * factor).view(shape) if reduction == "none" else (losses * factor).sum()
+    weights = None if row_weight is None else coefficient("row_weight", row_weight, shape, h)
+    flat = target if target.dim() == 1 else target.reshape(rows)
+    flat, factor = mark_targets(flat, len(weight), ignore_index, weights, reduction == "mean", h)
+    if backend() == "reference" and not torch.compiler.is_compiling():
+        loss = _row_losses(logits_reference(head), flat)
+        loss = loss if reduction == "none" else torch.dot(loss, factor)
+    else:
+        loss = _RowLosses.apply(None if reduction == "none" else factor, flat, *head)
     if reduction == "none":
-        return (_RowLosses.apply(None, flat, *head) * factor).view(shape)
-    return _RowLosses.apply(factor, flat, *head)
+        return (loss if weights is None else loss * factor).view(shape)
+    return loss if rows or reduction == "sum" else loss + math.nan

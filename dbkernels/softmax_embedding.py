@@ -15,6 +15,7 @@ from dbkernels._autocast import autocast
 from dbkernels._cross_entropy_checks import check_head, check_posterior, check_softcap, coefficient
 from dbkernels._levels import check_floating, compute_dtype
 from dbkernels._library import backend, define, register
+from dbkernels._products import expected_rows
 from dbkernels.denoising_cross_entropy import Head, logits_reference
 
 Maybe: TypeAlias = Tensor | None
@@ -29,13 +30,15 @@ def softmax_embedding_reference(table: Tensor, z: Maybe, r: Maybe, *head: Any) -
     return D.to(table.dtype)
 
 
-@torch.autocast("cpu", enabled=False)
-@torch.autocast("cuda", enabled=False)
 def _chunked(table: Tensor, z: Maybe, r: Maybe, *fields: Any) -> Tensor:
+    device = table.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _chunked(table, z, r, *fields)
     head = Head(*fields)
     result = table.new_empty(len(head.h), table.shape[1])
     for rows, p in chunks.probabilities(head):
-        D = chunks.expected_rows(p.to(compute_dtype(table.dtype)), table)
+        D = expected_rows(p.to(compute_dtype(table.dtype)), table)
         result[rows] = (
             D if z is None or r is None else torch.lerp(D, z[rows].to(D.dtype), r[rows].to(D.dtype).unsqueeze(1))
         )

@@ -4,23 +4,44 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 4096  # columns at once: 16 a thread with 8 warps
+from dbkernels.triton.launch import Kinds, Launch
+
+BLOCK = 4096  # columns of a whole row at once: 16 a thread with 8 warps
+COLUMNS = 2048  # of a chunk of words: 16 a thread with 4 warps
+TARGETS = 1024
+
+
+@triton.jit
+def write_gradient(
+    logits, out, width, target, own, share, shift, loss, OVERLAP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Write share·exp((l - shift) - loss), and `own` at the target. OVERLAP: out is the first part of the logits' row,
+    so a block's reads must end before its writes begin; those never reach into a block that is still to be read."""
+    column = tl.arange(0, BLOCK)
+    for start in range(0, width, BLOCK):
+        mask = start + column < width
+        l = tl.load(logits + start + column, mask=mask, other=float("-inf"))
+        grad = tl.where(start + column == target, own, share * tl.exp((l - shift) - loss))
+        if OVERLAP:
+            tl.debug_barrier()
+        tl.store(out + start + column, grad.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def rows_kernel(
     logits_ptr, target_ptr, factor_ptr, loss_ptr, out_ptr, logits_row, out_row, width,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    GRADIENT: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row a program, read twice: the second time mostly from the cache."""
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * logits_row
     target = tl.load(target_ptr + row)
     column = tl.arange(0, BLOCK)
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    rest = tl.zeros((BLOCK,), tl.float32)
+    top = tl.full((BLOCK,), float("-inf"), dtype)
+    rest = tl.zeros((BLOCK,), dtype)
     for start in range(0, width, BLOCK):
-        l = tl.load(logits + start + column, mask=start + column < width, other=float("-inf")).to(tl.float32)
+        l = tl.load(logits + start + column, mask=start + column < width, other=float("-inf"))
         above = tl.maximum(top, l)
         # Lanes that have seen nothing yet, or only -inf, keep a sum of zero.
         still = above == float("-inf")
@@ -30,30 +51,111 @@ def rows_kernel(
         top = above
     highest = tl.max(top, 0)
     rest = tl.sum(tl.where(top == float("-inf"), 0.0, rest * tl.exp(top - highest)), 0)
-    at = tl.load(logits + tl.maximum(target, 0)).to(tl.float32) - highest
+    ignored = target == -1
+    wrong = (target < -1) | (target >= width)
+    at = tl.load(logits + tl.where(wrong | ignored, 0, target)) - highest
     own = tl.exp(at)
     # log1p(rest + expm1(at)) without cancellation: where the target is the highest, own is 1 and rest is what counts.
     small = rest + (own - 1.0)
     big = 1.0 + small
     exact = tl.where(big == 1.0, small, tl.log(big) * (small / (big - 1.0)))
-    loss = exact - at
-    tl.store(loss_ptr + row, tl.where(target >= 0, loss, 0.0))
+    loss = tl.where(wrong, float("nan"), exact - at)
+    tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss))
     if GRADIENT:
-        share = tl.where(target >= 0, tl.load(factor_ptr + row), 0.0) / (rest + own)
-        for start in range(0, width, BLOCK):
-            mask = start + column < width
-            l = tl.load(logits + start + column, mask=mask, other=float("-inf")).to(tl.float32)
-            grad = tl.where(start + column == target, -share * rest, share * tl.exp(l - highest))
-            tl.store(out_ptr + row * out_row + start + column, grad.to(out_ptr.dtype.element_ty), mask=mask)
+        factor = tl.where(wrong, float("nan"), tl.load(factor_ptr + row))
+        share = tl.where(ignored, 0.0, factor) / (rest + own)
+        # The target's logit was read by all, and its place may be written over.
+        write_gradient(
+            logits, out_ptr + row * out_row, width, target, -share * rest, share, highest, 0.0, OVERLAP, BLOCK
+        )
 
 
-def launch(logits, target, factor, out):
+@triton.jit(do_not_specialize=["first"])
+def columns_kernel(
+    logits_ptr, target_ptr, at_ptr, loss_ptr, factor_ptr, out_ptr, first, logits_row, out_row, width,
+    OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row a program, read once."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    ignored = target == -1
+    loss = tl.load(loss_ptr + row)
+    share = tl.where(ignored, 0.0, tl.load(factor_ptr + row))
+    shift = tl.where(ignored, float("inf"), tl.load(at_ptr + row))
+    # expm1(-loss) without cancellation, as W. Kahan's log1p above.
+    p = tl.exp(-loss)
+    near = tl.where(p == 1.0, -loss, (p - 1.0) * (-loss / tl.log(tl.where(p == 1.0, 0.5, p))))
+    own = share * tl.where(p == 0.0, -1.0, near)
+    write_gradient(
+        logits_ptr + row * logits_row, out_ptr + row * out_row, width, target - first, own, share, shift, loss,
+        OVERLAP, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def mark_kernel(
+    target_ptr, weight_ptr, marked_ptr, factor_ptr, ignore_index, width, rows,
+    WEIGHTED: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each program counts all rows for itself: reading the targets again is cheaper than a second launch."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    target = tl.load(target_ptr + at, mask=at < rows, other=0)
+    counted = target != ignore_index
+    inside = (target >= 0) & (target < width)
+    tl.store(marked_ptr + at, tl.where(counted, tl.where(inside, target, -2), -1), mask=at < rows)
+    factor = tl.where(counted, 1.0, 0.0).to(factor_ptr.dtype.element_ty)
+    if WEIGHTED:
+        factor *= tl.load(weight_ptr + at, mask=at < rows, other=0.0)
+    if MEAN:
+        count = tl.zeros((BLOCK,), tl.int32)
+        for start in range(0, rows, BLOCK):
+            other = start + tl.arange(0, BLOCK)
+            t = tl.load(target_ptr + other, mask=other < rows, other=ignore_index)
+            count += (t != ignore_index).to(tl.int32)
+        factor = factor / tl.sum(count, 0).to(factor.dtype)
+    tl.store(factor_ptr + at, factor, mask=at < rows)
+
+
+launches = Kinds()
+
+
+def rows(logits, target, factor, out):
     """Losses (R,); the gradient to `out` if there is a factor. Rows of adjacent elements."""
-    rows, width = logits.shape
-    loss = torch.empty(rows, dtype=logits.dtype, device=logits.device)
-    if rows:
-        rows_kernel[(rows,)](
-            logits, target, loss if factor is None else factor, loss, out, logits.stride(0), out.stride(0), width,
-            GRADIENT=factor is not None, BLOCK=min(BLOCK, max(256, triton.next_power_of_2(width))), num_warps=8,
-        )  # fmt: skip
+    loss = torch.empty(len(logits), dtype=logits.dtype, device=logits.device)
+    count, width = logits.shape
+    if not count:
+        return loss
+    gradient, overlap = factor is not None, out.dtype != logits.dtype and out.data_ptr() == logits.data_ptr()
+    kind = "rows", logits.shape, logits.stride(0), logits.dtype, out.stride(0), out.dtype, gradient, overlap, logits.get_device()  # fmt: skip
+    launch = launches.get(kind) or launches.keep(kind, Launch(
+        rows_kernel, (count,), logits.get_device(), (logits.stride(0), out.stride(0), width),
+        GRADIENT=gradient, OVERLAP=overlap, BLOCK=min(BLOCK, max(256, triton.next_power_of_2(width))), num_warps=8,
+    ))  # fmt: skip
+    launch(logits, target, loss if factor is None else factor, loss, out)
     return loss
+
+
+def columns(logits, target, at, loss, factor, first, out):
+    """The gradient of some columns to `out`. Rows of adjacent elements."""
+    count, width = logits.shape
+    overlap = out.dtype != logits.dtype and out.data_ptr() == logits.data_ptr()
+    kind = "columns", logits.shape, logits.stride(0), logits.dtype, out.stride(0), out.dtype, overlap, logits.get_device()  # fmt: skip
+    launch = launches.get(kind) or launches.keep(kind, Launch(
+        columns_kernel, (count,), logits.get_device(), (logits.stride(0), out.stride(0), width),
+        OVERLAP=overlap, BLOCK=min(COLUMNS, max(256, triton.next_power_of_2(width))), num_warps=4,
+    ))  # fmt: skip
+    launch(logits, target, at, loss, factor, out, varying=(first,))
+
+
+def mark(target, width, ignore_index, row_weight, mean, dtype):
+    """The targets as the other kernels take them, and the factors of the rows' losses: see `mark_targets`."""
+    marked = torch.empty_like(target)
+    factor = torch.empty(target.shape, dtype=dtype, device=target.device)
+    rows, weighted = len(target), row_weight is not None
+    kind = "mark", rows, width, ignore_index, weighted, mean, dtype, target.get_device()
+    launch = launches.get(kind) or launches.keep(kind, Launch(
+        mark_kernel, (triton.cdiv(rows, TARGETS),), target.get_device(), (ignore_index, width, rows),
+        WEIGHTED=weighted, MEAN=mean, BLOCK=TARGETS, num_warps=4,
+    ))  # fmt: skip
+    launch(target, row_weight if weighted else factor, marked, factor)
+    return marked, factor

@@ -1,28 +1,84 @@
-"""Run by test_cross_entropy_rows_triton.py in a process with TRITON_INTERPRET=1: the kernel against the definition."""
+"""Run by test_cross_entropy_rows_triton.py in a process with TRITON_INTERPRET=1: the kernels against their definitions."""
 
 import torch
 
-from dbkernels.cross_entropy_rows import cross_entropy_rows_definition
-from dbkernels.triton.cross_entropy_rows import launch
+from dbkernels._cross_entropy_checks import mark_targets
+from dbkernels.cross_entropy_rows import cross_entropy_columns_definition, cross_entropy_rows_definition
+from dbkernels.triton.cross_entropy_rows import columns, mark, rows
 from numerics import EPSILON
 
-torch.manual_seed(0)
-for rows, width in ((5, 7), (3, 256), (4, 5000), (1, 1), (6, 9000)):
-    logits = torch.randn(rows, width) * 5
-    target = torch.randint(width, (rows,))
+
+def example(count, width, dtype):
+    logits = torch.randn(count, width, dtype=dtype) * 5
+    target = torch.randint(width, (count,))
     target[0] = -1
-    logits[-1, target[-1].clamp(min=0)] = 40  # nearly certain: 1 - p is far below float32's last place
-    factor = torch.rand(rows) + 0.1
-    exact = logits.double()
-    loss = cross_entropy_rows_definition(exact, target, factor.double())
-    for out in (None, torch.empty(rows, width, dtype=torch.float16)):
-        given = logits.clone()
-        where = given if out is None else out
-        ours = launch(given, target, factor, where)
-        assert ((ours.double() - loss).abs() <= 8 * EPSILON[torch.float32] * loss.abs() + 1e-12).all(), (rows, width)
-        # An exponential errs by the rounding of its argument, up to 60 here; float16 is subnormal below 6e-5.
-        unit, least = (64 * EPSILON[torch.float32], 0) if out is None else (EPSILON[torch.float16], 6e-8)
-        assert ((where.double() - exact).abs() <= unit * exact.abs() + least).all(), (rows, width)
-    assert torch.equal(launch(logits.clone(), target, None, logits), ours)
-assert launch(torch.empty(0, 5), torch.empty(0).long(), None, torch.empty(0, 5)).shape == (0,)
+    logits[-1, target[-1].clamp(min=0)] = 40  # nearly certain: 1 - p is far below the last place
+    return logits, target, torch.rand(count, dtype=dtype) + 0.1
+
+
+def close(ours, exact, unit, least=0.0):
+    """An exponential errs by the rounding of its argument, up to 60 here; float16 is subnormal below 6e-5."""
+    near = (ours.double() - exact).abs() <= unit * exact.abs() + least
+    return torch.equal(ours.isnan(), exact.isnan()) and bool((near | exact.isnan()).all())
+
+
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.float64):
+    for count, width in ((5, 7), (3, 256), (4, 5000), (1, 1), (6, 9000)):
+        logits, target, factor = example(count, width, dtype)
+        exact = logits.double().clone()
+        loss = cross_entropy_rows_definition(exact, target, factor.double())
+        unit, half = 64 * EPSILON[dtype], (EPSILON[torch.float16], 6e-8)
+        for way in ("in place", "beside", "overlapping"):
+            if way == "overlapping" and dtype == torch.float64:
+                continue
+            given = logits.clone()
+            beside = torch.empty(count, width, dtype=torch.float16)
+            out = {"in place": given, "beside": beside, "overlapping": given.view(torch.float16)[:, :width]}[way]
+            ours = rows(given, target, factor, out)
+            # log's own error, where the loss is near 1, beside the exponentials'
+            assert ((ours.double() - loss).abs() <= 8 * EPSILON[dtype] * loss.abs() + EPSILON[dtype] * 1e-5).all()
+            assert close(out, exact, *((unit,) if way == "in place" else half)), (count, width, way, dtype)
+        assert torch.equal(rows(logits.clone(), target, None, logits), ours)
+
+# What is no word: NaN, in the loss and the gradient
+logits, target, factor = example(5, 300, torch.float32)
+target[1:4] = torch.tensor([300, -2, 2**40])
+exact = logits.clone()
+loss = cross_entropy_rows_definition(exact, target, factor)
+assert loss.isnan().tolist() == [False, True, True, True, False]
+given = logits.clone()
+assert rows(given, target, factor, given).isnan().equal(loss.isnan()) and given.isnan().equal(exact.isnan())
+assert rows(torch.empty(0, 5), torch.empty(0).long(), None, torch.empty(0, 5)).shape == (0,)
+
+# Columns of logits whose losses are known, one chunk after another: the same gradient
+for dtype, half in ((torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float32, None)):
+    logits, target, factor = example(6, 5000, dtype)
+    target[2] = 7000
+    at = logits.gather(1, target.clamp(0, 4999).unsqueeze(1))
+    exact = logits.double().clone()
+    loss = cross_entropy_rows_definition(exact, target, factor.double()).to(dtype)
+    unit, least = (64 * EPSILON[dtype], 0.0) if half is None else (EPSILON[half] * 2, 6e-8)
+    for first, width in ((0, 128), (128, 4000), (4128, 872)):
+        chunk = logits[:, first : first + width].clone()
+        out = chunk if half is None else chunk.view(half)[:, :width]
+        where = torch.empty(6, width, dtype=out.dtype)
+        cross_entropy_columns_definition(chunk, target, at, loss, factor, first, where)
+        columns(chunk, target, at, loss, factor, first, out)
+        for found in (where, out):
+            want = exact[:, first : first + width]
+            assert close(found, want, unit, least), (half, first)
+
+# Marks
+for weighted in (False, True):
+    for mean in (False, True):
+        target = torch.randint(-3, 12, (2500,))
+        weight = torch.rand(2500) if weighted else None
+        ours = mark(target, 10, 11, weight, mean, torch.float32)
+        exact = mark_targets(target.to("meta"), 10, 11, None, mean, torch.empty(0))  # shapes
+        assert [t.shape for t in ours] == [t.shape for t in exact]
+        assert torch.equal(ours[0], torch.where(target == 11, -1, torch.where((target < 0) | (target > 9), -2, target)))
+        factor = (target != 11) * (1.0 if weight is None else weight) / ((target != 11).sum() if mean else 1)
+        torch.testing.assert_close(ours[1], factor)
+assert mark(torch.full((3,), 5), 4, 5, None, True, torch.float32)[1].isnan().all()
 print("interpreted: ok")
