@@ -83,6 +83,7 @@ class DiffusionBlocks(nn.Module):
         )
         if shared == "frozen" and self.ends is not None:
             self.ends.requires_grad_(False)
+        _check_ties(self.parts())
 
     @property
     def sees_z(self) -> bool:
@@ -241,6 +242,19 @@ def _entries(carries: Sequence[nn.Module], partition: Partition) -> list[nn.Modu
     if len(carries) not in (0, partition.blocks - 1):
         raise ValueError(f"{partition.blocks} blocks take {partition.blocks - 1} carries or none, got {len(carries)}")
     return [None, *carries] if carries else [None] * partition.blocks
+
+
+def _check_ties(parts: dict[str, nn.Module]) -> None:
+    """Raise ValueError if a trained parameter is in two parts: each would train it, and none could leave the device."""
+    owners: dict[int, str] = {}
+    for part, module in parts.items():
+        for name, p in module.named_parameters():
+            owner = owners.setdefault(id(p), f"{part}'s {name}")
+            if p.requires_grad and not owner.startswith(f"{part}'s "):
+                raise ValueError(
+                    f"{part}'s {name} is the same parameter as {owner}: weights tied across blocks can't be trained "
+                    "apart; give each block its own copy, put the layers that share it in one block, or freeze it"
+                )
 
 
 def _check_levels(sigma: Tensor, y: Tensor, shape: tuple[int, ...]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .blocks import DiffusionBlocks
 from .memory import Usage, count_bytes
@@ -42,6 +42,7 @@ class Residency:
         if store == "disk" and folder is None:
             raise ValueError("store='disk' needs a folder to keep waiting blocks in")
         self.parts, self.optimizers = model.parts(), optimizers or {}
+        self._common = _common(model, self.parts)
         self.device, self.store, self.folder = torch.device(device), store, folder
         self.active: int | None = None
         self.averaged = False
@@ -117,15 +118,15 @@ class Residency:
         if block == self.active:
             yield
             return
-        live, used = self._live(part), self._used(part)
-        own = {name: live[f"weight/{name}"].data for name in used}
+        held = self.parts[part].state_dict(keep_vars=True)
+        own = {name: t.data for name, t in held.items()}
         try:
-            for name, t in used.items():
-                live[f"weight/{name}"].data = t.detach().to(self.device)
+            for name, t in self._used(part).items():
+                held[name].data = t.detach().to(self.device)
             yield
         finally:
             for name, t in own.items():
-                live[f"weight/{name}"].data = t
+                held[name].data = t
 
     def load(self, part: str, tensors: dict[str, Tensor]) -> None:
         """Replace a part's tensors; it stays where it is. Raises: ValueError if names or shapes differ."""
@@ -136,7 +137,7 @@ class Residency:
             raise ValueError(f"part {part!r} does not fit this model: {', '.join(wrong[:4])}")
         self._prefetched()
         if self._on_disk(part):
-            save_file({name: t.contiguous() for name, t in tensors.items()}, self._file(part))
+            save_file(_apart(tensors), self._file(part))
             return
         for name, t in live.items():
             t.data = tensors[name].to(t.device, t.dtype)
@@ -151,22 +152,30 @@ class Residency:
         return Usage({name: count_bytes(ts, self.device) for name, ts in groups.items()})
 
     def _live(self, part: str) -> dict[str, Tensor]:
+        """The tensors that move with a part, each once; what several parts hold is the shared part's."""
         module = self.parts[part]
-        tensors = {f"weight/{name}": p for name, p in [*module.named_parameters(), *module.named_buffers()]}
+        own = [*module.named_parameters(), *module.named_buffers()]
+        tensors = {f"weight/{name}": t for name, t in own if id(t) not in self._common}
+        if part == "shared":
+            tensors |= {f"weight/{name}": t for name, t in self._common.values()}
         return tensors | (self.optimizers[part].tensors() if part in self.optimizers else {})
 
     def _used(self, part: str) -> dict[str, Tensor]:
         """A part's weights by their names in its state_dict: averages of a part that waits within `averages()`."""
         waits = part not in ("shared", f"block_{self.active}")
-        kind = "ema" if self.averaged and waits else "weight"
-        names = list(self.parts[part].state_dict())
+        kind, live = "ema" if self.averaged and waits else "weight", self._live(part)
+        held = self.parts[part].state_dict(keep_vars=True)
+        first = {id(t): key.removeprefix("weight/") for key, t in live.items() if key.startswith("weight/")}
+        keys = {}  # a tied weight is stored under its first name
+        for name, t in held.items():
+            if id(t) in first:
+                key = f"{kind}/{first[id(t)]}"
+                keys[name] = key if key in live else f"weight/{first[id(t)]}"
+        common = {name: t for name, t in held.items() if name not in keys}
         if not self._on_disk(part):
-            live = self._live(part)
-            return {name: live.get(f"{kind}/{name}", live[f"weight/{name}"]) for name in names}
+            return {name: live[key] for name, key in keys.items()} | common
         with safe_open(self._file(part), "pt") as file:
-            stored = set(file.keys())
-            found = {name: f"{kind}/{name}" if f"{kind}/{name}" in stored else f"weight/{name}" for name in names}
-            return {name: file.get_tensor(key) for name, key in found.items()}
+            return {name: file.get_tensor(key) for name, key in keys.items()} | common
 
     def _fetch(self, part: str) -> None:
         name, fetched = self._prefetched()
@@ -198,7 +207,7 @@ class Residency:
             self._swap([part])
         if self.store == "disk":
             live = self._live(part)
-            save_file({name: t.detach().contiguous() for name, t in live.items()}, self._file(part))
+            save_file(_apart(live), self._file(part))
             for t in live.values():
                 t.data = torch.empty(0, dtype=t.dtype)
         else:
@@ -219,6 +228,30 @@ class Residency:
     def _file(self, part: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{part}.safetensors"
+
+
+def _common(model: DiffusionBlocks, parts: dict[str, nn.Module]) -> dict[int, tuple[str, Tensor]]:
+    """Frozen tensors and buffers that several parts hold, by identity, each with its first name in the model: a table
+    of rotary angles, made once. They stay on the device, since no part may take them along."""
+    seen: dict[int, str] = {}
+    several = set()
+    for part, module in parts.items():
+        for t in {id(t): t for t in (*module.parameters(), *module.buffers())}:
+            if seen.setdefault(t, part) != part:
+                several.add(t)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {id(t): (name, t) for name, t in named if id(t) in several}
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no memory, as a file holds them."""
+    found, seen = {}, set()
+    for name, t in tensors.items():
+        dense = t.detach().contiguous()
+        memory = dense.untyped_storage().data_ptr()
+        found[name] = dense.clone() if memory in seen else dense
+        seen.add(memory)
+    return found
 
 
 def _category(name: str) -> str:
