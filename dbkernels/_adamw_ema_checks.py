@@ -1,0 +1,119 @@
+"""What adamw_ema_step refuses, each argument by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbkernels._adamw_ema_definition import state_dtype
+from dbkernels.philox import check_address
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_lists(lists: dict[str, Sequence[Tensor]]) -> None:
+    """Raise unless the lists match params in length, shapes and device, and have the dtypes that go with params'."""
+    params = lists["params"]
+    if not len(params):
+        raise ValueError("params is empty: pass the parameters that received a gradient")
+    if params[0].dtype not in _FLOATS:
+        raise TypeError(f"params must be floating point, got {params[0].dtype}")
+    given, state, device = params[0].dtype, state_dtype(params[0].dtype), params[0].device
+    shapes = [getattr(param, "shape", None) for param in params]
+    for name, tensors in lists.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{name} has {len(tensors)} tensors and params {len(params)}: pass one for each")
+        dtype = given if name in ("params", "grads") else state
+        for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+            # One line where all is well: a block has a hundred tensors, and each step asks.
+            if not (isinstance(tensor, Tensor) and tensor.dtype is dtype and tensor.shape == shape
+                    and tensor.device == device):  # fmt: skip
+                _complain(f"{name}[{i}]", tensor, shape, device, dtype)
+
+
+def _complain(name: str, tensor: Tensor, shape: torch.Size | None, device: torch.device, dtype: torch.dtype) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}: leave out parameters without one")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}: moments, EMA and masters of halves are float32")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its parameter {tuple(shape or ())}: they must match")
+    raise ValueError(f"{name} is on {tensor.device}, params[0] on {device}: move the list to one device")
+
+
+def _check_number(name: str, value: Any, low: float, high: float, bounds: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not low <= value < high:
+        raise ValueError(f"{name}={value} must be in {bounds}")
+
+
+def check_scalar(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless a number given as a tensor is 0-dim, of `dtype`, on the params' device. Its value isn't read."""
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype} where it is a tensor, got {value.dtype}: pass {name}.to({dtype})")
+    if value.dim():
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: a number given as a tensor must have none")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, params[0] on {device}: move it there")
+
+
+def check_numbers(
+    step: int | Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    max_norm: float | None,
+    ema_decay: float | Tensor | None,
+) -> None:
+    """Raise unless all numbers are in range; tensors are taken as they are."""
+    if not isinstance(step, Tensor):
+        if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
+            raise TypeError(f"step must be an int or an int64 tensor, got {type(step).__name__}")
+        if step < 1:
+            raise ValueError(f"step={step} must be 1 or more: it is the number of this update, counted from 1")
+    if not isinstance(lr, Tensor):
+        _check_number("lr", lr, 0.0, math.inf, "[0, inf)")
+    _check_number("betas[0]", betas[0], 0.0, 1.0, "[0, 1)")
+    _check_number("betas[1]", betas[1], 0.0, 1.0, "[0, 1)")
+    _check_number("eps", eps, 0.0, math.inf, "[0, inf)")
+    if max_norm is not None:
+        _check_number("max_norm", max_norm, math.ulp(0.0), math.inf, "(0, inf); None for no clipping")
+    if ema_decay is not None and not isinstance(ema_decay, Tensor):
+        _check_number("ema_decay", ema_decay, 0.0, 1.0 + 1e-12, "[0, 1]")
+
+
+def check_rounding(
+    dtype: torch.dtype,
+    masters: Sequence[Tensor] | None,
+    stochastic: bool,
+    seed: int | Tensor | None,
+    offset: int | Tensor,
+) -> None:
+    """Raise unless masters and stochastic rounding are asked for where they make sense, with a seed for the latter."""
+    if masters is not None and stochastic:
+        raise ValueError("masters and stochastic_rounding exclude each other: a master keeps what rounding would lose")
+    if masters is not None and dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"masters are for float16 and bfloat16 params, got {dtype}: leave them out")
+    if stochastic and dtype != torch.bfloat16:
+        raise ValueError(f"stochastic_rounding is for bfloat16 params, got {dtype}: pass masters, or leave it out")
+    if stochastic != (seed is not None):
+        raise ValueError("seed and stochastic_rounding=True go together: pass both or neither")
+    check_address(0 if seed is None or isinstance(seed, Tensor) else seed, 0 if isinstance(offset, Tensor) else offset)
+
+
+def decays_of(weight_decay: float | Sequence[float], count: int) -> list[float]:
+    """Return a decay for each of `count` tensors. Raises unless they are that many, zero or positive."""
+    if isinstance(weight_decay, (int, float)):
+        _check_number("weight_decay", weight_decay, 0.0, math.inf, "[0, inf)")
+        return [float(weight_decay)] * count
+    decays = list(weight_decay)
+    if len(decays) != count:
+        raise ValueError(f"weight_decay has {len(decays)} values for {count} tensors: pass a float or one a tensor")
+    for i, decay in enumerate(decays):
+        _check_number(f"weight_decay[{i}]", decay, 0.0, math.inf, "[0, inf)")
+    return [float(decay) for decay in decays]
