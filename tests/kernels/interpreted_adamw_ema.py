@@ -1,0 +1,190 @@
+"""Run by test_adamw_ema_triton.py with TRITON_INTERPRET=1: the kernels on the CPU, against the definition."""
+
+import itertools
+
+import torch
+
+from dbkernels import adamw_ema_step_reference
+from dbkernels.triton import adamw_ema_list
+from dbkernels.triton.adamw_ema import BLOCK, CHUNK, GRAD, NUMEL, PARAM, START
+from dbkernels.triton.adamw_ema_list import Plan, plan_for, rows_of, step
+from numerics import EPSILON
+
+SEED, OFFSET = 2**63 + 5, 2**32 - 1
+SIGNED = SEED - 2**64
+# Odd sizes, none, one, a whole block, a chunk and more; 270 small ones are more than the kernels look at together.
+SHAPES = [(7, 3), (0,), (1,), (), (BLOCK,), (CHUNK + 5,)]
+MANY = [(i % 30,) for i in range(280)]
+WAYS = {
+    "nearest": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    "masters": (torch.float16, torch.bfloat16),
+    "stochastic": (torch.bfloat16,),
+}
+
+
+def lists_of(shapes, dtype, way, averaged=True):
+    """params, grads, exp_avgs, exp_avg_sqs, emas, masters"""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    params = [torch.randn(shape).to(dtype) for shape in shapes]
+    state = [[torch.rand(shape, dtype=wide) for shape in shapes] for _ in range(3)]
+    masters = [p.float() for p in params] if way == "masters" else []
+    grads = [torch.randn(shape).to(dtype) for shape in shapes]
+    return [params, grads, *state[:2], state[2] if averaged else [], masters]
+
+
+def copies(lists):
+    return [[tensor.clone() for tensor in tensors] for tensors in lists]
+
+
+def equal(lists, others):
+    return all(torch.equal(a, b) for a, b in zip(itertools.chain(*lists), itertools.chain(*others), strict=True))
+
+
+def call(function, lists, decays, way, *, number=3, lr=2.0**-7, max_norm=1.0, ema=0.875, seed=SIGNED, offset=OFFSET):
+    """The interpreter takes Python floats for float32: these lose nothing by it."""
+    return function(
+        *lists[:5], number, lr, 0.875, 0.9375, 2.0**-27, decays, max_norm, ema if lists[4] else None, lists[5],
+        way == "stochastic", seed, offset,
+    )  # fmt: skip
+
+
+def assert_close(ours, theirs, dtype, case):
+    """Some roundings of the state's dtype. The interpreter's bfloat16 is cut, not rounded: a unit, of which an average
+    takes an eighth; a rounding by chance falls the other way where its float32 value differs."""
+    for i, tensors in enumerate(ours):
+        for a, b, param in zip(tensors, theirs[i], theirs[0], strict=False):  # emas and masters may be none
+            error, size = (a.double() - b.double()).abs(), b.double().abs()
+            allowed = 4 * EPSILON[a.dtype] * (size + 0.1)
+            if i == 4:
+                allowed = allowed + EPSILON[dtype] / 8 * param.double().abs()
+            assert (error <= allowed).all(), (case, i, error.max())
+
+
+def every_kind():
+    for way, dtypes in WAYS.items():
+        for dtype, (averaged, max_norm) in itertools.product(dtypes, ((True, 1.0), (False, None))):
+            lists = lists_of(SHAPES, dtype, way, averaged)
+            decays = [0.1 * (i % 2) for i in range(len(SHAPES))]
+            twin = copies(lists)
+            norm = call(step, lists, decays, way, max_norm=max_norm)
+            expected = call(adamw_ema_step_reference, twin, decays, way, max_norm=max_norm)
+            case = way, dtype, averaged, max_norm
+            assert norm.dtype == expected.dtype and norm.dim() == 0
+            # A sum of 9,000 squares, which float64 doesn't round away.
+            assert abs(norm - expected) <= 16 * EPSILON[norm.dtype] * expected, case
+            assert_close(lists, twin, dtype, case)
+
+
+def stochastic_bits():
+    """Where float32 agrees to the bit, so do the roundings: a step that decay alone makes, of exact values."""
+    lists = lists_of([(5,), (2 * BLOCK + 3,), (9,)], torch.bfloat16, "stochastic")
+    for tensors in lists[1:4]:
+        for tensor in tensors:
+            tensor.zero_()
+    twin = copies(lists)
+    for f, x in ((step, lists), (adamw_ema_step_reference, twin)):
+        call(f, x, [0.5] * 3, "stochastic", lr=2.0**-9)
+    assert all(torch.equal(a, b) for a, b in zip(lists[0], twin[0], strict=True))
+
+
+def unaligned():
+    for way, dtype in (("nearest", torch.float32), ("masters", torch.bfloat16)):
+        shapes = [(BLOCK + 9,), (CHUNK + 1,)]
+        lists = [[torch.cat([t.new_zeros(1), t])[1:] for t in tensors] for tensors in lists_of(shapes, dtype, way)]
+        twin = copies(lists)
+        for f, x in ((step, lists), (adamw_ema_step_reference, twin)):
+            call(f, x, [0.1, 0.0], way)
+        assert_close(lists, twin, dtype, way)
+
+
+def many():
+    lists = lists_of(MANY, torch.float32, "nearest")
+    decays = [0.1 * (i % 2) for i in range(len(MANY))]
+    twin = copies(lists)
+    for f, x in ((step, lists), (adamw_ema_step_reference, twin)):
+        call(f, x, decays, "nearest")
+    assert_close(lists, twin, torch.float32, "many")
+
+
+def nothing():
+    lists = lists_of([(0,), (3, 0)], torch.float32, "nearest")
+    assert call(step, lists, [0.0, 0.0], "nearest") == 0
+
+
+def skipped():
+    for value, way in itertools.product((float("inf"), float("nan"), -float("inf")), WAYS):
+        lists = lists_of(SHAPES, torch.bfloat16, way)
+        lists[1][5][CHUNK + 1] = value
+        lists[3][0][0, 0] = float("inf")  # state that arithmetic by zero would turn into NaN
+        before, number = copies(lists), torch.tensor(3)
+        norm = call(step, lists, [0.1] * len(SHAPES), way, number=number)
+        assert not norm.isfinite() and number == 3
+        for a, b in zip(itertools.chain(*lists), itertools.chain(*before), strict=True):
+            assert torch.equal(a.nan_to_num(), b.nan_to_num()), (value, way)
+
+
+def tensors_for_numbers():
+    """The same bits as Python numbers, and the step advanced; numbers that take many products too."""
+    lr, ema = 9 * 2.0**-13, 1 - 2.0**-9
+    for number in (1, 2, 3, 1000, 123457):
+        lists = lists_of([(BLOCK,), (5,)], torch.bfloat16, "stochastic")
+        twin = copies(lists)
+        call(step, lists, [0.1, 0.0], "stochastic", number=number, lr=lr, ema=ema)
+        counter = torch.tensor(number)
+        numbers = dict(lr=torch.tensor(lr, dtype=torch.float64), ema=torch.tensor(ema, dtype=torch.float64))
+        numbers |= dict(number=counter, seed=torch.tensor(SIGNED), offset=torch.tensor(OFFSET))
+        call(step, twin, [0.1, 0.0], "stochastic", **numbers)
+        assert counter == number + 1
+        assert equal(lists, twin), number
+
+
+def flat():
+    """Views that lie behind each other in every list are one tensor to the kernels, and the result is the same."""
+    sizes = [40, BLOCK, 8, CHUNK]
+    for way, dtype in (("nearest", torch.float32), ("stochastic", torch.bfloat16), ("masters", torch.float16)):
+        apart = lists_of([(size,) for size in sizes], dtype, way)
+        joined = [list(torch.cat(tensors).split(sizes)) if tensors else [] for tensors in apart]
+        assert len(rows_of(joined, [0.1] * 4, way == "stochastic")) == 1
+        assert [row[0] for row in rows_of(joined, [0.1, 0.1, 0.0, 0.0], False)] == [40 + BLOCK, 8 + CHUNK]
+        for lists in (apart, joined):
+            call(step, lists, [0.1] * 4, way)
+        assert equal(apart, joined), way
+    odd = [list(torch.randn(20).split([5, 15])) for _ in range(6)]
+    assert len(rows_of(odd, [0.0, 0.0], False)) == 1 and len(rows_of(odd, [0.0, 0.0], True)) == 2
+    assert len(rows_of([odd[0], odd[1], odd[2], odd[3], odd[4], odd[5][::-1]], [0.0] * 2, False)) == 2
+
+
+def tables():
+    """The table has each tensor's addresses, and a plan serves the lists it was made for and no others."""
+    lists = lists_of([(3, 4), (CHUNK + 1,), (5,)], torch.float32, "nearest")
+    plan = Plan(lists, [0.1, 0.0, 0.2], False)
+    table = plan.table.view(9, 3).tolist()
+    assert table[START.value] == [0, 1, 3] and table[NUMEL.value] == [12, CHUNK + 1, 5] and plan.chunks == 4
+    for field, tensors in ((PARAM, lists[0]), (GRAD, lists[1])):
+        assert table[field.value] == [tensor.data_ptr() for tensor in tensors]
+    calls = []
+
+    def found(lists, decay=0.1, stochastic=False):
+        return plan_for(lists, decay, stochastic, lambda: calls.append(1) or [decay] * 3)
+
+    first = found(lists)
+    assert found(lists) is first and len(calls) == 1
+    assert found(lists, 0.2) is not first and found(lists, stochastic=True) is not first and len(calls) == 3
+    for changed in (lists[1][0].view(4, 3), lists[1][0].view(torch.int32), lists[1][0].clone()):
+        assert found([lists[0], [changed, *lists[1][1:]], *lists[2:]]) is not first
+    assert found([[lists[0][0].view(4, 3).t(), *lists[0][1:]], *lists[1:]]) is None
+    assert len(calls) <= 6
+    adamw_ema_list._plans.clear()
+
+
+torch.manual_seed(0)
+every_kind()
+stochastic_bits()
+unaligned()
+many()
+nothing()
+skipped()
+tensors_for_numbers()
+flat()
+tables()
+print("interpreted: ok")

@@ -1,0 +1,77 @@
+"""adamw_ema_step's Triton kernels without a GPU: interpreted, compiled ahead of time, and launched on a fake one."""
+
+import re
+import shutil
+
+import pytest
+
+pytest.importorskip("triton")
+import triton.language as tl
+
+import aot
+from dbkernels.triton.adamw_ema import (
+    BLOCK,
+    CHUNK,
+    NEAREST,
+    STOCHASTIC,
+    WITH_MASTER,
+    decide_kernel,
+    squares_kernel,
+    update_kernel,
+)
+from fake_gpu import run_faked
+from interpreter import run_interpreted
+
+TYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
+LISTS = ["*i64:16", "*fp64:16", "i32"]  # table, scratch, tensors
+SHORTEST = 200  # a stub is shorter
+# dtype, average, where the parameter goes, and the streams of 16-byte accesses an element block has: loads, stores. A
+# thread has 8 elements: two accesses a stream in float32, four in float64; halves move 8 bytes.
+UPDATES = [
+    ("fp32", True, NEAREST, 10, 8), ("bf16", True, WITH_MASTER, 8, 8), ("bf16", True, STOCHASTIC, 6, 6),
+    ("fp16", False, NEAREST, 4, 4), ("fp64", True, NEAREST, 20, 16),
+]  # fmt: skip
+
+
+def wide(dtype):
+    return TYPES["fp64" if dtype == "fp64" else "fp32"]
+
+
+def test_interpreted():
+    run_interpreted("interpreted_adamw_ema.py")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the fake driver")
+def test_launches_and_host_time():
+    run_faked("faked_adamw_ema.py")
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype,averaged,store,loads,stores", UPDATES)
+def test_update_compiles_to_wide_accesses(dtype, averaged, store, loads, stores, arch):
+    """The whole kernel, with its loops for unaligned and last blocks, is at most 2200 instructions; 8 elements of 40
+    bytes go through some 600 of them, 75 an element: an H100 has time for 380 while the bytes move."""
+    types = dict(TYPE=TYPES[dtype], WIDE=wide(dtype), CHUNK=CHUNK, BLOCK=BLOCK)
+    report = aot.report(update_kernel, LISTS, dict(**types, AVERAGED=averaged, STORE=store.value), arch, stages=1)
+    assert report.spilled_bytes == 0 and report.registers <= 168
+    assert SHORTEST < report.instructions < 2200, report.instructions
+    assert len(re.findall(r"LDG\.E\.128", report.sass)) == loads
+    assert len(re.findall(r"STG\.E\.128", report.sass)) == stores
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype,loads", [("fp32", 2), ("bf16", 1)])
+def test_squares_compile(dtype, loads, arch):
+    constants = dict(TYPE=TYPES[dtype], WIDE=wide(dtype), CHUNK=CHUNK, BLOCK=BLOCK)
+    report = aot.report(squares_kernel, LISTS, constants, arch, stages=1)
+    assert report.spilled_bytes == 0 and report.registers <= 96 and SHORTEST < report.instructions < 800
+    assert len(re.findall(r"LDG\.E\.128", report.sass)) % loads == 0 and "LDG.E.128" in report.sass
+
+
+@pytest.mark.parametrize("state", ["fp32", "fp64"])
+def test_decide_compiles(state):
+    pointers = ["*i64:16", "*fp64:16", f"*{state}:16", "*i64", "*fp64", "*fp64", "*i64", "*i64"]
+    numbers = ["i64", "fp64", "fp64", "i64", "i64", "i32", "i32", *["fp64"] * 4]
+    given = dict.fromkeys(("STEP", "LR", "EMA_DECAY", "SEEDED", "MOVED"), True)
+    report = aot.report(decide_kernel, pointers + numbers, dict(**given, CLIPPED=True, BLOCK=1024), 90, stages=1)
+    assert report.spilled_bytes == 0 and SHORTEST < report.instructions < 1000
