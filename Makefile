@@ -24,7 +24,7 @@ SOURCES := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
 # torch and the build tools go in first, and the package is built against them: an isolated build would fetch torch again.
 $(VENV)/.ready: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	$(PIP) install $(PINNED) $(TORCH) "setuptools>=77" wheel ninja packaging
+	$(PIP) install $(PINNED) $(TORCH) "setuptools>=77" wheel ninja packaging pybind11
 	touch $@
 
 # --editable: Python edits need no reinstall; C++ edits rebuild, since the sources are listed above.

@@ -5,14 +5,17 @@ have it.
     FORCE_CUDA=1                     build the CUDA library with no GPU here (0: never build it)
     TORCH_CUDA_ARCH_LIST="8.0;9.0a"  GPUs to build it for; by default the ones here
 
-Everything compiled goes through PyTorch's stable ABI and CPython's limited API: one cp310-abi3 wheel serves
-Python 3.10 to 3.13 and torch 2.11 and later. pybind11 has no limited-API mode, so the Python-facing module
-(build facts, Philox for the tests) is plain C API. Without a working compiler the install succeeds, and the
-ops run on their definitions.
+Kernels go through PyTorch's stable ABI, so a build serves torch 2.11 and later; the Python-facing module
+(build facts, Philox for the tests) is pybind11, so a wheel serves one version of Python. Without a working C++
+compiler the install succeeds, and the ops run on their definitions. A CUDA library that was begun must build:
+else the install fails, with the compiler's first error.
 """
 
+import contextlib
 import os
+import re
 import sys
+import threading
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -23,15 +26,18 @@ try:
 except ImportError:  # a source checkout being inspected, or an install with no torch yet
     torch = cpp_extension = None
 
-PACKAGES = find_packages(include=["dbkernels", "dbkernels.*"]) + find_packages("python")
 # Kernels may use what torch 2.11 offers and nothing later.
-TORCH_TARGET = "0x020b000000000000"
-COMMON = ["-O3", "-std=c++17", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+COMMON = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # Contraction off: where a multiply-add matters the code says fma, so every build rounds alike. No OpenMP
 # flag: threads come from libtorch (torch::stable::parallel_for), and linking OpenMP here could load a second
 # runtime beside its own. The ABI warning is about vectors between functions; ours are inlined.
-CXX_FLAGS = [*COMMON, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-Wno-psabi"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+CXX_FLAGS = [
+    *COMMON,
+    *["-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"],
+    "-Wno-psabi",
+]
+# Beside torch's own, cpp_extension.COMMON_NVCC_FLAGS. tests/kernels/test_cuda_sources.py compiles with both.
+NVCC_FLAGS = [*COMMON, "-DUSE_CUDA"]
 
 
 def say(*words):
@@ -39,86 +45,135 @@ def say(*words):
 
 
 def cuda_wanted():
-    """Whether to build the CUDA library, and why."""
+    """Return whether to build the CUDA library, and why.
+
+    Raises:
+        SystemExit: if FORCE_CUDA=1 asks for what this machine can't build.
+    """
     force = os.environ.get("FORCE_CUDA")
     if force == "0":
         return False, "FORCE_CUDA=0"
-    if torch.version.cuda is None:
-        if force:
-            raise SystemExit(f"FORCE_CUDA={force}, but torch {torch.__version__} is a CPU build: install a CUDA one")
-        return False, f"torch {torch.__version__} is a CPU build"
-    if cpp_extension.CUDA_HOME is None:
-        if force:
-            raise SystemExit(f"FORCE_CUDA={force}, but no CUDA toolkit was found: set CUDA_HOME to its folder")
-        return False, "no CUDA toolkit found (set CUDA_HOME)"
+    lacking = None
+    if torch is None:
+        lacking = "torch isn't importable: install it, then use --no-build-isolation"
+    elif torch.version.cuda is None:
+        lacking = f"torch {torch.__version__} is a CPU build: install a CUDA one"
+    elif cpp_extension.CUDA_HOME is None:
+        lacking = "no CUDA toolkit was found: set CUDA_HOME to its folder"
     if force:
+        if lacking:
+            raise SystemExit(f"FORCE_CUDA={force}, but {lacking}")
         return True, f"FORCE_CUDA={force}"
+    if lacking:
+        return False, lacking
     if not torch.cuda.is_available():
         return False, "no GPU here (FORCE_CUDA=1 builds for others)"
     return True, f"torch {torch.__version__} and {cpp_extension.CUDA_HOME}"
 
 
+def library(name, kind, sources, facts, flags):
+    """Return the extension `name`: the Python-facing module and a folder's kernels."""
+    import pybind11
+
+    made = kind(
+        name,
+        ["csrc/module.cpp", *map(str, sources)],
+        include_dirs=[str(Path("csrc").resolve()), pybind11.get_include()],
+        define_macros=[("DBK_FLAGS", f'"{" ".join(facts)}"')],
+        extra_compile_args=flags,
+    )
+    made.libraries.remove("torch_python")  # of torch's own bindings, which a build for one version of torch would use
+    return made
+
+
 def extensions():
-    cpu = cpp_extension.CppExtension(
-        "dbkernels._C",
-        ["csrc/module.cpp", "csrc/bindings.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
-        include_dirs=[str(Path("csrc").resolve())],
-        define_macros=[("DBK_FLAGS", f'"{" ".join(CXX_FLAGS)}"'), ("DBK_MODULE", "_C")],
-        extra_compile_args={"cxx": CXX_FLAGS},
-        py_limited_api=True,
-    )
-    say("CPU library: yes,", " ".join(CXX_FLAGS), "with AVX2 chosen at run time")
+    """Return what to build here, after saying it."""
     wanted, why = cuda_wanted()
+    if torch is None:
+        say("torch isn't importable here, so no kernels are compiled; install it, then use --no-build-isolation")
+        return []
+    cpu = ["csrc/bindings.cpp", *sorted(Path("csrc/cpu").glob("*.cpp"))]
+    made = [library("dbkernels._C", cpp_extension.CppExtension, cpu, CXX_FLAGS, {"cxx": CXX_FLAGS})]
+    say("CPU library: yes,", " ".join(CXX_FLAGS), "with AVX2 chosen at run time")
     say("CUDA library:", "yes," if wanted else "no,", why)
-    if not wanted:
-        return [cpu]
-    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "those of the GPUs here")
-    say("CUDA architectures:", archs, "| MAX_JOBS:", os.environ.get("MAX_JOBS", "all cores"))
-    cuda = cpp_extension.CUDAExtension(
-        "dbkernels._C_cuda",
-        ["csrc/module.cpp", "csrc/cuda/bindings.cpp", *map(str, sorted(Path("csrc/cuda").glob("*.cu")))],
-        include_dirs=[str(Path("csrc").resolve())],
-        define_macros=[
-            ("DBK_FLAGS", f'"{" ".join(NVCC_FLAGS)}"'),
-            ("DBK_MODULE", "_C_cuda"),
-            ("USE_CUDA", None),
-        ],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
-        py_limited_api=True,
-    )
-    return [cpu, cuda]
+    if wanted:
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "those of the GPUs here")
+        say("CUDA architectures:", archs, "| MAX_JOBS:", os.environ.get("MAX_JOBS", "all cores"))
+        cuda = ["csrc/cuda/bindings.cpp", *sorted(Path("csrc/cuda").glob("*.cu"))]
+        flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
+        made.append(library("dbkernels._C_cuda", cpp_extension.CUDAExtension, cuda, NVCC_FLAGS, flags))
+    return made
+
+
+@contextlib.contextmanager
+def recorded():
+    """Let through all that is printed, compilers' words too, and keep it: yields the list of lines."""
+    lines, kept, (read, write) = [], (os.dup(1), os.dup(2)), os.pipe()
+
+    def copy():
+        with open(read, "rb") as pipe:
+            for line in pipe:
+                os.write(kept[0], line)
+                lines.append(line.decode(errors="replace").strip())
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    for stream in (1, 2):
+        os.dup2(write, stream)
+    os.close(write)
+    try:
+        yield lines
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, to in zip((1, 2), kept, strict=True):
+            os.dup2(to, stream)
+        thread.join()
+        for stream in kept:
+            os.close(stream)
+
+
+def first_error(lines, error):
+    """Return the first line in which a compiler or the linker complains, else the exception's words."""
+    complaint = re.compile(r"\b(error|fatal)\s*:|cannot find|not found|undefined reference", re.I)
+    return next(filter(complaint.search, lines), f"{type(error).__name__}: {error}")
 
 
 def build_command():
     class Build(cpp_extension.BuildExtension):
-        """Builds what it can: a missing or broken compiler leaves the package on its reference ops, and says
-        so."""
+        """Builds one library after the other, and says how it went. The CPU's may be left out; CUDA's may not."""
 
         def build_extensions(self):
             every = self.extensions
             for extension in every:
-                extension.optional = True
                 self.extensions = [extension]
                 try:
-                    super().build_extensions()
+                    with recorded() as lines:
+                        super().build_extensions()
                     say(f"{extension.name}: built")
-                except BaseException as error:
-                    if isinstance(error, KeyboardInterrupt):
-                        raise
-                    say(f"{extension.name}: NOT built ({type(error).__name__}: {error})")
-                    say("the package installs and runs on its PyTorch definitions; see the compiler's words")
+                except Exception as error:
+                    said = first_error(lines, error)
+                    say(f"{extension.name}: NOT built: {said}")
+                    if extension.name.endswith("_cuda"):
+                        raise SystemExit(
+                            f"The CUDA library doesn't build. First error: {said}\n"
+                            "FORCE_CUDA=0 installs without it: ops then run on Triton's kernels."
+                        ) from error
+                    extension.optional = True  # nothing to copy or to pack is no error then
+                    say("the package installs and runs on its PyTorch definitions")
             self.extensions = every
 
     return Build
 
 
-if cpp_extension is None:
-    say("torch isn't importable here, so no kernels are compiled; install it, then use --no-build-isolation")
-    setup(packages=PACKAGES)
-else:
+def main():
+    made = extensions()
     setup(
-        packages=PACKAGES,
-        ext_modules=extensions(),
-        cmdclass={"build_ext": build_command()},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        packages=find_packages(include=["dbkernels", "dbkernels.*"]) + find_packages("python"),
+        ext_modules=made,
+        cmdclass={"build_ext": build_command()} if made else {},
     )
+
+
+if __name__ == "__main__":
+    main()

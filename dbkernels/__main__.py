@@ -19,15 +19,25 @@ def _triton_version() -> str:
     return str(triton.__version__)
 
 
-def _library_line(module: str) -> str:
+def _cost(device: str) -> str:
+    """Return what runs in a missing library's stead on `device` ("CPU" or "CUDA")."""
+    used = {op: by_device[device] for op, by_device in kernels().items()}
+    definitions = sorted(op for op, label in used.items() if label.startswith("reference"))
+    if definitions:
+        return f"on their PyTorch definitions run {', '.join(definitions)}"
+    kernels_of = {label for label in used.values() if not label.startswith("PyTorch")}
+    return f"nothing is lost, kernels run on {' and '.join(sorted(kernels_of))}"
+
+
+def _library_line(module: str, device: str) -> str:
     facts = compiled(module)
-    if facts is None:
-        return (
-            "not loaded: DBKERNELS_BACKEND=reference"
-            if dbkernels.backend() == "reference"
-            else (f"not built ({load_error(module)})")
-        )
-    return f"{facts['language']}, {facts['kernel']}, compiler {facts['compiler']}, {facts['flags']}"
+    if facts is not None:
+        return f"{facts['language']}, {facts['kernel']}, compiler {facts['compiler']}, {facts['flags']}"
+    if dbkernels.backend() == "reference":
+        return "not loaded: DBKERNELS_BACKEND=reference"
+    if device == "CUDA" and torch.version.cuda is None:
+        return f"none: torch {torch.__version__} is a CPU build"
+    return f"{load_error(module)}: {_cost(device)}"
 
 
 def _devices() -> dict[str, str]:
@@ -42,12 +52,12 @@ def main() -> None:
     print(f"dbkernels {dbkernels.__version__}, Python {platform.python_version()}, {platform.system()}")
     print(f"torch {torch.__version__} (CUDA {torch.version.cuda}), Triton {_triton_version()}")
     print(f"backend {dbkernels.backend()} (DBKERNELS_BACKEND)")
-    print(f"CPU library:  {_library_line('_C')}")
-    print(f"CUDA library: {_library_line('_C_cuda')}")
+    print(f"CPU library:  {_library_line('_C', 'CPU')}")
+    print(f"CUDA library: {_library_line('_C_cuda', 'CUDA')}")
     for device, words in _devices().items():
         print(f"\n{device}: {words}")
         for op, by_device in sorted(kernels().items()):
-            print(f"  {op:<20} {by_device[device.split(':')[0]]}")
+            print(f"  {op:<28} {by_device[device.split(':')[0]]}")
     if not torch.cuda.is_available():
         print("\nCUDA: no device here")
 

@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -41,7 +41,7 @@ def _read_backend() -> str:
 _BACKEND = _read_backend()
 _kernels: dict[str, dict[str, str]] = {}
 _load_errors: dict[str, str] = {}
-_noticed = False
+_noticed: set[str] = set()
 
 
 def _load(name: str) -> ModuleType | None:
@@ -51,7 +51,8 @@ def _load(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(f"{NAMESPACE}.{name}")
     except ImportError as error:
-        _load_errors[name] = str(error)
+        absent = isinstance(error, ModuleNotFoundError) and error.name == f"{NAMESPACE}.{name}"
+        _load_errors[name] = "not built" if absent else f"built, but doesn't load: {error}"
         return None
 
 
@@ -63,7 +64,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
 
     def definition(*args: Any, **kwargs: Any) -> Any:
         if has_kernels:
-            _notice()
+            _notice(name, _device_type(args))
         return reference(*args, **kwargs)
 
     lib.impl(name, definition, "CompositeExplicitAutograd")
@@ -103,7 +104,7 @@ def compiled(module: str = "_C") -> dict[str, str] | None:
 
 
 def load_error(module: str = "_C") -> str | None:
-    """Why a compiled library isn't loaded, in the importer's words."""
+    """Return why a compiled library isn't loaded: "not built", or the loader's words. None if it is loaded."""
     return _load_errors.get(module)
 
 
@@ -113,15 +114,40 @@ def kernels() -> dict[str, dict[str, str]]:
     return {name: dict(by_device) for name, by_device in _kernels.items()}
 
 
-def _notice() -> None:
-    """Say once a process that the compiled CPU kernels are missing: silence would hide a slow install."""
-    global _noticed
-    if _noticed or _BACKEND == "reference" or "_C" not in _load_errors:
+def _device_type(values: Sequence[Any]) -> str:
+    """Return the device type of an op's first tensor, which may be the first of a list."""
+    for value in values:
+        if isinstance(value, (list, tuple)) and value:
+            value = value[0]
+        if isinstance(value, torch.Tensor):
+            return value.device.type
+    return "cpu"
+
+
+def _lacking(device_type: str) -> tuple[str, str] | None:
+    """Return what is missing where a definition serves `device_type`, and how to get it. None if nothing is."""
+    if device_type == "cpu" and "_C" in _load_errors:
+        return f"its CPU library ({_load_errors['_C']})", "install a C++17 compiler and reinstall"
+    if device_type != "cuda" or "_C_cuda" not in _load_errors:
+        return None
+    library = f"its CUDA library ({_load_errors['_C_cuda']})"
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton (not installed) and {library}", "`pip install triton`, which every op has a CUDA kernel in"
+    return library, "reinstall with FORCE_CUDA=1, a CUDA build of torch and its CUDA toolkit (CUDA_HOME)"
+
+
+def _notice(name: str, device_type: str) -> None:
+    """Say once a process and kind of device which kernels are missing: silence would hide a slow install."""
+    if _BACKEND == "reference" or device_type in _noticed:
         return
-    _noticed = True
+    _noticed.add(device_type)
+    lacking = _lacking(device_type)
+    if lacking is None:
+        return
+    missing, remedy = lacking
     warnings.warn(
-        "dbkernels was installed without its compiled kernels, so ops run on their PyTorch definitions: the "
-        "same results, slower. Install a C++17 compiler and reinstall to have them; `python -m dbkernels` "
-        "shows the state. DBKERNELS_BACKEND=reference silences this.",
+        f"dbkernels is installed without {missing}, so {name} runs on its PyTorch definition on {device_type.upper()}: "
+        f"the same results, slower. To have its kernel, {remedy}; `python -m dbkernels` shows the state of every op. "
+        "DBKERNELS_BACKEND=reference silences this.",
         stacklevel=4,
     )

@@ -5,12 +5,16 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 import dbkernels
+from dbkernels import __main__ as command
+from dbkernels import _library
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -82,6 +86,54 @@ def test_the_portable_build_draws_the_same_noise():
     assert len(outputs) == 1
 
 
+def notices(monkeypatch, device_type, errors, *, triton=True):
+    """Return what two definitions in a row say of a library that isn't there."""
+    monkeypatch.setattr(_library, "_load_errors", errors)
+    monkeypatch.setattr(_library, "_noticed", set())
+    monkeypatch.setattr(_library.importlib.util, "find_spec", lambda name: triton or None)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for op in ("adamw_ema_step", "edm_loss"):
+            _library._notice(op, device_type)
+    return [str(warning.message) for warning in seen]
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    both = {"_C": "not built", "_C_cuda": "built, but doesn't load: undefined symbol"}
+    (cuda,) = notices(monkeypatch, "cuda", both)
+    assert "without its CUDA library (built, but doesn't load: undefined symbol)" in cuda and "FORCE_CUDA=1" in cuda
+    assert "adamw_ema_step runs on its PyTorch definition on CUDA" in cuda and "C++" not in cuda
+    (cuda,) = notices(monkeypatch, "cuda", both, triton=False)
+    assert "without Triton (not installed) and its CUDA library" in cuda and "pip install triton" in cuda
+    (cpu,) = notices(monkeypatch, "cpu", both)
+    assert "without its CPU library (not built)" in cpu and "C++17 compiler" in cpu and "CUDA" not in cpu
+    assert not notices(monkeypatch, "cuda", {"_C": "not built"})
+    assert not notices(monkeypatch, "cpu", {"_C_cuda": "not built"})
+
+
+def test_the_device_is_that_of_the_first_tensor():
+    tensor = torch.empty(1, device="meta")
+    assert _library._device_type([1.0, None, tensor]) == "meta"
+    assert _library._device_type([[], [tensor, torch.empty(1)]]) == "meta"
+    assert _library._device_type([3]) == "cpu"
+
+
+def test_the_command_says_what_a_missing_cuda_library_costs(monkeypatch):
+    def line(labels, cuda="13.0"):
+        monkeypatch.setattr(command, "compiled", lambda module: None)
+        monkeypatch.setattr(command, "load_error", lambda module: "not built")
+        monkeypatch.setattr(command, "kernels", lambda: {op: {"CUDA": label} for op, label in labels.items()})
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        return command._library_line("_C_cuda", "CUDA")
+
+    on_triton = {"adamw_ema_step": "Triton", "edm_loss": "Triton", "softmax_embedding": "PyTorch, in chunks"}
+    assert line(on_triton) == "not built: nothing is lost, kernels run on Triton"
+    assert line({**on_triton, "adamw_ema_step": "reference (PyTorch)"}) == (
+        "not built: on their PyTorch definitions run adamw_ema_step"
+    )
+    assert "is a CPU build" in line(on_triton, cuda=None)
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A copy of the sources, so that building leaves the checkout alone."""
@@ -118,7 +170,7 @@ def wheel(checkout, target, **variables):
 
 @pytest.mark.slow
 def test_without_a_compiler_it_installs_runs_and_says_so_once(checkout, tmp_path):
-    words = wheel(checkout, tmp_path, CXX="/bin/false", CC="/bin/false")
+    words = wheel(checkout, tmp_path, CXX="/bin/false", CC="/bin/false", FORCE_CUDA="0")
     assert "dbkernels._C: NOT built" in words
     code = (
         # An editable install would find the checkout's library for this package, which has none.
@@ -127,7 +179,7 @@ def test_without_a_compiler_it_installs_runs_and_says_so_once(checkout, tmp_path
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
         "    for _ in range(3): z = k.inject_noise(torch.zeros(4), 1.0, seed=1)\n"
-        "said = [w for w in seen if 'compiled kernels' in str(w.message)]\n"
+        "said = [w for w in seen if 'CPU library (not built)' in str(w.message)]\n"
         "assert k.compiled() is None and len(said) == 1; print('once', k.__file__)"
     )
     assert f"once {tmp_path}" in python(["-c", code], PYTHONPATH=str(tmp_path))
@@ -139,7 +191,7 @@ def test_the_wheel_has_both_packages_and_the_library(checkout, tmp_path):
         pytest.skip("no compiler here")
     words = wheel(checkout, tmp_path)
     assert "CPU library: yes" in words and "CUDA library:" in words and "dbkernels._C: built" in words
-    assert list((tmp_path / "dbkernels").glob("_C.abi3.so"))
+    assert (tmp_path / f"dbkernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
     for name in ("dbkernels/py.typed", "dbkernels/triton/inject_noise.py", "diffusionblocks/edm.py"):
         assert (tmp_path / name).exists(), name
     code = "import dbkernels; assert dbkernels.compiled(), 'not loaded'; print('loaded', dbkernels.__file__)"
