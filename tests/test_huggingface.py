@@ -37,6 +37,25 @@ def test_its_blocks_train(shared):
         assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), f"block {block}: {losses}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_network_of_another_dtype_trains_in_it(dtype):
+    torch.manual_seed(0)
+    net = network()
+    plain, other = huggingface_vit(net, 2), huggingface_vit(network().to(dtype), 2)
+    other.load_state_dict(plain.state_dict())
+    x, y = torch.randn(8, 3, 16, 16), torch.arange(8) % 5  # images in float32, as loaders give them
+    for block in range(2):
+        ours, expected = (model.loss(block, x, y, seed=0, step=0).loss for model in (other, plain))
+        assert float(ours) == pytest.approx(float(expected), rel=1e-5 if dtype == torch.float64 else 0.05)
+        ours.backward()
+        trained = [p for p in other.blocks[block].parameters() if p.requires_grad]
+        assert {p.dtype for p in trained} == {dtype}
+        before = [p.detach().clone() for p in trained]
+        PartOptimizer(other.blocks[block].named_parameters()).step(1e-2)
+        assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+        assert all(p.isfinite().all() for p in trained)
+
+
 def test_at_the_start_the_wrapped_layers_are_the_networks_own():
     torch.manual_seed(0)
     net = network().eval()

@@ -83,7 +83,10 @@ class Residency:
 
     @contextlib.contextmanager
     def averages(self) -> Iterator[None]:
-        """Within it, weights are their moving averages."""
+        """Within it, weights are their moving averages; within itself it changes nothing."""
+        if self.averaged:
+            yield
+            return
         resident = ["shared"] + ([f"block_{self.active}"] if self.active is not None else [])
         self._swap(resident)
         self.averaged = True

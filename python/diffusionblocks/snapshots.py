@@ -10,6 +10,7 @@ from torch import Tensor
 from . import checkpoint, density
 from .checkpoint import CheckpointError, Manifest
 from .config import TrainConfig, to_dict
+from .optim import PartOptimizer
 from .partition import Partition
 from .residency import Residency
 from .training import Session
@@ -29,7 +30,7 @@ def save(session: Session, folder: Path, *, seconds: float) -> None:
         "step": session.step,
         "seconds": seconds,
         "config": identity(session.config),
-        "optimizer_steps": {part: optimizer.steps for part, optimizer in session.optimizers.items()},
+        "optimizer_steps": {part: counted(optimizer) for part, optimizer in session.optimizers.items()},
         "partition": partition_to_dict(session.model.partition),
     }
     checkpoint.save(folder, parts, state, keep=set(session.residency.parts) - session.changed)
@@ -48,11 +49,18 @@ def restore(session: Session, folder: Path) -> float:
     if session.meter:
         session.meter.sums.copy_(checkpoint.load_part(folder, "noise", manifest=manifest)["sums"])
     for part, optimizer in session.optimizers.items():
-        optimizer.steps = state["optimizer_steps"][part]
+        stored = state["optimizer_steps"][part]
+        optimizer.counts = stored if isinstance(stored, dict) else dict.fromkeys(optimizer.names, stored)
     session.model.partition = partition_from_dict(state["partition"])
     session.step = state["step"]
     session.changed.clear()
     return float(state["seconds"])
+
+
+def counted(optimizer: PartOptimizer) -> int | dict[str, int]:
+    """Return how many updates a part has had: one number where its parameters agree, else one for each by name."""
+    counts = optimizer.counts
+    return counts if len(set(counts.values())) > 1 else optimizer.steps
 
 
 def restore_averages(residency: Residency, config: TrainConfig, folder: Path) -> Partition:

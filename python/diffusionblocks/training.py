@@ -15,7 +15,7 @@ from .blocks import BlockLoss, DiffusionBlocks
 from .config import TrainConfig
 from .density import Tabulated
 from .information import InformationMeter
-from .memory import SavedTensors, Usage, allocated
+from .memory import SavedTensors, Usage, allocated, reset_peak
 from .optim import PartOptimizer, clip_gradients, learning_rate
 from .partition import Range
 from .residency import Residency, handed
@@ -65,7 +65,7 @@ class Session:
         )
         bad = ~torch.stack([loss.loss for loss in losses]).isfinite()
         first, some = bad.int().argmax(), bad.any()
-        low, high = torch.where(some, low[first], low.min()), torch.where(some, high[first], high.max())
+        low, high = torch.where(some, low.take(first), low.min()), torch.where(some, high.take(first), high.max())
         seen = torch.stack([torch.full_like(low, step), torch.full_like(low, block), low, high])
         self.first_bad = torch.where((some | ~norm.isfinite()) & (self.first_bad[0] < 0), seen, self.first_bad)
 
@@ -97,6 +97,7 @@ def train(
     config, model, meter = session.config, session.model, session.meter
     warmup = max(1, round(config.warmup * config.total_steps))
     model.train()
+    reset_peak(session.device)
     while session.step < config.total_steps:
         step = session.step
         block = 0 if step < config.trunk_steps else block_at(step, config)
@@ -150,7 +151,9 @@ def branch(session: Session) -> None:
         trunk = residency.tensors("block_0")
         own = residency.tensors(part).items()
         residency.load(part, {name: trunk.get(name, t).detach().to("cpu", copy=True) for name, t in own})
-        optimizers[part].steps = optimizers["block_0"].steps
+        optimizers[part].counts |= {
+            n: c for n, c in optimizers["block_0"].counts.items() if n in optimizers[part].names
+        }
         session.changed.add(part)
 
 

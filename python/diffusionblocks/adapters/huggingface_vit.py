@@ -22,7 +22,8 @@ class Conditioned(nn.Module):
     def __init__(self, layer: nn.Module, dim: int, cond: int):
         super().__init__()
         self.layer = layer
-        self.linear = nn.Linear(cond, 3 * dim)
+        own = next(layer.parameters())
+        self.linear = nn.Linear(cond, 3 * dim, device=own.device, dtype=own.dtype)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -37,10 +38,12 @@ class HuggingFaceStem(nn.Module):
 
     def __init__(self, embeddings: nn.Module, cond: int):
         super().__init__()
-        self.embeddings, self.noise = embeddings, NoiseEmbedding(cond)
+        own = next(embeddings.parameters())
+        self.embeddings, self.noise = embeddings, NoiseEmbedding(cond).to(own.device)
+        self.noise.mlp.to(own.dtype)  # the angles stay float32: halves would merge neighbouring noise levels
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
-        patches = self.embeddings.patch_embeddings(x)
+        patches = self.embeddings.patch_embeddings(x.to(self.embeddings.cls_token.dtype))
         token = self.embeddings.cls_token + (CORRECTED.z_gain * z).unsqueeze(1)
         tokens = torch.cat([token.to(patches.dtype), patches], dim=1)
         return tokens + self.embeddings.position_embeddings, self.noise(c_noise)
@@ -65,7 +68,8 @@ def huggingface_vit(
 ) -> DiffusionBlocks:
     """transformers' ViTForImageClassification, pretrained or not, as `blocks` denoisers; its modules are used in place.
 
-    cond: width of the noise conditioning, a quarter of the hidden size by default.
+    What is added has the network's device and dtype. cond: width of the noise conditioning, a quarter of the hidden
+    size by default.
     Raises: TypeError if `network` is another model; ValueError if blocks exceeds its layers.
     """
     from transformers import ViTForImageClassification
@@ -78,7 +82,7 @@ def huggingface_vit(
     encoder = network.vit
     layers = encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer
     ends = Ends(HuggingFaceStem(encoder.embeddings, cond), HuggingFaceHead(encoder.layernorm, network.classifier))
-    target = class_target(codebook(config.num_labels, width))
+    target = class_target(codebook(config.num_labels, width).to(network.classifier.weight.device))
     partition = make_partition(noise_density(target), len(layers), blocks, overlap=overlap)
     return DiffusionBlocks(
         [copy.deepcopy(ends) for _ in range(blocks)] if shared == "per_block" else ends,
