@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .adapters.base import Adapter, Row
-from .memory import SavedTensors, allocated, count_bytes
+from .memory import SavedTensors, allocated, count_bytes, reset_peak
 from .optim import PartOptimizer, clip_gradients, learning_rate
 from .rng import stream
 from .training import LOG_EVERY, NonFiniteLoss, autocast
@@ -125,6 +125,7 @@ def attempt(
     name: str, adapter: Adapter, device: torch.device, lr: float, warmup: float, on_log: Log = lambda row: None
 ) -> Attempt:
     """One training; the network comes with its averaged weights."""
+    reset_peak(device)
     config, checkpointing = adapter.config, name == "checkpointing"
     network: Any = adapter.network().to(device)
     if checkpointing:

@@ -19,7 +19,7 @@ from .adapters.vit import ViTAdapter, ViTRun
 from .baselines import Attempt, Log, Result, memory_row, tuned, usage
 from .devices import send
 from .evaluation import BATCH, accuracy
-from .memory import SavedTensors
+from .memory import SavedTensors, reset_peak
 from .models import ViT
 from .optim import PartOptimizer, clip_gradients, learning_rate
 from .rng import stream
@@ -89,6 +89,7 @@ def attempt(adapter: ViTAdapter, device: torch.device, lr: float, warmup: float,
     A layer's loss is softplus(-goodness) of true pairs plus softplus(goodness) of false ones; its activations are
     freed before the next layer's are made. Raises: NonFiniteLoss, naming the step.
     """
+    reset_peak(device)
     config = adapter.config
     torch.manual_seed(stream(config.seed, "init") % 2**63)
     network = ForwardForward(config).to(device)

@@ -69,6 +69,12 @@ def allocated(device: torch.device) -> tuple[int, int]:
     return peak, peak
 
 
+def reset_peak(device: torch.device) -> None:
+    """Forget the peaks of `allocated`, which else are of whatever the process ran before; a host keeps its own."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def parse_bytes(text: str) -> int:
     """ "24GiB", "512MB", "1e9" -> bytes. Raises: ValueError on anything else."""
     units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -20,7 +20,7 @@ from .adapters.base import Row
 from .adapters.vit import ViTAdapter, ViTRun
 from .baselines import Log, Result, memory_row, usage
 from .evaluation import BATCH, accuracy
-from .memory import SavedTensors
+from .memory import SavedTensors, reset_peak
 from .models.vit import Head, Layer, Stem, ViTConfig
 from .optim import PartOptimizer, clip_gradients, learning_rate
 from .rng import stream
@@ -98,6 +98,7 @@ def noprop(adapter: ViTAdapter, device: torch.device, *, on_log: Log) -> Result:
 
     Raises: NonFiniteLoss, naming the step.
     """
+    reset_peak(device)
     config = adapter.config
     torch.manual_seed(stream(config.seed, "init") % 2**63)
     network, batches, began = NoProp(config).to(device), adapter.batches(device), time.perf_counter()

@@ -7,6 +7,7 @@ import torch
 
 import tiny_all
 from diffusionblocks.optim import PartOptimizer
+from diffusionblocks.training import train
 
 CPU = torch.device("cpu")
 STEPS = 12  # every block has its turn: visits are of three steps
@@ -50,6 +51,14 @@ def test_bfloat16_autocast_trains_to_nearly_the_same_losses(name, tmp_path, devi
     assert torch.stack(norms).isfinite().all()
     # bfloat16 has 8 bits: 2^-9 a rounding, a few of them in every path from x to the loss
     assert found == pytest.approx(plain, rel=0.03)
+
+
+def test_the_peak_is_the_trainings_own(tmp_path, device):
+    torch.empty(2**28, dtype=torch.uint8, device=device)  # freed at once
+    session, rows = tiny_all.session(tiny_all.config("vit", tmp_path, steps=10), device), []
+    batches = tiny_all.adapter(session.config).batches(device)
+    train(session, batches, on_log=rows.append, on_step=lambda: None)
+    assert all(sum(row["bytes"].values()) <= row["allocated"] < 2**28 for row in rows)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
