@@ -300,6 +300,8 @@ def loss_and_gradients(
     head: Head, target: Tensor, factor: Tensor | None, wants: dict[str, bool]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the losses (R,), and the gradients of Σ factor·loss that are wanted. target: -1 where ignored."""
+    if _is_short(head, wants):
+        return _short(head, target, factor, wants)
     work = _Chunks(head, target, factor, wants)
     losses = [work.walk_rows(rows) for rows in spans(work.rows, work.step)]
     if len(losses) == 1:
@@ -309,6 +311,39 @@ def loss_and_gradients(
     if work.again:
         work.walk_words(loss)
     return loss, work.result()
+
+
+def _is_short(head: Head, wants: dict[str, bool]) -> bool:
+    """Whether one chunk of a head without options is all, and each gradient one product."""
+    weight, budget = head.weight, logits_budget(head.h.device)
+    if any(field is not None for field in head[2:10]) or head.normalize or head.softcap is not None:
+        return False
+    if weight.dtype.itemsize == 2 and (weight.dtype == torch.float16 or not products.mixed(weight)):
+        return False
+    few = weight.numel() <= budget or not products.mixed(weight) or not wants["weight"]
+    return few and 0 < head.h.shape[0] <= chunk_rows(head.h.shape[0], weight.shape[0], budget)
+
+
+def _short(
+    head: Head, target: Tensor, factor: Tensor | None, wants: dict[str, bool]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute what `_Chunks` does in such a case, in a fraction of the host's time: small inputs wait for it."""
+    h, weight = head.h, head.weight
+    rows, words, halves = h.shape[0], weight.shape[0], products.mixed(weight)
+    stride = -(-words // ALIGNED) * ALIGNED if halves else words
+    dtype = torch.float32 if halves else h.dtype
+    buffer = torch.empty((rows, stride), dtype=dtype, device=h.device)
+    logits = buffer if stride == words else buffer[:, :words]
+    products.product(h, weight.T, logits)
+    if factor is None or not (wants["h"] or wants["weight"]):
+        return cross_entropy_rows(logits, target, None, None), {}
+    g = buffer.view(weight.dtype)[:, :words] if halves else logits
+    loss, found = cross_entropy_rows(logits, target, factor, g if halves else None), {}
+    for name, a, b, shape in (("h", g, weight, h.shape), ("weight", g.T, h, weight.shape)):
+        if wants[name]:
+            grad = products.product(a, b, torch.empty(shape, dtype=dtype, device=h.device))
+            found[name] = grad.to(h.dtype) if halves else grad
+    return loss, found
 
 
 def probabilities(head: Head) -> Iterator[tuple[slice, Tensor]]:

@@ -41,6 +41,10 @@ class Head(NamedTuple):
     softcap: float | None
 
 
+PLACES = [Head._fields.index(name) for name in GRADIENTS]
+NOTHING = [False] * len(GRADIENTS)
+
+
 def logits_reference(head: Head) -> Tensor:
     """The definition of the logits, (R, V) in the sums' dtype, differentiable."""
     dtype = compute_dtype(head.h.dtype)
@@ -99,14 +103,17 @@ def _fake(*arguments: Any) -> list[Tensor]:
 
 
 def _chunked(*arguments: Any) -> list[Tensor]:
-    device = arguments[0].device.type
+    *fields, target, factor, wants = arguments
+    loss, grads = _find(Head(*fields), target, factor, wants)
+    return [loss, *(grads[name] if name in grads else loss.new_empty(0) for name in GRADIENTS)]
+
+
+def _find(head: Head, target: Tensor, factor: Maybe, wants: list[bool]) -> tuple[Tensor, dict[str, Tensor]]:
+    device = head.h.device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return _chunked(*arguments)
-    *head_arguments, target, factor, wants = arguments
-    wanted = dict(zip(GRADIENTS, wants, strict=True))
-    loss, grads = chunks.loss_and_gradients(Head(*head_arguments), target, factor, wanted)
-    return [loss, *(grads[name] if name in grads else loss.new_empty(0) for name in GRADIENTS)]
+            return _find(head, target, factor, wants)
+    return chunks.loss_and_gradients(head, target, factor, dict(zip(GRADIENTS, wants, strict=True)))
 
 
 define(
@@ -120,11 +127,12 @@ for _key in ("CPU", "CUDA"):
     register("denoising_cross_entropy", _key, _chunked, "PyTorch, in chunks")
 
 
-def _call(*arguments: Any) -> list[Tensor]:
+def _call(head: Head, target: Tensor, factor: Maybe, wants: list[bool]) -> tuple[Tensor, dict[str, Tensor]]:
     """Call the op: past the dispatcher where nothing but its CUDA kernel could answer."""
-    if direct(*(argument for argument in arguments if isinstance(argument, Tensor))):
-        return _chunked(*arguments)
-    return torch.ops.dbkernels.denoising_cross_entropy.default(*arguments)
+    if direct(head.h, *head[1:10]):
+        return _find(head, target, factor, wants)
+    loss, *grads = torch.ops.dbkernels.denoising_cross_entropy.default(*head, target, factor, wants)
+    return loss, {name: grad for name, grad, want in zip(GRADIENTS, grads, wants, strict=True) if want}
 
 
 class _RowLosses(torch.autograd.Function):
@@ -133,13 +141,12 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, factor: Maybe, target: Tensor, *fields: Any) -> Tensor:
-        needs = dict(zip(Head._fields, ctx.needs_input_grad[2:], strict=True))
-        ctx.wants, ctx.dtypes = [needs[name] for name in GRADIENTS], [getattr(f, "dtype", None) for f in fields]
-        ctx.at_once = factor is not None and any(ctx.wants)
-        now = (factor, ctx.wants) if ctx.at_once else (None, [False] * len(GRADIENTS))
-        loss, *grads = _call(*fields, target, *now)
-        ctx.rest = fields[10:]
-        kept = grads if ctx.at_once else (target, *fields[:10])
+        ctx.wants = [ctx.needs_input_grad[2 + place] for place in PLACES]
+        ctx.at_once, ctx.options = factor is not None, fields[10:]
+        ctx.dtypes = [field.dtype if isinstance(field, Tensor) else None for field in fields]
+        loss, grads = _call(Head(*fields), target, factor, ctx.wants if ctx.at_once else NOTHING)
+        ctx.names = list(grads)
+        kept = grads.values() if ctx.at_once else (target, *fields[:10])
         ctx.save_for_backward(*kept)
         return loss if factor is None else torch.dot(loss, factor)
 
@@ -152,14 +159,16 @@ class _RowLosses(torch.autograd.Function):
                 "DBKERNELS_BACKEND=reference"
             )
         if ctx.at_once:
-            pairs = zip(ctx.wants, ctx.saved_tensors, strict=True)
-            grads = [times_upstream(grad, upstream) if want else grad for want, grad in pairs]
+            grads = {name: times_upstream(g, upstream) for name, g in zip(ctx.names, ctx.saved_tensors, strict=True)}
         else:
             target, *tensors = ctx.saved_tensors
-            _, *grads = _call(*tensors, *ctx.rest, target, upstream.contiguous(), ctx.wants)
-        found = {name: grad for name, grad, want in zip(GRADIENTS, grads, ctx.wants, strict=True) if want}
-        dtypes = dict(zip(Head._fields, ctx.dtypes, strict=True))
-        return None, None, *(found[name].to(dtypes[name]) if name in found else None for name in Head._fields)
+            _, grads = _call(Head(*tensors, *ctx.options), target, upstream.contiguous(), ctx.wants)
+        found: list[Maybe] = [None] * (2 + len(Head._fields))
+        for name, place in zip(GRADIENTS, PLACES, strict=True):
+            if name in grads:
+                grad, dtype = grads[name], ctx.dtypes[place]
+                found[2 + place] = grad if grad.dtype == dtype else grad.to(dtype)
+        return tuple(found)
 
 
 def denoising_cross_entropy(
@@ -209,7 +218,8 @@ def denoising_cross_entropy(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
-    h, weight, z = autocast(h), autocast(weight), autocast(z)
+    if isinstance(h, Tensor) and torch.is_autocast_enabled(h.device.type):
+        h, weight, z = autocast(h), autocast(weight), autocast(z)
     rows = check_rows(h, weight, target, z, bias, logit_scale, posterior, softcap)
     shape = target.shape
     if (z is None) != (c_skip is None):
@@ -236,8 +246,11 @@ def denoising_cross_entropy(
     if backend() == "reference" and not torch.compiler.is_compiling():
         loss = _row_losses(logits_reference(head), flat)
         loss = loss if reduction == "none" else torch.dot(loss, factor)
-    else:
+    elif torch.is_grad_enabled():
         loss = _RowLosses.apply(None if reduction == "none" else factor, flat, *head)
+    else:
+        loss = _call(head, flat, None, NOTHING)[0]
+        loss = loss if reduction == "none" else torch.dot(loss, factor)
     if reduction == "none":
         return (loss if weights is None else loss * factor).view(shape)
     return loss if rows or reduction == "sum" else loss + math.nan

@@ -47,9 +47,15 @@ DBK_INLINE double exponentials(C* row, int64_t count, C top) {
   return total;
 }
 
-// The loss of one row. The target is taken out of the sum, which is then what 1 - p hangs on.
+// The loss of one row. The target is taken out of the sum, which is then what 1 - p hangs on. -1 is ignored; what else
+// is no column gives NaN: a check of the values may have been left out.
 template <bool kHardware, typename C>
 DBK_INLINE C loss_of(C* row, int64_t count, int64_t target, const C* factor) {
+  if (target < -1 || target >= count) {
+    const C nan = std::numeric_limits<C>::quiet_NaN();
+    if (factor != nullptr) std::fill(row, row + count, nan);
+    return nan;
+  }
   C top = row[0];
 #pragma omp simd reduction(max : top)
   for (int64_t j = 0; j < count; ++j) top = row[j] > top ? row[j] : top;

@@ -119,29 +119,38 @@ def mark_kernel(
 launches = Kinds()
 
 
+def overlapping(logits, out):
+    """Whether halves go to the first part of each row of the logits."""
+    return out.dtype != logits.dtype and out.data_ptr() == logits.data_ptr()
+
+
 def rows(logits, target, factor, out):
     """Losses (R,); the gradient to `out` if there is a factor. Rows of adjacent elements."""
-    loss = torch.empty(len(logits), dtype=logits.dtype, device=logits.device)
-    count, width = logits.shape
+    (count, width), device, step = logits.shape, logits.get_device(), logits.stride(0)
+    loss = torch.empty((count,), dtype=logits.dtype, device=logits.device)
     if not count:
         return loss
-    gradient, overlap = factor is not None, out.dtype != logits.dtype and out.data_ptr() == logits.data_ptr()
-    kind = "rows", logits.shape, logits.stride(0), logits.dtype, out.stride(0), out.dtype, gradient, overlap, logits.get_device()  # fmt: skip
+    gradient, overlap = factor is not None, overlapping(logits, out)
+    kind = count, width, step, logits.dtype, out.stride(0), out.dtype, gradient, overlap, device
     launch = launches.get(kind) or launches.keep(kind, Launch(
-        rows_kernel, (count,), logits.get_device(), (logits.stride(0), out.stride(0), width),
+        rows_kernel, (count,), device, (step, out.stride(0), width),
         GRADIENT=gradient, OVERLAP=overlap, BLOCK=min(BLOCK, max(256, triton.next_power_of_2(width))), num_warps=8,
     ))  # fmt: skip
-    launch(logits, target, loss if factor is None else factor, loss, out)
+    launch(logits, target, factor if gradient else loss, loss, out)
     return loss
 
 
 def columns(logits, target, at, loss, factor, first, out):
     """The gradient of some columns to `out`. Rows of adjacent elements."""
-    count, width = logits.shape
-    overlap = out.dtype != logits.dtype and out.data_ptr() == logits.data_ptr()
-    kind = "columns", logits.shape, logits.stride(0), logits.dtype, out.stride(0), out.dtype, overlap, logits.get_device()  # fmt: skip
+    (count, width), device, step, overlap = (
+        logits.shape,
+        logits.get_device(),
+        logits.stride(0),
+        overlapping(logits, out),
+    )
+    kind = "columns", count, width, step, logits.dtype, out.stride(0), out.dtype, overlap, device
     launch = launches.get(kind) or launches.keep(kind, Launch(
-        columns_kernel, (count,), logits.get_device(), (logits.stride(0), out.stride(0), width),
+        columns_kernel, (count,), device, (step, out.stride(0), width),
         OVERLAP=overlap, BLOCK=min(COLUMNS, max(256, triton.next_power_of_2(width))), num_warps=4,
     ))  # fmt: skip
     launch(logits, target, at, loss, factor, out, varying=(first,))

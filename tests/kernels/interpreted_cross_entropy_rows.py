@@ -1,4 +1,4 @@
-"""Run by test_cross_entropy_rows_triton.py in a process with TRITON_INTERPRET=1: the kernels against their definitions."""
+"""Run by test_cross_entropy_rows_triton.py with TRITON_INTERPRET=1: the kernels against their definitions."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""How much memory denoising_cross_entropy takes for halves on a GPU: measured at small sizes, reckoned at large ones."""
+"""Memory that denoising_cross_entropy takes for halves on a GPU: measured at small sizes, reckoned at large ones."""
 
 import pytest
 import torch

@@ -1,5 +1,7 @@
 """denoising_cross_entropy inside PyTorch: compile, torch.library's checks, autocast, empty input, what it refuses."""
 
+import sys
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -36,7 +38,52 @@ def test_opcheck():
         op, (leaves["h"], leaves["weight"], *none, False, None, target.clamp(min=-1), torch.ones(9), wants)
     )
     rows = torch.ops.dbkernels.cross_entropy_rows.default
-    torch.library.opcheck(rows, (torch.randn(4, 7), torch.tensor([1, -1, 0, 6]), torch.ones(4), torch.empty(4, 7)))
+    marks = torch.tensor([1, -1, 0, 6])
+    torch.library.opcheck(rows, (torch.randn(4, 7), marks, torch.ones(4), torch.empty(4, 7)))
+    columns = torch.ops.dbkernels.cross_entropy_columns.default
+    torch.library.opcheck(
+        columns, (torch.randn(4, 3), marks, torch.randn(4, 1), torch.rand(4), torch.ones(4), 2, torch.empty(4, 3))
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_second_derivative(reduction):
+    """Refused, whatever the upstream gradient hangs on: a constant one would let a penalty pass without a gradient."""
+    target, _, leaves = example()
+    h = leaves["h"].requires_grad_()
+    loss = denoising_cross_entropy(h, leaves["weight"], target, reduction=reduction)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, h, torch.ones_like(loss), create_graph=True)
+
+
+def test_no_gradients_are_found_under_no_grad(monkeypatch):
+    target, _, leaves = example()
+    given = [leaves[name].requires_grad_() for name in ("h", "weight")]
+    expected = denoising_cross_entropy(*given, target)
+    seen = []
+    monkeypatch.setattr(
+        sys.modules["dbkernels.denoising_cross_entropy"],
+        "_call",
+        lambda head, target, factor, wants: seen.append((factor, any(wants))) or (torch.zeros(45), {}),
+    )
+    with torch.no_grad():
+        assert not denoising_cross_entropy(*given, target).requires_grad
+    assert seen == [(None, False)] and expected.requires_grad
+
+
+@pytest.mark.parametrize("bad", [5, -2, 2**40])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_compiled_a_target_that_is_no_word_shows(reduction, bad):
+    """No check of values is compiled, so the loss and the gradients are NaN."""
+    torch._dynamo.reset()
+    h, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    compiled = torch.compile(denoising_cross_entropy, backend="aot_eager")
+    loss = compiled(h, weight, torch.tensor([0, bad, -100, 1]), reduction=reduction)
+    found = torch.autograd.grad(loss.sum(), (h, weight))
+    assert loss.isnan().any() and found[0][1].isnan().all() and found[1].isnan().all()
+    if reduction == "none":
+        assert loss.isnan().tolist() == [False, True, False, False]
+        assert found[0][[0, 2, 3]].isfinite().all()
 
 
 def test_autocast():
@@ -53,6 +100,19 @@ def test_empty_and_all_ignored():
     ignored = torch.full((4,), -100)
     assert denoising_cross_entropy(torch.randn(4, 3), weight, ignored, reduction="sum") == 0
     assert denoising_cross_entropy(torch.randn(4, 3), weight, ignored).isnan()
+
+
+@pytest.mark.parametrize("rows", [(0,), (2, 0), (4,)])
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_mean_of_nothing_is_nan_and_its_gradient_0(rows, reference, monkeypatch):
+    """As torch.nn.functional.cross_entropy's, whether there are no rows or all are ignored."""
+    if reference:
+        monkeypatch.setattr(sys.modules["dbkernels.denoising_cross_entropy"], "backend", lambda: "reference")
+    h, weight = torch.randn(*rows, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    loss = denoising_cross_entropy(h, weight, torch.full(rows, -100))
+    assert loss.isnan()
+    if not reference:
+        assert all(grad.abs().sum() == 0 for grad in torch.autograd.grad(loss, (h, weight)))
 
 
 @pytest.mark.parametrize(
