@@ -1,9 +1,14 @@
-"""ada_rms_norm, forward and backward: eager PyTorch, torch.compile, ours, in the layers of five models.
+"""ada_rms_norm, forward and backward: eager PyTorch, torch.compile, ours and, on a GPU, Liger.
 
-python benchmarks/bench_ada_rms_norm.py [--device cuda] [--threads N] [--seconds S] [--out FOLDER]
+python benchmarks/bench_ada_rms_norm.py [--device cuda] [--quick] [--out FOLDER]; --help names the rest
 """
 
 import norms
 
+
+def main(arguments=None):
+    norms.run("ada_rms_norm", __doc__, arguments)
+
+
 if __name__ == "__main__":
-    norms.bench("ada_rms_norm", __doc__)
+    main()

@@ -1,15 +1,17 @@
 """adamw_ema_step: clip_grad_norm_ + fused AdamW + lerp (eager), torch.compile of the definition, ours, on one block.
 In bfloat16 the optimizer works on float32 masters of the parameters.
 
-python benchmarks/bench_adamw_ema.py [--device cuda] [--threads N] [--seconds S] [--out FOLDER]
+python benchmarks/bench_adamw_ema.py [--device cuda] [--quick] [--out FOLDER]; --help names the rest
 """
 
 import harness
 import torch
+from timing import Call
 
 import dbkernels
 
 OPTIONS = dict(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+UNIT = 2.0**-17  # of the largest weight: the norm's rounding, and Adam's division
 
 
 def block_shapes(width, layers):
@@ -19,27 +21,25 @@ def block_shapes(width, layers):
     return layer * layers
 
 
-CASES = {
-    "digits 64x2": block_shapes(64, 2),
-    "ViT-S 384x4": block_shapes(384, 4),
-    "Llama-768 x2": block_shapes(768, 2),
-}
-GPU_CASES = {"DiT-L 1024x8": block_shapes(1024, 8), "4096-wide x2": block_shapes(4096, 2)}
+CPU_CASES = {"digits 64x2": block_shapes(64, 2), "ViT-S 384x4": block_shapes(384, 4),
+             "Llama-768 x2": block_shapes(768, 2)}  # fmt: skip
+GPU_CASES = {"DiT-L 1024x8": block_shapes(1024, 8)}
+TINY = block_shapes(16, 1)
 
 
 def make(shapes, dtype, device):
-    """Lists as adamw_ema_step takes them: masters where the parameters are halves, else none."""
-    wide = [torch.randn(shape, device=device) for shape in shapes]
-    grads = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    """Return lists as adamw_ema_step takes them, and masters where the parameters are halves; the same every time."""
+    generator = torch.Generator(device).manual_seed(1)
+    wide = [torch.randn(shape, device=device, generator=generator) for shape in shapes]
+    grads = [torch.randn(shape, device=device, generator=generator).to(dtype) for shape in shapes]
     states = [[torch.zeros_like(p) for p in wide] for _ in range(2)]
-    half = dtype != torch.float32
-    params = [p.to(dtype) for p in wide]
-    return [params, grads, *states, [p.clone() for p in wide]], wide if half else None
+    params = [p.to(dtype, copy=True) for p in wide]
+    return [params, grads, *states, [p.clone() for p in wide]], wide if dtype != torch.float32 else None
 
 
 def torch_step(lists, masters):
     params, grads, _, _, emas = lists
-    leaves = [torch.nn.Parameter(p.clone()) for p in masters or params]
+    leaves = [torch.nn.Parameter(p) for p in masters or params]
     optimizer = torch.optim.AdamW(leaves, fused=True, **OPTIONS)
 
     def step():
@@ -51,33 +51,51 @@ def torch_step(lists, masters):
         torch._foreach_lerp_(emas, values, 0.01)
         if masters:
             torch._foreach_copy_(params, values)
+        return tuple(values)
 
-    return step, leaves
+    return step
 
 
 def our_step(lists, masters):
-    return lambda: dbkernels.adamw_ema_step(*lists, step=3, max_norm=1.0, ema_decay=0.99, masters=masters, **OPTIONS)
+    def step():
+        dbkernels.adamw_ema_step(*lists, step=1, max_norm=1.0, ema_decay=0.99, masters=masters, **OPTIONS)
+        return tuple(masters or lists[0])
+
+    return step
 
 
-def compiled_step(lists, masters):
-    decays = [OPTIONS["weight_decay"]] * len(lists[0])
-    step = torch.compile(dbkernels.adamw_ema_step_reference, dynamic=False)
-    return lambda: step(*lists, 3, 1e-3, 0.9, 0.95, 1e-8, decays, 1.0, 0.99, masters or ())
+def compiled_step(op):
+    def of(lists, masters):
+        decays = [OPTIONS["weight_decay"]] * len(lists[0])
+
+        def step():
+            op(*lists, 1, 1e-3, 0.9, 0.95, 1e-8, decays, 1.0, 0.99, masters or ())
+            return tuple(masters or lists[0])
+
+        return step
+
+    return of
 
 
-def check(shapes, dtype, device):
-    """The first step by both, from the same state."""
-    lists, masters = make(shapes, dtype, device)
-    ours, our_masters = copies(lists, masters)
-    step, leaves = torch_step(lists, masters)
-    step()
-    dbkernels.adamw_ema_step(*ours, step=1, max_norm=1.0, ema_decay=0.99, masters=our_masters, **OPTIONS)
-    for a, b in zip(our_masters or ours[0], leaves, strict=True):
-        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-6)
+def case(shapes, dtype, bench):
+    device = bench.device
+    ops = {"eager": torch_step, "ours": our_step}
+    if device.type == "cpu" or dtype == torch.float32:  # it takes minutes on a GPU
+        compiled = bench.compiled(dbkernels.adamw_ema_step_reference)
+        ops |= {name: compiled_step(op) for name, op in compiled.items() if name == "compile"}
+    contenders = {name: lambda op=op: Call(op(*make(shapes, dtype, device))) for name, op in ops.items()}
 
+    def exact():
+        lists, masters = make(shapes, dtype, device)
+        # masters hold what halves lose, so that both dtypes have one definition: float64 lists without masters
+        params = masters or lists[0]
+        wide = [[t.double() for t in tensors] for tensors in (params, *lists[1:])]
+        dbkernels.adamw_ema_step_reference(
+            *wide, 1, 1e-3, 0.9, 0.95, 1e-8, [OPTIONS["weight_decay"]] * len(params), 1.0, 0.99
+        )
+        return wide[0]
 
-def copies(lists, masters):
-    return [[t.clone() for t in tensors] for tensors in lists], masters and [t.clone() for t in masters]
+    return harness.Case(contenders, {"both": bytes_moved(shapes, dtype)}, exact, UNIT)
 
 
 def bytes_moved(shapes, dtype):
@@ -87,21 +105,14 @@ def bytes_moved(shapes, dtype):
     return numel * (10 * 4 if dtype == torch.float32 else 2 * 2 + 8 * 4 + 2)
 
 
-def main():
-    options = harness.options(__doc__)
-    device = options.device
-    rows = []
-    for case, shapes in {**CASES, **(GPU_CASES if device.type == "cuda" else {})}.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            check(shapes, dtype, device)
-            torch._dynamo.reset()
-            contenders = {
-                "eager": torch_step(*make(shapes, dtype, device))[0],
-                "compile": compiled_step(*make(shapes, dtype, device)),
-                "ours": our_step(*make(shapes, dtype, device)),
-            }
-            rows += harness.measure(case, dtype, contenders, bytes_moved(shapes, dtype), device, options.seconds)
-    harness.save("adamw_ema", rows, device, options.out, options.note)
+def main(arguments=None):
+    bench = harness.Bench("adamw_ema", harness.options(__doc__, arguments))
+    dtypes = (torch.float32,) if bench.options.quick else (torch.float32, torch.bfloat16)
+    for name, shapes in bench.pick(cpu=CPU_CASES, gpu=GPU_CASES, quick={"tiny": TINY}).items():
+        for dtype in dtypes:
+            bench.kernels(name, dtype, lambda s=shapes, d=dtype: case(s, d, bench))
+    bench.host("tiny 16x1", torch.float32, lambda: case(TINY, torch.float32, bench))
+    bench.finish()
 
 
 if __name__ == "__main__":

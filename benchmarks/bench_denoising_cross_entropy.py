@@ -1,21 +1,20 @@
-"""denoising_cross_entropy, forward and backward, against F.linear + F.cross_entropy (eager, compiled), PyTorch's own
-linear_cross_entropy and, on a GPU where they are installed, Liger's and cut-cross-entropy. Then the posterior readout.
+"""denoising_cross_entropy with its gradients: F.linear + F.cross_entropy (eager, compiled), PyTorch's own
+linear_cross_entropy in chunks and, on a GPU, Liger's and cut-cross-entropy. Then the posterior readout.
 
-python benchmarks/bench_denoising_cross_entropy.py [--device cuda] [--threads N] [--seconds S] [--out FOLDER]
+python benchmarks/bench_denoising_cross_entropy.py [--device cuda] [--quick] [--out FOLDER]; --help names the rest
 
-TFLOP/s count the three products: 6·rows·V·d.
+Loss and gradients are clocked together, since some find them in one pass. TFLOP/s count the three products: 6·rows·V·d.
 """
-
-import importlib.util
 
 import harness
 import torch
 import torch.nn.functional as functional
+from timing import Call
 
 import dbkernels
 
 # rows, width, vocabulary
-CASES = {
+CPU_CASES = {
     "characters 8192x256, V 256": (8192, 256, 256),
     "words 2048x256, V 32k": (2048, 256, 32000),
     "4096-wide 256x4096, V 32k": (256, 4096, 32000),
@@ -23,36 +22,39 @@ CASES = {
 }
 GPU_CASES = {
     "Llama-768 16384x768, V 32k": (16384, 768, 32000),
-    "Llama-768 8192x768, V 128k": (8192, 768, 128256),
     "4096-wide 8192x4096, V 128k": (8192, 4096, 128256),
     "characters 65536x256, V 256": (65536, 256, 256),
 }
+QUICK = {"tiny 64x32, V 100": (64, 32, 100)}
+CHECKED = 512  # rows
+# of the largest gradient: float32 sums over a vocabulary; bfloat16 rounds logits, probabilities and gradients
+UNITS = {torch.float32: 2.0**-14, torch.bfloat16: 2.0**-6}
 
 
 def eager(h, weight, target):
     return functional.cross_entropy(functional.linear(h, weight).float(), target)
 
 
-def ours(h, weight, target):
-    return dbkernels.denoising_cross_entropy(h, weight, target)
+def torchs(h, weight, target):
+    """PyTorch's: without options it would make all logits. An older one has none, and none that is worth a row."""
+    return functional.linear_cross_entropy(h, weight, target, options=torch.nn.LinearCrossEntropyOptions())
 
 
-def pytorchs(h, weight, target):
-    return functional.linear_cross_entropy(h, weight, target)
+def liger(h, weight, target):
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(h, weight, target)
 
 
-def peers(device):
-    """Other libraries' fused losses on a GPU."""
-    found = {}
-    if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+def cut(preset):
+    """cut-cross-entropy leaves out gradients that are small beside bfloat16's last place, unless "exact"."""
 
-        found["liger"] = liger_fused_linear_cross_entropy
-    if device.type == "cuda" and importlib.util.find_spec("cut_cross_entropy"):
+    def op(h, weight, target):
         from cut_cross_entropy import linear_cross_entropy
 
-        found["cce"] = lambda h, weight, target: linear_cross_entropy(h, weight, target)
-    return found
+        return linear_cross_entropy(h, weight, target, impl=preset)
+
+    return op
 
 
 def readout_eager(h, weight, target, z, table, sigma):
@@ -65,32 +67,6 @@ def readout_ours(h, weight, target, z, table, sigma):
     return dbkernels.denoising_cross_entropy(h, weight, target, posterior=(z, table, sigma))
 
 
-def both_ways(op, h, weight, *rest):
-    def call():
-        loss = op(h, weight, *rest)
-        return loss.detach(), *torch.autograd.grad(loss, (h, weight))
-
-    return call
-
-
-def verify(ops, h, weight, target, rest, dtype):
-    """Loss and gradients against float64, on some of the rows."""
-    few = slice(0, 512)
-    part = [h[few].detach().requires_grad_(), weight, target[few]]
-    wide = [t.detach().double().requires_grad_() for t in part[:2]] + part[2:]
-    if rest:
-        z, table, sigma = rest
-        part += [z[few], table, sigma[few]]
-        wide += [z[few].double(), table.double(), sigma[few].double()]
-    exact = both_ways(readout_wide if rest else plain_wide, *wide)()
-    unit = 2.0**-6 if dtype == torch.bfloat16 else 2.0**-14
-    for name, op in ops.items():
-        if name == "compile":  # the same as eager, but for the time it takes to compile twice
-            continue
-        for a, b in zip(both_ways(op, *part)(), exact, strict=True):
-            assert (a.double() - b).abs().max() <= unit * b.abs().max(), f"{name} is wrong: no timing"
-
-
 def plain_wide(h, weight, target):
     return functional.cross_entropy(h @ weight.T, target)
 
@@ -100,40 +76,81 @@ def readout_wide(h, weight, target, z, table, sigma):
     return functional.cross_entropy(h @ weight.T + evidence / sigma.square().unsqueeze(1), target)
 
 
-def case(name, rows, width, vocabulary, dtype, options):
-    device = options.device
+def call_of(op, h, weight, *rest):
+    def run():
+        loss = op(h, weight, *rest)
+        return loss.detach(), *torch.autograd.grad(loss, (h, weight))
+
+    return Call(run)
+
+
+def inputs(rows, width, vocabulary, dtype, device, readout):
     h = torch.randn(rows, width, device=device).to(dtype).requires_grad_()
     weight = (torch.randn(vocabulary, width, device=device) / width**0.5).to(dtype).requires_grad_()
     target = torch.randint(vocabulary, (rows,), device=device)
+    if not readout:
+        return [h, weight, target]
     table = functional.normalize(torch.randn(vocabulary, width, device=device), dim=-1).to(dtype)
     sigma = torch.rand(rows, device=device) + 0.3
     z = (table[target] + sigma.unsqueeze(1) * torch.randn(rows, width, device=device)).to(dtype)
-    flop, moved, result = 6 * rows * vocabulary * width, 2 * (h.nbytes + weight.nbytes), []
-    plain = {"ours": ours, "eager": eager, **peers(device)}
-    if hasattr(functional, "linear_cross_entropy"):
-        plain["torch"] = pytorchs
-    readout = {"ours": readout_ours, "eager": readout_eager}
-    losses = [(name, plain, ())]
-    if width == 256:
-        losses.append((f"{name}, readout", readout, (z, table, sigma)))
-    for title, ops, rest in losses:
-        torch._dynamo.reset()
-        ops = ops | {"compile": torch.compile(ops["eager"], dynamic=False)}
-        contenders = {key: both_ways(op, h, weight, target, *rest) for key, op in ops.items()}
-        verify(ops, h, weight, target, rest, dtype)
-        result += harness.measure(title, dtype, contenders, moved, device, options.seconds, flop)
-    return result
+    return [h, weight, target, z, table, sigma]
 
 
-def main():
-    options = harness.options(__doc__)
-    on_gpu, rows = options.device.type == "cuda", []
-    for dtype in (torch.bfloat16,) if on_gpu else (torch.float32, torch.bfloat16):
-        for name, sizes in (GPU_CASES if on_gpu else CASES).items():
-            # Without instructions for it, PyTorch's bfloat16 products take some 15 s a call here.
-            if on_gpu or dtype == torch.float32 or sizes[2] < 1000:
-                rows += case(name, *sizes, dtype, options)
-    harness.save("denoising_cross_entropy", rows, options.device, options.out, options.note)
+def some_rows(given):
+    """Return the same input with fewer rows, enough to check."""
+    few = slice(0, CHECKED)
+    h, weight, target, *rest = given
+    few_h = h[few].detach().requires_grad_()
+    if not rest:
+        return [few_h, weight, target[few]]
+    z, table, sigma = rest
+    return [few_h, weight, target[few], z[few], table, sigma[few]]
+
+
+def contenders(bench, readout):
+    if readout:
+        return {"ours": readout_ours, "eager": readout_eager} | bench.compiled(readout_eager)
+    found = {"ours": dbkernels.denoising_cross_entropy, "eager": eager, "torch": torchs} | bench.compiled(eager)
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        del found["torch"]
+    if bench.device.type == "cuda":
+        found |= {"liger": liger, "cce": cut("cce"), "cce, exact": cut("cce_exact")}
+    return found
+
+
+def case(sizes, dtype, bench, readout):
+    rows, width, vocabulary = sizes
+    given = inputs(*sizes, dtype, bench.device, readout)
+    few = some_rows(given)
+    ops = contenders(bench, readout)
+    made = {name: lambda op=op: call_of(op, *given) for name, op in ops.items()}
+    # compiled, it is eager's function: to compile it for fewer rows as well would only take time
+    checked = {name: lambda op=op: call_of(op, *few) for name, op in ops.items() if not name.startswith("compile")}
+
+    def exact():
+        h, weight, *rest = (t.detach().double() if t.is_floating_point() else t for t in few)
+        leaves = h.requires_grad_(), weight.requires_grad_()
+        return call_of(readout_wide if readout else plain_wide, *leaves, *rest).results()
+
+    moved = {"both": 2 * (given[0].nbytes + given[1].nbytes)}
+    flop = {"both": 6 * rows * vocabulary * width}
+    return harness.Case(made, moved, exact, UNITS[dtype], flop, checked)
+
+
+def main(arguments=None):
+    bench = harness.Bench("denoising_cross_entropy", harness.options(__doc__, arguments))
+    on_gpu = bench.device.type == "cuda"
+    halves, full = torch.bfloat16, torch.float32
+    dtypes = (full,) if bench.options.quick else (halves,) if on_gpu else (full, halves)
+    for dtype in dtypes:
+        for name, sizes in bench.pick(cpu=CPU_CASES, gpu=GPU_CASES, quick=QUICK).items():
+            if not on_gpu and dtype == halves and sizes[2] > 1000:
+                continue  # without instructions for it, PyTorch's bfloat16 products take some 15 s a call here
+            bench.kernels(name, dtype, lambda s=sizes, d=dtype: case(s, d, bench, False))
+            if sizes[1] <= 256:
+                bench.kernels(f"{name}, readout", dtype, lambda s=sizes, d=dtype: case(s, d, bench, True))
+    bench.host("tiny 64x32, V 100", dtypes[0], lambda: case((64, 32, 100), dtypes[0], bench, False))
+    bench.finish()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,25 @@
-"""edm_loss, forward and backward: eager PyTorch, torch.compile, ours, on the outputs of four models.
+"""edm_loss with the gradient of F: eager PyTorch, torch.compile, ours, on the outputs of models.
 
-python benchmarks/bench_edm_loss.py [--device cuda] [--threads N] [--seconds S] [--out FOLDER]
+python benchmarks/bench_edm_loss.py [--device cuda] [--quick] [--out FOLDER]; --help names the rest
 
-"drawn" is ours with z drawn again instead of read. "sample" is followed by a mean over the samples, as in the trainer.
+Loss and gradient are clocked together: ours finds both in one pass. "ours, z drawn" draws z again instead of reading
+it. "sample" is followed by a mean over the samples, as in a trainer, so that the upstream factor is 1/B.
 """
 
 import harness
 import torch
+from timing import Call
 
 import dbkernels
 
-SHAPES = {"ViT-S 64x197x384": (64, 197, 384), "DiT-L/2 32x256x1024": (32, 256, 1024),
-          "Llama-768 8x1024x768": (8, 1024, 768), "4096-wide 2x1024x4096": (2, 1024, 4096),
-          "digits 128x17x64": (128, 17, 64)}  # fmt: skip
+CPU_SHAPES = {"ViT-S 64x197x384": (64, 197, 384), "DiT-L/2 32x256x1024": (32, 256, 1024),
+              "Llama-768 8x1024x768": (8, 1024, 768), "4096-wide 2x1024x4096": (2, 1024, 4096),
+              "digits 128x17x64": (128, 17, 64)}  # fmt: skip
+GPU_SHAPES = {"64x1024x1024": (64, 1024, 1024), "128x197x384": (128, 197, 384)}
+TINY = (2, 4, 64)
 SIGMA_DATA = 0.5
+# float32: a few roundings, and the sum's; bfloat16: the gradient is rounded once.
+UNITS = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7}
 
 
 def eager(F, z, y, sigma, reduction):
@@ -26,52 +32,47 @@ def eager(F, z, y, sigma, reduction):
 
 
 def ours(F, z, y, sigma, reduction):
-    return dbkernels.edm_loss(F, z, y, sigma, sigma_data=SIGMA_DATA, reduction=reduction)
+    seed = {} if z is not None else {"seed": 3}
+    return dbkernels.edm_loss(F, z, y, sigma, sigma_data=SIGMA_DATA, reduction=reduction, **seed)
 
 
-def drawn(F, z, y, sigma, reduction):
-    return dbkernels.edm_loss(F, None, y, sigma, sigma_data=SIGMA_DATA, reduction=reduction, seed=3)
+def definition(F, z, y, sigma, reduction):
+    return dbkernels.edm_loss_reference(F, z, y, sigma, SIGMA_DATA, reduction, 3)
 
 
 def step(op, F, *arguments):
-    """Loss and the gradient of F."""
+    """Return the loss and the gradient of F."""
     loss = op(F, *arguments)
     return loss.detach(), *torch.autograd.grad(loss.mean(), F)
 
 
-def check(F, z, y, sigma, reduction):
-    """Loss and gradient of F against the definition in float64, which the tests hold to the paper's formula."""
-    exact = F.detach().double().requires_grad_()
-    coarse = 2.0**-7 if F.dtype == torch.bfloat16 else 2.0**-20
-    for op, source, seed in ((ours, z.double(), 0), (drawn, None, 3)):
-        exact.grad = None
-        expected = dbkernels.edm_loss_reference(exact, source, y.double(), sigma.double(), SIGMA_DATA, reduction, seed)
-        expected.mean().backward()
-        loss, grad = step(op, F, z, y, sigma, reduction)
-        assert ((loss - expected).abs() <= 2.0**-18 * expected).all(), f"{op.__name__}: wrong loss, no timing"
-        error = (grad.double() - exact.grad).abs()
-        assert (error <= coarse * exact.grad.abs().max()).all(), f"{op.__name__}: wrong gradient, no timing"
+def case(shape, reduction, dtype, bench, drawn=False):
+    F, y = torch.randn(2, *shape, device=bench.device).to(dtype)
+    F = F.clone().requires_grad_()
+    sigma = torch.rand(shape[0], device=bench.device) + 0.1
+    z = None if drawn else dbkernels.inject_noise(y, sigma, seed=3)
+    ops = {"ours, z drawn": ours} if drawn else {"eager": eager} | bench.compiled(eager) | {"ours": ours}
+    contenders = {name: lambda op=op: Call(lambda: step(op, F, z, y, sigma, reduction)) for name, op in ops.items()}
+
+    def exact():
+        wide = [None if t is None else t.detach().double() for t in (z, y, sigma)]
+        return step(definition, F.detach().double().requires_grad_(), *wide, reduction)
+
+    # F, y and z, if it isn't drawn, are read, the gradient is written
+    return harness.Case(contenders, {"both": (3 if drawn else 4) * F.nbytes}, exact, UNITS[dtype])
 
 
-def main():
-    options = harness.options(__doc__)
-    device, rows = options.device, []
-    for case, shape in SHAPES.items():
-        for dtype in (torch.float32, torch.bfloat16):
-            F, y = torch.randn(2, *shape, device=device).to(dtype)
-            F = F.clone().requires_grad_()
-            sigma = torch.rand(shape[0], device=device) + 0.1
-            z = dbkernels.inject_noise(y, sigma, seed=3)
+def main(arguments=None):
+    bench = harness.Bench("edm_loss", harness.options(__doc__, arguments))
+    dtypes = (torch.float32,) if bench.options.quick else (torch.float32, torch.bfloat16)
+    for name, shape in bench.pick(cpu=CPU_SHAPES, gpu=GPU_SHAPES, quick={"tiny": TINY}).items():
+        for dtype in dtypes:
             for reduction in ("mean", "sample"):
-                check(F, z, y, sigma, reduction)
-                torch._dynamo.reset()
-                ops = {"eager": eager, "compile": torch.compile(eager, dynamic=False), "ours": ours, "drawn": drawn}
-                contenders = {
-                    name: lambda op=op, F=F, z=z, y=y, s=sigma, r=reduction: step(op, F, z, y, s, r)
-                    for name, op in ops.items()
-                }
-                rows += harness.measure(f"{case} {reduction}", dtype, contenders, 4 * F.nbytes, device, options.seconds)
-    harness.save("edm_loss", rows, device, options.out, options.note)
+                given = shape, reduction, dtype, bench
+                for drawn in (False, True):
+                    bench.kernels(f"{name} {reduction}", dtype, lambda g=given, drawn=drawn: case(*g, drawn))
+    bench.host("tiny 2x4x64 mean", dtypes[-1], lambda: case(TINY, "mean", dtypes[-1], bench))
+    bench.finish()
 
 
 if __name__ == "__main__":

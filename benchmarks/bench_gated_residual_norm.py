@@ -1,9 +1,14 @@
-"""gated_residual_norm, forward and backward: eager PyTorch, torch.compile, ours, in the layers of five models.
+"""gated_residual_norm, forward and backward: eager PyTorch, torch.compile, ours and, on a GPU, Liger.
 
-python benchmarks/bench_gated_residual_norm.py [--device cuda] [--threads N] [--seconds S] [--out FOLDER]
+python benchmarks/bench_gated_residual_norm.py [--device cuda] [--quick] [--out FOLDER]; --help names the rest
 """
 
 import norms
 
+
+def main(arguments=None):
+    norms.run("gated_residual_norm", __doc__, arguments)
+
+
 if __name__ == "__main__":
-    norms.bench("gated_residual_norm", __doc__)
+    main()

@@ -1,6 +1,6 @@
 """One step of one block, with the ops and with plain PyTorch in their place: time, and the bytes saved for backward.
 
-python benchmarks/bench_training_step.py [--device cuda] [--threads N] [--seconds S] [--out FOLDER]
+python benchmarks/bench_training_step.py [--device cuda] [--quick] [--out FOLDER]; --help names the rest
 """
 
 import contextlib
@@ -10,6 +10,7 @@ from unittest import mock
 import harness
 import torch
 import torch.nn.functional as functional
+from timing import Call
 
 import dbkernels
 from diffusionblocks.adapters.vit import vit_blocks
@@ -17,6 +18,7 @@ from diffusionblocks.memory import SavedTensors
 from diffusionblocks.models import ViTConfig
 from diffusionblocks.optim import PartOptimizer, clip_gradients
 
+QUICK = {"tiny": (ViTConfig(dim=16, layers=3, heads=2, mlp=16, cond=8), 3, 4)}
 CASES = {
     "vit-digits, block of 2, batch 32": (ViTConfig(), 3, 32),
     "ViT 12 x 384, block of 4, batch 32": (
@@ -39,6 +41,9 @@ def plain_ada_layer_norm(x, shift=None, scale=None, *, weight=None, bias=None, e
 def plain_gated_residual_norm(x, branch, gate, shift, scale, *, weight=None, bias=None, eps=1e-6, norm="layer"):
     h = x + gate * branch
     return h, plain_ada_layer_norm(h, shift, scale, weight=weight, bias=bias, eps=eps)
+
+
+UNIT = 1e-4  # of the loss: float32 sums in another order
 
 
 class PlainOptimizer:
@@ -89,32 +94,39 @@ def step_of(config, blocks, batch, device, plain):
     return step, saved
 
 
-def check(config, device):
-    """The same loss with and without, at the same noise."""
+def loss_of(config, device, plain):
+    """The loss of a fresh model at one noise: the same with the ops and without."""
+    torch.manual_seed(0)
     model = vit_blocks(replace(config, layers=2), 1).to(device)
     x = torch.randn(4, config.channels, config.image_size, config.image_size, device=device)
-    losses = []
-    plain_norms = mock.patch.multiple(dbkernels, **PLAIN | {"inject_noise": dbkernels.inject_noise})
-    for ops in (contextlib.nullcontext(), plain_norms):
-        with ops:
-            losses.append(model.loss(0, x, torch.arange(4, device=device), seed=0, step=0).loss)
-    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    # only the norms differ: another noise would give another loss
+    norms = mock.patch.multiple(dbkernels, **PLAIN | {"inject_noise": dbkernels.inject_noise})
+    with norms if plain else contextlib.nullcontext():
+        return model.loss(0, x, torch.arange(4, device=device), seed=0, step=0).loss
 
 
-def main():
-    options = harness.options(__doc__)
-    rows, notes = [], [options.note] if options.note else []
-    for case, (config, blocks, batch) in CASES.items():
-        check(config, options.device)
-        contenders = {}
-        for name, plain in (("eager", True), ("ours", False)):
-            contenders[name], saved = step_of(config, blocks, batch, options.device, plain)
-            kept = saved()
-            notes.append(f"{case}: {name} keeps {kept / 2**20:.2f} MiB for backward")
-            print(notes[-1])
-        # What ours keeps is written once and read once: a floor for the traffic of a step.
-        rows += harness.measure(case, torch.float32, contenders, 2 * kept, options.device, options.seconds)
-    harness.save("training_step", rows, options.device, options.out, "; ".join(notes))
+def case(name, config, blocks, batch, bench):
+    made, kept = {}, 0
+    for contender, plain in (("eager", True), ("ours", False)):
+        step, saved = step_of(config, blocks, batch, bench.device, plain)
+        kept = saved()
+        bench.note(f"{name}: {contender} keeps {kept / 2**20:.2f} MiB for backward")
+        made[contender] = lambda step=step: Call(step)
+    # What ours keeps is written once and read once: a floor for the traffic of a step.
+    return harness.Case(
+        made,
+        {"both": 2 * kept},
+        lambda: [loss_of(config, bench.device, True).detach().double()],
+        UNIT,
+        checked={"ours": lambda: Call(lambda: loss_of(config, bench.device, False))},
+    )
+
+
+def main(arguments=None):
+    bench = harness.Bench("training_step", harness.options(__doc__, arguments))
+    for name, sizes in bench.pick(cpu=CASES, gpu=CASES, quick=QUICK).items():
+        bench.kernels(name, torch.float32, lambda name=name, sizes=sizes: case(name, *sizes, bench))
+    bench.finish()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,13 @@
 #!/bin/sh
-# All GPU tests, then all benchmarks, on the GPU here. JSON goes to the folder given, else to $OUT, else beside the others.
-#   benchmarks/gpu.sh [FOLDER]
-set -u
-cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
-OUT=${1:-${OUT:-}}
-[ -n "$OUT" ] && mkdir -p "$OUT" && set -- --out "$OUT" || set --
-export PYTHONPATH="$PWD:$PWD/python:${PYTHONPATH:-}"
-
-FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a} $PYTHON setup.py build_ext --inplace || exit 1
-$PYTHON -m dbkernels
-$PYTHON -m pytest tests -m gpu -q || exit 1
-failed=0
-for bench in benchmarks/bench_*.py; do
-  echo "== $bench"
-  $PYTHON "$bench" --device cuda --seconds 0.2 "$@" || failed=1
-done
-exit $failed
+# Stages on the GPU here, by name, in the order given; none stops another, each has a limit in seconds:
+#
+#   benchmarks/gpu.sh build smoke bench train         # under 8 minutes on 16 slow cores; bench compiles beforehand
+#   benchmarks/gpu.sh build tests=300 --shard 1/4     # a quarter of the gpu tests, another limit
+#   benchmarks/gpu.sh bench --benches edm_loss        # one op
+#   benchmarks/gpu.sh smoke bench train forks --device cpu --quick    # a dry run without a GPU
+#
+# Results are written as they come to $OUT (default: gpu-results); a table is printed last. Stages and limits stand in
+# gpu_stages.py. $COMMIT names the revision where the code lies outside its repository. JSON of the benches: $OUT/bench.
+cd "$(dirname "$0")/.." || exit 1
+export PYTHONPATH="$PWD:$PWD/python:$PWD/benchmarks:${PYTHONPATH:-}"
+exec "${PYTHON:-python3}" benchmarks/gpu_stages.py "$@"
