@@ -27,7 +27,7 @@ CONFIGS: dict[str, TrainConfig] = {
     "dit": tiny_dit.CONFIG,
     "masked_lm": MaskedLMRun(model=MaskedLMConfig(dim=16, layers=3, mlp=24, cond=8), length=12, levels=3),
     # two streams: the noisy one's groups attend to the clean one
-    "causal_lm": tiny_lm.config(replace(tiny_lm.KINDS["groups of 4"], symbols=SYMBOLS), combine="none"),
+    "causal_lm": tiny_lm.config(replace(tiny_lm.KINDS["groups of 4"], symbols=SYMBOLS), combine="none", evaluated=384),
     "recurrent": RecurrentRun(
         model=RecurrentConfig(dim=16, layers=2, heads=2, mlp=24, prelude=1, coda=1), size=6, evaluated=32
     ),

@@ -106,7 +106,8 @@ def config(name, tmp_path, **changes):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_reads_no_value(name, accumulate, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "Residency", Resident)
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # none for meta
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # meta has none,
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)  # and to ask is an error
     settings = config(name, tmp_path, accumulate=accumulate)
     session = training.Session(tiny_all.adapter(settings).blocks().to(META), settings, device=META)
     session.step = 1  # the first one of a round reports

@@ -15,6 +15,6 @@ def run_interpreted(script):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     environment.pop("DBKERNELS_BACKEND", None)
     command = [sys.executable, str(HERE / script)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0 and "interpreted: ok" in run.stdout, run.stdout + run.stderr
     return run.stdout
