@@ -64,6 +64,19 @@ def our_step(lists, masters):
     return step
 
 
+def triton_step(lists, masters):
+    """Our Triton kernels, where the CUDA library serves the op."""
+    from dbkernels.triton.adamw_ema_list import step as launch
+
+    decays = [OPTIONS["weight_decay"]] * len(lists[0])
+
+    def step():
+        launch(*lists, 1, 1e-3, 0.9, 0.95, 1e-8, decays, 1.0, 0.99, masters or [], False, 0, 0)
+        return tuple(masters or lists[0])
+
+    return step
+
+
 def compiled_step(op):
     def of(lists, masters):
         decays = [OPTIONS["weight_decay"]] * len(lists[0])
@@ -80,6 +93,8 @@ def compiled_step(op):
 def case(shapes, dtype, bench):
     device = bench.device
     ops = {"eager": torch_step, "ours": our_step}
+    if device.type == "cuda" and dbkernels.compiled("_C_cuda") is not None:
+        ops["ours, Triton"] = triton_step
     if device.type == "cpu" or dtype == torch.float32:  # it takes minutes on a GPU
         compiled = bench.compiled(dbkernels.adamw_ema_step_reference)
         ops |= {name: compiled_step(op) for name, op in compiled.items() if name == "compile"}

@@ -23,7 +23,7 @@ FLEX = [(64, 4096, 1), (64, 4096, 4), (64, 4096, 32), (64, 16384, 4), (128, 4096
 FLEX_FLASH = (64, 4096, 1)
 DENSE = 8192  # tokens at most
 FIRST = 256  # tokens that are checked: they see no others
-UNITS = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-16}  # bfloat16 rounds probabilities and slopes too
+UNITS = {torch.bfloat16: 2.0**-5, torch.float32: 2.0**-16}  # bfloat16 rounds probabilities and slopes too, then sums
 
 
 def ours(group_size):

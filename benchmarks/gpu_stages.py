@@ -97,7 +97,7 @@ def pytest(options: argparse.Namespace, stage: str, marks: str, shard: str = "")
     ]
     if importlib.util.find_spec("xdist") and not options.quick:
         arguments += ["-n", str(os.cpu_count())]
-    env = {"OUTCOMES": str(results), "SHARD": shard}
+    env = caches() | {"OUTCOMES": str(results), "SHARD": shard}
     return Stage([Command("pytest", [sys.executable, "-m", "pytest", options.tests, *arguments], env)], 1, results)
 
 

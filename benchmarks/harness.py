@@ -27,6 +27,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parent
 PEERS_SLACK = 4  # a peer rounds where we don't: four times our tolerance
+COMPILED = 3  # cases of an op that a GPU's run compiles: each takes seconds, even from the caches
 Make = Callable[[], Call]
 
 
@@ -90,10 +91,12 @@ class Bench:
 
     def __init__(self, op: str, options: argparse.Namespace):
         self.op, self.options, self.device = op, options, options.device
-        self.count, self.tuned, self.ours_failed = 0, False, False
+        self.count, self.on_host, self.ours_failed = 0, False, False
         self.folder: Path = options.out or ROOT / "results" / default_machine(options.device)
         self.path = self.folder / f"{op}.jsonl"
         if options.lock:
+            import torch._inductor.compile_fx  # noqa: F401  (takes seconds: while another process measures)
+
             self.lock = options.lock.open("w")
             fcntl.flock(self.lock, fcntl.LOCK_EX)  # until the process ends
         signal.alarm(options.limit)  # ends the process, whatever it hangs in
@@ -107,12 +110,12 @@ class Bench:
         return quick if self.options.quick else gpu if self.device.type == "cuda" else cpu
 
     def compiled(self, plain: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-        """Return it under torch.compile, once an op on a GPU also tuned; none in a quick run: compiling takes long."""
-        if self.options.quick:
+        """Return it under torch.compile; on a GPU for the first cases and the host's, in the first one also tuned."""
+        on_gpu = self.device.type == "cuda"
+        if self.options.quick or (on_gpu and self.count > COMPILED and not self.on_host):
             return {}
         found = {"compile": torch.compile(plain, dynamic=False)}
-        if self.device.type == "cuda" and not self.tuned:
-            self.tuned = True
+        if on_gpu and self.count == 1:
             found["compile, tuned"] = torch.compile(plain, dynamic=False, mode="max-autotune-no-cudagraphs")
         return found
 
@@ -121,7 +124,8 @@ class Bench:
         self._measure(name, dtype, build, self._kernel_rows)
 
     def host(self, name: str, dtype: torch.dtype, build: Callable[[], Case]) -> None:
-        """Measure the host's time of a case: one of tiny tensors."""
+        """Measure the host's time of a case: one of tiny tensors. After all cases of kernels."""
+        self.on_host = True
         self._measure(name, dtype, build, self._host_rows)
 
     def record(self, name: str, dtype: torch.dtype, run: Callable[[], Row]) -> None:

@@ -91,8 +91,8 @@ def run(name, doc, arguments=None):
     for dtype in dtypes:
         shapes = bench.pick(cpu=CPU_SHAPES, gpu=GPU_SHAPES, quick={"tiny": TINY})
         for key, shape in shapes.items():
-            if on_gpu and dtype == torch.float32 and key != next(iter(shapes)):  # a GPU's time is for halves
-                continue
+            if on_gpu and dtype == torch.float32 and key != next(iter(shapes)):
+                continue  # a GPU's time is for halves
             bench.kernels(key, dtype, lambda shape=shape, dtype=dtype: case(name, shape, dtype, bench))
     bench.host("tiny 2x4x64", dtypes[0], lambda: case(name, TINY, dtypes[0], bench))
     bench.finish()

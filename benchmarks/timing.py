@@ -140,14 +140,19 @@ def _device_times(calls: dict[str, Call], least: int, seconds: float) -> tuple[C
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         errors = in_turns(calls, min(least, 50), seconds, run)
         torch.cuda.synchronize()
-    events = [e for e in profile.profiler.kineto_results.events() if e.device_type() == torch.autograd.DeviceType.CUDA]
-    sums = between_marks([(e.start_ns(), e.duration_ns(), e.name()) for e in events])
+    sums = between_marks([(e.start_ns(), e.duration_ns(), e.name()) for e in _on_device(profile)])
     if len(sums) != len(labels):
         raise RuntimeError(f"the profiler saw {len(sums)} marked parts of {len(labels)}: no timing")
     times: Clocked = {(name, direction): [] for name, call in calls.items() for direction in call.directions}
     for label, nanoseconds in zip(labels, sums, strict=True):
         times[label].append(nanoseconds / 1e6)
     return times, errors
+
+
+def _on_device(profile: Any) -> list[Any]:
+    """Return the profiler's events of kernels, copies and fills."""
+    events = profile.profiler.kineto_results.events()
+    return [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA and not e.is_user_annotation()]
 
 
 def between_marks(events: Sequence[tuple[int, int, str]]) -> list[int]:

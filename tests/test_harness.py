@@ -197,6 +197,7 @@ def test_device_time_is_the_sum_of_each_parts_kernels(benchmarks, monkeypatch):
     def launch(name, milliseconds):
         at, nanoseconds, cuda = len(stream), int(milliseconds * 1e6), torch.autograd.DeviceType.CUDA
         event = dict(start_ns=lambda: at, duration_ns=lambda: nanoseconds, name=lambda: name, device_type=lambda: cuda)
+        event |= dict(is_user_annotation=lambda: False)
         stream.append(SimpleNamespace(**event))
 
     class Kernel(torch.autograd.Function):
