@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ class TrainConfig:
         CONFIGS[cls.architecture] = cls
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_at_least(self, 1, "blocks", "steps", "visit", "batch_size", "accumulate")
         check_at_least(self, 1, "walk_steps", "checkpoint_every")
         if self.blocks > self.model.layers:
@@ -88,8 +90,13 @@ class TrainConfig:
             raise ValueError(f"branch must be a share of the steps in [0, 1), got {self.branch}")
         if not self.tune_lr or not self.tune_warmup:
             raise ValueError("tune_lr and tune_warmup need a value each: what the baselines choose from")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if min(self.tune_lr) <= 0 or not all(0 <= warmup < 1 for warmup in self.tune_warmup):
+            raise ValueError(f"need tune_lr > 0 and 0 <= tune_warmup < 1, got {self.tune_lr} and {self.tune_warmup}")
+        for name in ("overlap", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.clip < 0:
+            raise ValueError(f"clip must not be negative, got {self.clip}; 0 clips nothing")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
 
@@ -172,6 +179,15 @@ def _typed(type_: Any, value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     return Path(value) if isinstance(value, str) and Path in (type_, *typing.get_args(type_)) else value
+
+
+def check_finite(config: Any) -> None:
+    """Raise ValueError unless every float of a config is finite."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{field.name} must be finite, got {number}")
 
 
 def check_at_least(config: Any, least: int, *names: str) -> None:

@@ -44,8 +44,12 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device={name!r} is none that PyTorch knows; use 'cpu', 'cuda' or 'auto'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r} can't train; use 'cpu', 'cuda' or 'auto'")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda' but this PyTorch sees no GPU; use device='cpu' or 'auto'")
+        raise ValueError(f"device={name!r} but this PyTorch sees no GPU; use device='cpu' or 'auto'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r} but there are {torch.cuda.device_count()} GPUs; count from cuda:0")
     return device
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from . import edm
 from .density import LogUniform, NoiseDensity, Uniform
 
+LARGEST_EXPONENT = 700.0  # e to it is the largest float64, nearly: beyond any range's width
+
 
 class Range(NamedTuple):
     """Noise levels from `low` to `high`, in the target's units."""
@@ -72,7 +74,7 @@ class Partition:
     def trained(self, block: int) -> Range:
         """The levels that `block` is trained on: its own, widened by `overlap`, cut to [sigma_min, sigma_max]."""
         low, high = self.owned(block)
-        margin = (high / low) ** self.overlap
+        margin = math.exp(min(self.overlap * math.log(high / low), LARGEST_EXPONENT))
         return Range(max(low / margin, self.sigma_min), min(high * margin, self.sigma_max))
 
     def block_of(self, sigma: float | Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class CausalLMRun(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, 2, "length")
+        check_at_least(self, max(2, self.model.group_size), "length")
         if self.model.sees_z and self.combine == "mean":
             raise ValueError("combine='mean' needs blocks that don't look at z; with sees_z use 'none' or 'carry'")
 

@@ -33,6 +33,8 @@ class CausalLMConfig(ConditionedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_rotary(self)
+        if self.symbols < 2:
+            raise ValueError(f"symbols={self.symbols} must be at least 2: of one there is nothing to predict")
         if self.group_size > 1 and not self.sees_z:
             raise ValueError(f"group_size={self.group_size} needs sees_z: its tokens would not know of each other")
 

@@ -26,6 +26,9 @@ class LayerConfig:
         sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
         if min(sizes.values()) < 1:
             raise ValueError(f"every size must be at least 1, got {sizes}")
+        floats = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "float"}
+        if not all(map(math.isfinite, floats.values())) or self.norm_eps < 0:
+            raise ValueError(f"numbers must be finite and norm_eps not negative, got {floats}")
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
 
