@@ -7,6 +7,11 @@ import math
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+
+from dbkernels._library import backend
+
+_transform = torch._C._functorch.peek_interpreter_stack
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -19,9 +24,18 @@ def broadcast(sigma: Tensor, dims: int) -> Tensor:
     return sigma.reshape(sigma.shape + (1,) * (dims - sigma.dim()))
 
 
+def as_defined() -> bool:
+    """Whether an op is to run as its definition: by DBKERNELS_BACKEND=reference, or within a transform of torch.func or
+    forward-mode differentiation, which know PyTorch's own operations."""
+    if torch.compiler.is_compiling():
+        return False
+    return backend() == "reference" or _transform() is not None or forward_ad._current_level >= 0
+
+
 def readable(tensor: Tensor) -> bool:
-    """Whether a check may look at values: not on a device, where it would wait, and not where there are none."""
-    hidden = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+    """Whether a check may look at values: not on a device, where it would wait, not where there are none, and not
+    within a compiler or a transform of torch.func."""
+    hidden = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or _transform() is not None
     return tensor.device.type == "cpu" and tensor.numel() > 0 and not hidden
 
 
@@ -45,11 +59,16 @@ def check_sigma(sigma: float | Tensor, name: str, x: Tensor, dtype: torch.dtype)
     """sigma as a tensor of shape (), (B,) or (B, N) in `dtype`, on the device of `x`, called `name` in messages."""
     if isinstance(sigma, Tensor):
         return _check_tensor(sigma, name, x).to(dtype)
+    check_level(sigma)
+    return torch.full((), sigma, dtype=dtype, device=x.device)
+
+
+def check_level(sigma: float) -> None:
+    """Raise unless `sigma` is a number that a standard deviation may be."""
     if isinstance(sigma, bool) or not isinstance(sigma, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"sigma must be a float or a tensor, got {type(sigma).__name__}")
     if not 0.0 <= sigma < math.inf:
         raise ValueError(f"sigma={sigma} must be finite and not negative: it is a standard deviation")
-    return torch.full((), sigma, dtype=dtype, device=x.device)
 
 
 def _check_tensor(sigma: Tensor, name: str, x: Tensor) -> Tensor:

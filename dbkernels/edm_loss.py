@@ -1,7 +1,7 @@
 """edm_loss: weight·|D − y|² as |F − target|², with the gradients of F, z and y taken in the same pass.
 
-The definition first, then the ops, the gradient and the public function. The kernels are csrc/cpu/edm_loss.cpp and
-dbkernels/triton/edm_loss.py.
+The checks and the public function. The definition, ops and gradient are in dbkernels/_edm_loss.py, the kernels in
+csrc/cpu/edm_loss.cpp and dbkernels/triton/edm_loss.py.
 
 With s = sigma_data, target = (y − c_skip·z) / c_out and weight = 1 / c_out² (Karras et al. 2022, table 1 and eq. 8). By
 the angle whose tangent is sigma / s it is
@@ -15,170 +15,21 @@ bfloat16 z hardly at all. Where z = y + sigma·eps is drawn again, target = sin/
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dbkernels._levels import broadcast, check_floating, check_sigma, check_sigma_data, compute_dtype
-from dbkernels._library import backend, define, register_triton
-from dbkernels.philox import check_address, normal_reference, signed
+from dbkernels._address import Number, check_rounds, checked, split, tensor_or_none
+from dbkernels._direct import direct, kind
+from dbkernels._edm_loss import EDMLoss, edm_loss_reference, expected_upstream, mean_over, run, times_upstream
+from dbkernels._levels import as_defined, check_floating, check_level, check_sigma, check_sigma_data, compute_dtype
+from dbkernels.philox import ROUNDS
+
+__all__ = ["edm_loss", "edm_loss_reference", "mean_over", "times_upstream"]
 
 REDUCTIONS = ("mean", "sum", "none", "sample")
-
-Four = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _coefficients(sigma: Tensor, sigma_data: float, drawn: bool) -> tuple[Tensor, Tensor]:
-    """of_y, of_noise: target = of_y·y − of_noise·n, where n is z − y, or eps where z is drawn again."""
-    root = torch.hypot(sigma, torch.full_like(sigma, sigma_data))
-    cos = sigma_data / root
-    return sigma / root / sigma_data, cos if drawn else cos / sigma
-
-
-def _residual(F: Tensor, z: Tensor | None, y: Tensor, of_y: Tensor, of_noise: Tensor, seed: int, offset: int) -> Tensor:
-    dtype = of_y.dtype
-    if z is None:
-        noise = normal_reference(y.shape, seed=seed % 2**64, offset=offset, device=y.device).to(dtype)
-    else:
-        noise = z.to(dtype) - y.to(dtype)
-    return F.to(dtype) - of_y * y.to(dtype) + of_noise * noise
-
-
-def _reduce(square: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return square
-    if reduction == "sample":
-        return square.reshape(len(square), mean_over(square.shape, reduction)).mean(1)
-    return square.mean() if reduction == "mean" else square.sum()
-
-
-def mean_over(shape: torch.Size, reduction: str) -> int:
-    """How many elements a mean is taken over; 1 where none is."""
-    if reduction == "sample":
-        return shape[1:].numel()
-    return shape.numel() if reduction == "mean" else 1
-
-
-def edm_loss_reference(
-    F: Tensor,
-    z: Tensor | None,
-    y: Tensor,
-    sigma: Tensor,
-    sigma_data: float,
-    reduction: str = "mean",
-    seed: int = 0,
-    offset: int = 0,
-) -> Tensor:
-    """The definition, differentiable in F, z and y. sigma: (), (B,) or (B, N), in the arithmetic's dtype."""
-    coefficients = _coefficients(broadcast(sigma, F.dim()), sigma_data, z is None)
-    return _reduce(_residual(F, z, y, *coefficients, seed, offset).square(), reduction)
-
-
-def empty_gradients(
-    F: Tensor, z: Tensor | None, y: Tensor, want_F: bool, want_z: bool, want_y: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients; nothing where one isn't wanted."""
-    return _room(F, want_F), _room(y if z is None else z, want_z), _room(y, want_y)
-
-
-def _room(x: Tensor, wanted: bool) -> Tensor:
-    # float16 can't hold a mean's small gradients before a loss scale is applied.
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    return torch.empty(x.shape if wanted else (0,), dtype=dtype, device=x.device)
-
-
-def _definition(
-    F: Tensor, z: Tensor | None, y: Tensor, sigma: Tensor, sigma_data: float, reduction: str, seed: int, offset: int,
-    want_F: bool, want_z: bool, want_y: bool,
-) -> Four:  # fmt: skip
-    of_y, of_noise = _coefficients(broadcast(sigma, F.dim()), sigma_data, z is None)
-    residual = _residual(F, z, y, of_y, of_noise, seed, offset)
-    slope = 2 * residual / max(1, mean_over(F.shape, reduction))
-    loss = _reduce(residual.square(), reduction).contiguous()
-    grads = empty_gradients(F, z, y, want_F, want_z, want_y)
-    at_y = -of_y if z is None else -(of_y + of_noise)
-    for grad, wanted, factor in zip(grads, (want_F, want_z, want_y), (1, of_noise, at_y), strict=True):
-        if wanted:
-            grad.copy_(slope * factor)
-    return loss, *grads
-
-
-def _fake(
-    F: Tensor, z: Tensor | None, y: Tensor, sigma: Tensor, sigma_data: float, reduction: str, seed: int, offset: int,
-    want_F: bool, want_z: bool, want_y: bool,
-) -> Four:  # fmt: skip
-    shape = {"none": F.shape, "sample": F.shape[:1]}.get(reduction, ())
-    return F.new_empty(shape, dtype=sigma.dtype), *empty_gradients(F, z, y, want_F, want_z, want_y)
-
-
-define(
-    "edm_loss(Tensor F, Tensor? z, Tensor y, Tensor sigma, float sigma_data, str reduction, SymInt seed, "
-    "SymInt offset, bool want_F, bool want_z, bool want_y) -> (Tensor, Tensor, Tensor, Tensor)",
-    _definition,
-    _fake,
-)
-
-
-def _scale(x: Tensor, by: Tensor) -> None:
-    x.copy_(x * broadcast(by, x.dim()))
-
-
-define("edm_loss_scale_(Tensor(a!) x, Tensor by) -> ()", _scale, lambda x, by: None)
-
-
-def _triton_forward(F: Tensor, *arguments: Any) -> Four:
-    from dbkernels.triton.edm_loss import forward
-
-    return forward(F, *arguments) if F.numel() else _definition(F, *arguments)
-
-
-def _triton_scale(x: Tensor, by: Tensor) -> None:
-    from dbkernels.triton.edm_loss import scale
-
-    scale(x, by)
-
-
-register_triton("edm_loss", _triton_forward)
-register_triton("edm_loss_scale_", _triton_scale)
-
-
-class _EDMLoss(torch.autograd.Function):
-    """The op with its gradients, which are ready before backward asks: it only applies the upstream gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, F: Tensor, z: Tensor | None, y: Tensor, sigma: Tensor, sigma_data: float, reduction: str, seed: int,
-        offset: int,
-    ) -> Tensor:  # fmt: skip
-        wanted = ctx.needs_input_grad[:3]
-        loss, *grads = torch.ops.dbkernels.edm_loss.default(
-            F, z, y, sigma, sigma_data, reduction, seed, offset, *wanted
-        )
-        ctx.dtypes = F.dtype, y.dtype if z is None else z.dtype, y.dtype
-        ctx.save_for_backward(*grads)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # Not once_differentiable: where upstream is a constant, it would let the gradient pass for a constant too.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("edm_loss has no second derivative: drop create_graph=True, or use edm_loss_reference")
-        needs = ctx.needs_input_grad[:3]
-        saved = zip(needs, ctx.saved_tensors, ctx.dtypes, strict=True)
-        grads = [times_upstream(kept, upstream).to(dtype) if need else None for need, kept, dtype in saved]
-        return *grads, None, None, None, None, None
-
-
-def times_upstream(kept: Tensor, upstream: Tensor) -> Tensor:
-    """kept·upstream. In place, and no pass at all where upstream is 1, if this is the graph's last backward: then
-    nobody needs `kept` any more. Otherwise a copy, as whoever gets the gradient may write into it."""
-    if torch.compiler.is_compiling():
-        return kept * broadcast(upstream, kept.dim())
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        kept = kept.clone()
-    torch.ops.dbkernels.edm_loss_scale_.default(kept, upstream)
-    return kept
 
 
 def _check_alike(F: Tensor, **others: Tensor) -> None:
@@ -192,16 +43,34 @@ def _check_alike(F: Tensor, **others: Tensor) -> None:
             )
 
 
-def _check_source(z: Tensor | None, seed: int | None, offset: int) -> int:
-    """Raise unless z is given or can be drawn; the seed as the op takes it."""
+def _check_source(
+    z: Tensor | None, seed: Number | None, offset: Number, rounds: int, y: Tensor
+) -> tuple[Number, Number]:
+    """Raise unless z is given or can be drawn; (seed, offset) as `checked` returns it."""
     if z is None:
         if seed is None:
             raise ValueError("z=None asks for z to be drawn again, which needs seed: give inject_noise's")
-        check_address(seed, offset)
-        return signed(seed)
-    if seed is not None or offset != 0:
-        raise ValueError("seed and offset say how to draw z again, but z was given: pass z=None, or no seed")
-    return 0
+        check_rounds(rounds)
+        return checked(seed, offset, y.device)
+    if seed is not None or isinstance(offset, Tensor) or offset != 0 or rounds != ROUNDS:
+        raise ValueError(
+            "seed, offset and rounds say how to draw z again, but z was given: pass z=None, or none of them"
+        )
+    return 0, 0
+
+
+def _check_weight(weight: float) -> float:
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(f"weight must be a float, got {type(weight).__name__}: multiply the loss by a tensor yourself")
+    if not -math.inf < weight < math.inf:
+        raise ValueError(f"weight={weight} must be finite: it multiplies the loss")
+    return float(weight)
+
+
+def _check_number(sigma: Any) -> None:
+    check_level(sigma)
+    if sigma == 0:
+        raise ValueError("sigma=0 leaves no noise to remove: it must be positive")
 
 
 def _check_options(F: Tensor, sigma: float | Tensor, sigma_data: float, reduction: str) -> None:
@@ -212,8 +81,28 @@ def _check_options(F: Tensor, sigma: float | Tensor, sigma_data: float, reductio
         raise ValueError('reduction="sample" needs a dimension of samples, but F has none')
     if isinstance(sigma, Tensor) and sigma.requires_grad:
         raise ValueError("sigma requires a gradient, but it is not trained: detach it")
-    if not isinstance(sigma, Tensor) and sigma == 0:
-        raise ValueError("sigma=0 leaves no noise to remove: it must be positive")
+    if not isinstance(sigma, Tensor):
+        _check_number(sigma)
+
+
+def _check(F: Tensor, z: Tensor | None, y: Tensor, sigma: float | Tensor, sigma_data: float, reduction: str) -> Tensor:
+    """Return sigma as levels in the arithmetic's dtype. Raise unless the arguments fit."""
+    _check_alike(F, y=y) if z is None else _check_alike(F, z=z, y=y)
+    _check_options(F, sigma, sigma_data, reduction)
+    return check_sigma(sigma, "F", F, compute_dtype(F.dtype, y.dtype, (y if z is None else z).dtype))
+
+
+def _accepted(F: Tensor, z: Tensor | None, y: Tensor, sigma: float | Tensor, sigma_data: float, reduction: str) -> None:
+    """Check what depends on the kind of input alone once for each."""
+    from dbkernels.triton.edm_loss import accepted
+
+    levels = tensor_or_none(sigma)
+    if levels is None:
+        _check_number(sigma)
+    key = kind(F), kind(z), kind(y), kind(levels), levels is not None and levels.requires_grad, sigma_data, reduction
+    if key not in accepted:
+        _check(F, z, y, sigma, sigma_data, reduction)
+        accepted.keep(key, True)
 
 
 def edm_loss(
@@ -224,14 +113,20 @@ def edm_loss(
     *,
     sigma_data: float,
     reduction: str = "mean",
-    seed: int | None = None,
-    offset: int = 0,
+    seed: Number | None = None,
+    offset: Number = 0,
+    rounds: int = ROUNDS,
+    weight: float = 1.0,
 ) -> Tensor:
     """EDM's weighted denoising loss, weight·|D − y|² with D = c_skip·z + c_out·F: one pass for it and its gradients.
 
     Sums are taken in a fixed order, so a loss repeats bit for bit for any number of threads. Gradients are found with
-    the loss and kept in their input's dtype (float32 for float16). Backward multiplies them by the upstream gradient:
-    in place, and not at all where it is 1, unless the graph is retained. There is no second derivative.
+    the loss and kept in their input's dtype (float32 for float16), for the upstream gradient that is expected: 1 of a
+    single loss; that of `.mean()`, one over their number, of several ("sample", "none"). So `loss.backward()` and
+    `loss.mean().backward()` leave them as they are. Backward passes over the gradients once more, in place, where the
+    upstream gradient is another: a factor on the loss (give it as `weight`), a loss scale of automatic mixed precision,
+    a sum or weights of several losses (only samples whose factor differs); for float16, which is cast; in a retained
+    graph, which copies. There is no second derivative. Within torch.func's transforms the definition runs.
 
     Args:
         F: the network's raw output, any shape, float16, bfloat16, float32 or float64. Arithmetic is float32 (float64 if
@@ -246,25 +141,35 @@ def edm_loss(
         sigma_data: the target's std in the same units.
         reduction: "mean" over all elements, "sum", "none" (one loss an element), or "sample", the mean over each
             sample's elements, (B,).
-        seed, offset: where z is None, those that z was drawn by.
+        seed, offset, rounds: where z is None, those that z was drawn by; seed and offset ints or 0-dim tensors, as for
+            `inject_noise`.
+        weight: what the loss is multiplied by, in the same pass: 1 / (micro-batches that a step accumulates).
 
     Returns:
         float32 (float64 if an input is): (), F's shape for "none", (B,) for "sample".
 
     Raises:
-        TypeError: F, z, y or sigma isn't floating point; seed or offset isn't an int.
-        ValueError: shapes or devices don't fit; sigma requires a gradient; sigma, sigma_data, reduction, seed or offset
-            is out of range; seed is missing, or given beside z.
+        TypeError: F, z, y or sigma isn't floating point; seed or offset isn't an int or a tensor of integers;
+            weight isn't a number.
+        ValueError: shapes or devices don't fit; sigma requires a gradient; sigma, sigma_data, reduction, seed, offset,
+            rounds or weight is out of range; seed is missing, or given beside z.
 
     Source: Karras et al. 2022 (EDM), table 1 and eq. 8; Salmon et al. 2011 (Philox4x32-10).
     """
-    _check_alike(F, y=y) if z is None else _check_alike(F, z=z, y=y)
-    _check_options(F, sigma, sigma_data, reduction)
-    word = _check_source(z, seed, offset)
-    level = check_sigma(sigma, "F", F, compute_dtype(F.dtype, y.dtype, (y if z is None else z).dtype))
-    arguments = F, z, y, level, float(sigma_data), reduction, word, offset
-    if backend() == "reference" and not torch.compiler.is_compiling():
-        return edm_loss_reference(*arguments)
-    if torch.is_grad_enabled() and (F.requires_grad or y.requires_grad or (z is not None and z.requires_grad)):
-        return _EDMLoss.apply(*arguments)
-    return torch.ops.dbkernels.edm_loss.default(*arguments, False, False, False)[0]
+    weight = _check_weight(weight)
+    past = isinstance(F, Tensor) and direct(F, z, y, tensor_or_none(sigma)) and F.numel() > 0
+    if past:
+        _accepted(F, z, y, sigma, sigma_data, reduction)
+        level: Any = sigma if isinstance(sigma, Tensor) else float(sigma)
+    else:
+        level = _check(F, z, y, sigma, sigma_data, reduction)
+    seed, offset = _check_source(z, seed, offset, rounds, y)
+    options = float(sigma_data), reduction
+    if as_defined():
+        return edm_loss_reference(F, z, y, level, *options, seed, offset, rounds, weight)
+    wants = torch.is_grad_enabled() and (F.requires_grad or y.requires_grad or (z is not None and z.requires_grad))
+    arguments = F, z, y, level, *options, *split(seed, offset), rounds, weight
+    if wants:
+        dtype = compute_dtype(F.dtype, y.dtype, (y if z is None else z).dtype)
+        return EDMLoss.apply(*arguments, expected_upstream(F, reduction, dtype))
+    return run(*arguments, 1.0, False, False, False)[0]

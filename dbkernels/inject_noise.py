@@ -1,131 +1,26 @@
 """inject_noise: z = c_in · (y + sigma·eps), with eps drawn by element index and never stored.
 
-The definition first, then the op, its gradient and the public function. The kernels are
-csrc/cpu/inject_noise.cpp and dbkernels/triton/inject_noise.py; y as rows of a table is dbkernels/inject_noise_table.py.
+The public functions. The definitions, ops and gradients are in dbkernels/_inject_noise.py and, for y as rows of a
+table, dbkernels/inject_noise_table.py; the kernels in csrc/cpu/ and dbkernels/triton/ under the ops' names.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from dbkernels._levels import broadcast, check_floating, check_sigma, check_sigma_data, compute_dtype, readable
-from dbkernels._library import NAMESPACE, backend, define, lib, register_triton
-from dbkernels.philox import check_address, normal_reference, signed
+from dbkernels._address import Number, check_rounds
+from dbkernels._inject_noise import inject_noise_reference, noised, normals
+from dbkernels._levels import check_sigma
+from dbkernels.inject_noise_table import gather_rows, inject_noise_table_reference, noised_rows
+from dbkernels.philox import ROUNDS, sizes_of
 
-
-def inject_noise_reference(y: Tensor, sigma: Tensor, sigma_data: float | None, seed: int, offset: int) -> Tensor:
-    """The definition, differentiable in y and sigma. sigma: (), (B,) or (B, N), in y's compute dtype."""
-    dtype = compute_dtype(y.dtype)
-    eps = normal_reference(y.shape, seed=seed % 2**64, offset=offset, device=y.device).to(dtype)
-    sigma = broadcast(sigma, y.dim())
-    z = y.to(dtype) + sigma * eps
-    if sigma_data is not None:
-        z = z * torch.rsqrt(sigma * sigma + sigma_data * sigma_data)
-    return z.to(y.dtype)
-
-
-def gather_rows(indices: Tensor, table: Tensor, normalize: bool) -> Tensor:
-    """table[indices] in the compute dtype, at unit length if asked."""
-    rows = table[indices].to(compute_dtype(table.dtype))
-    return torch.nn.functional.normalize(rows, dim=-1) if normalize else rows
-
-
-def inject_noise_table_reference(
-    indices: Tensor, table: Tensor, sigma: Tensor, sigma_data: float | None, normalize: bool, seed: int, offset: int
-) -> Tensor:
-    """The definition with y as rows of a table, differentiable in table and sigma: rounded once."""
-    z = inject_noise_reference(gather_rows(indices, table, normalize), sigma, sigma_data, seed, offset)
-    return z.to(table.dtype)
-
-
-def _fake(y: Tensor, sigma: Tensor, sigma_data: float | None, seed: int, offset: int) -> Tensor:
-    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
-
-
-def _definition(y: Tensor, sigma: Tensor, sigma_data: float | None, seed: int, offset: int) -> Tensor:
-    return inject_noise_reference(y, sigma, sigma_data, seed, offset).contiguous()
-
-
-define(
-    "inject_noise(Tensor y, Tensor sigma, float? sigma_data, SymInt seed, SymInt offset) -> Tensor",
-    _definition,
-    _fake,
-)
-
-
-def _triton_kernel(y: Tensor, sigma: Tensor, sigma_data: float | None, seed: int, offset: int) -> Tensor:
-    from dbkernels.triton.inject_noise import launch
-
-    z = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    launch(y.contiguous(), sigma.contiguous(), z, sigma_data, seed % 2**64, offset)
-    return z
-
-
-register_triton("inject_noise", _triton_kernel)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    y, sigma, ctx.sigma_data, ctx.seed, ctx.offset = inputs
-    # y is wanted only by sigma's gradient through c_in: without it, the op holds nothing but the noise
-    # levels.
-    keep_y = sigma.requires_grad and ctx.sigma_data is not None
-    ctx.save_for_backward(sigma, y if keep_y else None)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    sigma, y = ctx.saved_tensors
-    grad_y = grad_sigma = None
-    if ctx.needs_input_grad[0]:
-        grad_y = grad if ctx.sigma_data is None else (grad * c_in(sigma, ctx.sigma_data, grad.dim())).to(grad.dtype)
-    if ctx.needs_input_grad[1]:
-        grad_sigma = sigma_gradient(grad, y, sigma, ctx.sigma_data, ctx.seed, ctx.offset)
-    return grad_y, grad_sigma, None, None, None
-
-
-def c_in(sigma: Tensor, sigma_data: float, dims: int) -> Tensor:
-    """1 / sqrt(sigma² + sigma_data²), to broadcast over `dims` dimensions."""
-    level = broadcast(sigma, dims)
-    return torch.rsqrt(level * level + sigma_data * sigma_data)
-
-
-def sigma_gradient(
-    grad: Tensor, y: Tensor | None, sigma: Tensor, sigma_data: float | None, seed: int, offset: int
-) -> Tensor:
-    """The gradient of sigma: z = c·(y + s·eps), dc/ds = -s·c^3, so dz/ds = c·eps - s·c^3·(y + s·eps); eps is drawn
-    again. y isn't needed without sigma_data."""
-    level = broadcast(sigma, grad.dim())
-    slope = philox_normal(grad.shape, seed=seed % 2**64, offset=offset, device=grad.device).to(sigma.dtype)
-    if sigma_data is not None:
-        assert y is not None
-        c = c_in(sigma, sigma_data, grad.dim())
-        slope = c * (slope - level * c * c * (y.to(sigma.dtype) + level * slope))
-    return (grad.to(sigma.dtype) * slope).sum_to_size(level.shape).reshape(sigma.shape)
-
-
-torch.library.register_autograd(f"{NAMESPACE}::inject_noise", _backward, setup_context=_setup_context, lib=lib)
-
-
-def _check_rows(rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(indices, table) with int64 indices. Their values are checked on the CPU, where that stops nothing."""
-    if len(rows) != 2:
-        raise ValueError(f"y as rows of a table must be (indices, table), got {len(rows)} items")
-    indices, table = rows
-    check_floating("table", table)
-    if table.dim() != 2 or 0 in table.shape:
-        raise ValueError(f"table must be (K, d) and not empty, got shape {tuple(table.shape)}")
-    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"indices must be an int64 or int32 tensor, got {getattr(indices, 'dtype', type(indices))}")
-    if indices.device != table.device:
-        raise ValueError(f"indices are on {indices.device} and table on {table.device}: move them to one device")
-    if readable(indices):
-        low, high = (int(end) for end in indices.aminmax())
-        if low < 0 or high >= len(table):
-            raise ValueError(f"indices go from {low} to {high}, and table has rows 0 to {len(table) - 1}")
-    return indices.long(), table
-
+__all__ = [
+    "gather_rows", "inject_noise", "inject_noise_reference", "inject_noise_table_reference", "philox_normal",
+]  # fmt: skip
 
 Rows = tuple[Tensor, Tensor]
 
@@ -133,12 +28,12 @@ Rows = tuple[Tensor, Tensor]
 @overload
 def inject_noise(
     y: Tensor | Rows, sigma: float | Tensor, *, sigma_data: float | None = None, normalize: bool = False,
-    return_c_noise: Literal[False] = False, seed: int, offset: int = 0,
+    return_c_noise: Literal[False] = False, seed: Number, offset: Number = 0, rounds: int = ROUNDS,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def inject_noise(
     y: Tensor | Rows, sigma: float | Tensor, *, sigma_data: float | None = None, normalize: bool = False,
-    return_c_noise: Literal[True], seed: int, offset: int = 0,
+    return_c_noise: Literal[True], seed: Number, offset: Number = 0, rounds: int = ROUNDS,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def inject_noise(
     y: Tensor | Rows,
@@ -147,8 +42,9 @@ def inject_noise(
     sigma_data: float | None = None,
     normalize: bool = False,
     return_c_noise: bool = False,
-    seed: int,
-    offset: int = 0,
+    seed: Number,
+    offset: Number = 0,
+    rounds: int = ROUNDS,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Noise a target: z = y + sigma·eps, eps ~ N(0, 1); with `sigma_data`, z is scaled by c_in as the network
     wants it.
@@ -171,54 +67,57 @@ def inject_noise(
         normalize: bring the table's rows to unit length, as torch.nn.functional.normalize does, and the gradient
             through it. Off by default: a fixed codebook is normalised once.
         return_c_noise: also return c_noise = ln(sigma)/4, what the network is told of the level.
-        seed: in [0, 2^64); offset: in [0, 2^32), for example the step. Draw anew by changing either.
+        seed: in [0, 2^64); offset: in [0, 2^32), for example the step. Draw anew by changing either. Either may be a
+            0-dim tensor of integers on y's device, as for `philox_uniform`: a CUDA graph reads it anew in each replay.
+        rounds: of Philox4x32: 10, or 7, the fewest that pass BigCrush (Salmon et al. 2011, table 2). Other noise, and
+            fewer instructions on a GPU, where they limit half types; on the CPU the definition draws it, more slowly.
 
     Returns:
         z: contiguous, y's shape (with a table, the indices' and d), dtype and device. With return_c_noise, (z,
         c_noise): the latter float32, of sigma's shape, -inf where sigma is 0.
 
     Raises:
-        TypeError: y, table or sigma isn't floating point; indices aren't integers; seed or offset isn't an int.
+        TypeError: y, table or sigma isn't floating point; indices aren't integers; seed or offset isn't an int or a
+            tensor of integers.
         ValueError: sigma's shape or device doesn't fit y's; table isn't (K, d); an index is outside [0, K); normalize
-            without a table; a float sigma or sigma_data is out of range; seed or offset is out of range.
+            without a table; a float sigma or sigma_data is out of range; seed or offset is out of range or not
+            0-dim on y's device; rounds is neither 10 nor 7.
 
     Source: Karras et al. 2022 (EDM), table 1; Salmon et al. 2011 (Philox4x32-10).
     """
-    if sigma_data is not None:
-        check_sigma_data(sigma_data)
-    check_address(seed, offset)
-    plain = backend() == "reference" and not torch.compiler.is_compiling()
+    check_rounds(rounds)
     if isinstance(y, tuple):
-        indices, table = _check_rows(y)
-        level = check_sigma(sigma, "indices", indices, compute_dtype(table.dtype))
-        op: Any = inject_noise_table_reference if plain else torch.ops.dbkernels.inject_noise_table
-        z = op(indices, table, level, sigma_data, normalize, signed(seed), offset)
+        z = noised_rows(y, sigma, sigma_data, normalize, seed, offset, rounds)
+    elif normalize:
+        raise ValueError("normalize=True needs y as (indices, table): normalise a target before noising it")
     else:
-        check_floating("y", y)
-        if normalize:
-            raise ValueError("normalize=True needs y as (indices, table): normalise a target before noising it")
-        level = check_sigma(sigma, "y", y, compute_dtype(y.dtype))
-        op = inject_noise_reference if plain else torch.ops.dbkernels.inject_noise
-        z = op(y, level, sigma_data, signed(seed), offset)
+        z = noised(y, sigma, sigma_data, seed, offset, rounds)
     if not return_c_noise:
         return z
+    level = check_sigma(sigma, "y", z, torch.float64 if z.dtype == torch.float64 else torch.float32)
     return z, (level.log() / 4).float().reshape(sigma.shape if isinstance(sigma, Tensor) else ())
 
 
 def philox_normal(
-    shape: int | tuple[int, ...], *, seed: int, offset: int = 0, device: torch.device | str | None = None
+    shape: int | Sequence[int],
+    *,
+    seed: Number,
+    offset: Number = 0,
+    rounds: int = ROUNDS,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normals by address, float32: exactly the eps of `inject_noise` at the same (seed, offset).
+    """Standard normals by address, float32: exactly the eps of `inject_noise` at the same (seed, offset, rounds).
 
     Args:
-        shape: of the result; seed, offset, device: as for `philox_uniform`.
+        shape: of the result; seed, offset, device: as for `philox_uniform`; rounds: as for `inject_noise`.
 
     Returns:
         float32 of `shape`.
 
     Raises:
-        TypeError, ValueError: seed or offset isn't an int in its range.
+        TypeError, ValueError: seed or offset isn't an int in its range or a tensor of one; rounds is neither 10 nor 7.
 
     Source: Salmon et al. 2011; Box and Muller 1958.
     """
-    return inject_noise(torch.zeros(shape, device=device, dtype=torch.float32), 1.0, seed=seed, offset=offset)
+    check_rounds(rounds)
+    return normals(sizes_of(shape), device, seed, offset, rounds)

@@ -1,4 +1,4 @@
-"""Random numbers by address: Philox4x32-10 as plain PyTorch, the definition every kernel is tested against.
+"""Random numbers by address: Philox4x32 as plain PyTorch, the definition every kernel is tested against.
 
 A number is a function of (seed, offset, flat index) alone: no generator state, nothing to save, the same on
 every device, for any split of the work. Element i is word i % 4 of the block cipher at
@@ -6,7 +6,8 @@ every device, for any split of the work. Element i is word i % 4 of the block ci
     counter = (i // 4 mod 2^32, i // 4 div 2^32, offset, stream)    key = (seed mod 2^32, seed div 2^32)
 
 where stream is 0 for normals, 1 for uniforms and 2 for stochastic rounding, so that equal (seed, offset) never ties a
-noise level to its noise.
+noise level to its noise. The cipher has ten rounds. Normals may be drawn with seven, the fewest that pass BigCrush
+(Salmon et al., table 2): other numbers, for fewer instructions.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (the generator); Box and Muller
 1958.
@@ -16,11 +17,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dbkernels._address import SCHEMA, Number, check_address, checked, define_at, joined, on_host, signed, split
+from dbkernels._direct import direct
+from dbkernels._levels import as_defined
 from dbkernels._library import define, register_triton
+
+__all__ = ["check_address", "philox_uniform", "signed"]
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -29,38 +36,30 @@ NORMAL_STREAM, UNIFORM_STREAM, ROUNDING_STREAM = 0, 1, 2
 _LOW = 0xFFFFFFFF
 
 
-def check_address(seed: int, offset: int) -> None:
-    """Raise unless `seed` is an int in [0, 2^64) and `offset` an int in [0, 2^32)."""
-    for name, value, bits in (("seed", seed, 64), ("offset", offset, 32)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise TypeError(f"{name} must be a Python int, got {type(value).__name__}: pass int({name})")
-        if value < 0 or value >= 2**bits:
-            raise ValueError(f"{name}={value} is outside [0, 2^{bits}): take it modulo 2**{bits}")
-
-
-def philox_4x32(counter: Sequence[Tensor | int], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 of four counter words under a key of two; words are int64 in [0, 2^32), element by
-    element.
+def philox_4x32(
+    counter: Sequence[Tensor | int], key: tuple[Number, Number], rounds: int = ROUNDS
+) -> tuple[Tensor, ...]:
+    """Philox4x32 of four counter words under a key of two; words are int64 in [0, 2^32), element by element.
 
     A 32 x 32-bit product overflows int64's sign but wraps to the same 64 bits, so shift and mask recover both
     halves.
     """
     c0, c1, c2, c3 = (torch.as_tensor(word) for word in counter)
     k0, k1 = key
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (p1 >> 32 & _LOW) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32 & _LOW) ^ c3 ^ k1, p0 & _LOW
         k0, k1 = (k0 + WEYL[0]) & _LOW, (k1 + WEYL[1]) & _LOW
     return c0, c1, c2, c3
 
 
-def random_words(groups: Tensor, seed: int, offset: int, stream: int) -> tuple[Tensor, ...]:
+def random_words(groups: Tensor, seed: Number, offset: Number, stream: int, rounds: int = ROUNDS) -> tuple[Tensor, ...]:
     """The four 32-bit words of each group of four elements; `groups`: int64 group numbers (flat index //
-    4)."""
+    4). The seed may be signed."""
     # The zero is added to a tensor so that counter words made of constants live on the groups' device.
     zero = torch.zeros((), dtype=torch.int64, device=groups.device)
-    counter = (groups & _LOW, groups >> 32 & _LOW, zero + offset, zero + stream)
-    return philox_4x32(counter, (seed & _LOW, seed >> 32 & _LOW))
+    counter = (groups & _LOW, groups >> 32 & _LOW, zero + offset & _LOW, zero + stream)
+    return philox_4x32(counter, (seed & _LOW, seed >> 32 & _LOW), rounds)
 
 
 def box_muller(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,17 +85,22 @@ def _groups(numel: int, device: torch.device | str | None) -> Tensor:
 
 
 def normal_reference(
-    shape: Sequence[int], *, seed: int, offset: int = 0, device: torch.device | str | None = None
+    shape: Sequence[int],
+    *,
+    seed: Number,
+    offset: Number = 0,
+    rounds: int = ROUNDS,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Standard normals by address, float32: the definition of the eps that `inject_noise` adds."""
     numel = math.prod(shape)
-    x0, x1, x2, x3 = random_words(_groups(numel, device), seed, offset, NORMAL_STREAM)
+    x0, x1, x2, x3 = random_words(_groups(numel, device), seed, offset, NORMAL_STREAM, rounds)
     lanes = box_muller(x0, x1) + box_muller(x2, x3)
     return torch.stack(lanes, dim=-1).flatten()[:numel].view(tuple(shape))
 
 
 def uniform_reference(
-    shape: Sequence[int], *, seed: int, offset: int = 0, device: torch.device | str | None = None
+    shape: Sequence[int], *, seed: Number, offset: Number = 0, device: torch.device | str | None = None
 ) -> Tensor:
     """Uniforms in (0, 1) by address, float32: the definition of `philox_uniform`."""
     numel = math.prod(shape)
@@ -120,23 +124,35 @@ def round_stochastically(value: Tensor, first_group: int, *, seed: int, offset: 
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)
 
 
-def _fill(out: Tensor, seed: int, offset: int) -> None:
+def _fill(out: Tensor, seed: Number, offset: Number) -> None:
     out.copy_(uniform_reference(out.shape, seed=seed, offset=offset, device=out.device))
+
+
+def _fill_at(out: Tensor, *address: Any) -> None:
+    seed, offset = joined(*address)
+    if out.device.type == "cpu":
+        torch.ops.dbkernels.philox_uniform(out, *on_host(seed, offset))
+    else:
+        _fill(out, seed, offset)
+
+
+def _triton_kernel(out: Tensor, seed: Number, offset: Number) -> None:
+    from dbkernels.triton.philox_uniform import launch
+
+    launch(out, seed, offset)
 
 
 # An op and not a bare chain of them: torch.compile must neither bake the seed in nor rearrange integer
 # arithmetic (Inductor 2.13 miscompiles its 64-bit shifts on the CPU). It fills a tensor, because the dispatcher
 # picks the kernel by one.
 define("philox_uniform(Tensor(a!) out, SymInt seed, SymInt offset) -> ()", _fill, lambda out, seed, offset: None)
-
-
-def _triton_kernel(out: Tensor, seed: int, offset: int) -> None:
-    from dbkernels.triton.philox_uniform import launch
-
-    launch(out, seed, offset)
-
-
 register_triton("philox_uniform", _triton_kernel)
+define_at(
+    f"philox_uniform.at(Tensor(a!) out, {SCHEMA}) -> ()",
+    _fill_at,
+    lambda out, *address: None,
+    lambda out, *address: _triton_kernel(out, *joined(*address)),
+)
 
 
 def sizes_of(shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -147,30 +163,34 @@ def sizes_of(shape: int | Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-def signed(seed: int) -> int:
-    """The seed's 64 bits as the signed int that an op's schema takes."""
-    return seed - 2**64 if seed >= 2**63 else seed
-
-
 def philox_uniform(
-    shape: int | Sequence[int], *, seed: int, offset: int = 0, device: torch.device | str | None = None
+    shape: int | Sequence[int], *, seed: Number, offset: Number = 0, device: torch.device | str | None = None
 ) -> Tensor:
     """Uniforms in the open interval (0, 1) by address: stateless, resumable, no host sync.
 
     Args:
         shape: of the result, an int or a sequence of ints.
-        seed: in [0, 2^64); offset: in [0, 2^32), for example the step.
+        seed: in [0, 2^64); offset: in [0, 2^32), for example the step. Either may be a 0-dim tensor of integers on the
+            result's device (the seed's 64 bits as a signed int): then a CUDA graph reads it anew in each replay, to the
+            same bits as the int. Its range isn't checked on a GPU, where that would wait; the low bits count.
         device: of the result; the numbers are the same on each.
 
     Returns:
         float32 of `shape`, odd multiples of 2^-24: never 0, never 1, and the same bits everywhere.
 
     Raises:
-        TypeError, ValueError: seed or offset isn't an int in its range, or a size is negative.
+        TypeError, ValueError: seed or offset isn't an int in its range or such a tensor, or a size is negative.
 
     Source: Salmon et al. 2011.
     """
-    check_address(seed, offset)
     out = torch.empty(sizes_of(shape), dtype=torch.float32, device=device)
-    torch.ops.dbkernels.philox_uniform(out, signed(seed), offset)
+    seed, offset = checked(seed, offset, out.device)
+    if as_defined():
+        return uniform_reference(out.shape, seed=seed, offset=offset, device=out.device)
+    if direct(out):
+        _triton_kernel(out, seed, offset)
+    elif isinstance(seed, Tensor) or isinstance(offset, Tensor):
+        torch.ops.dbkernels.philox_uniform.at(out, *split(seed, offset))
+    else:
+        torch.ops.dbkernels.philox_uniform(out, signed(seed), offset)
     return out

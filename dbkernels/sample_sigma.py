@@ -11,13 +11,16 @@ import functools
 import math
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dbkernels._address import SCHEMA, Number, checked, define_at, joined, on_host, signed, split
+from dbkernels._direct import direct
+from dbkernels._levels import as_defined
 from dbkernels._library import define, register_triton
-from dbkernels.philox import check_address, signed, sizes_of, uniform_reference
+from dbkernels.philox import sizes_of, uniform_reference
 
 LEAST_MASS = 1e-290  # smaller probabilities lose digits, then underflow; this one is 36 standard deviations out
 LEAST_SHARE = 1e3 * 2.0**-52  # of the tail a range lies in: with fewer steps of float64 its draws would be a few levels
@@ -72,14 +75,17 @@ def _float32_within(low: float, high: float) -> tuple[float, float]:
     return first, last
 
 
-def _definition(out: Tensor, packed: Tensor, seed: int, offset: int) -> None:
-    p = Plan(*packed.tolist())
-    u = uniform_reference(out.shape, seed=seed % 2**64, offset=offset, device=out.device).double()
+def _draw(p: Plan, u: Tensor) -> Tensor:
     # Counted from the nearer tail, where neither probability nor quantile loses digits.
     lower, upper = p.below + u * p.inside, p.above + (1 - u) * p.inside
     x = torch.special.ndtri(torch.minimum(lower, upper))
     sigma = torch.exp(p.P_mean + p.P_std * torch.where(lower < upper, x, -x))
-    out.copy_(sigma.clamp(p.low, p.high))
+    return sigma.clamp(p.low, p.high).float()
+
+
+def _definition(out: Tensor, packed: Tensor, seed: Number, offset: Number) -> None:
+    u = uniform_reference(out.shape, seed=seed, offset=offset, device=out.device).double()
+    out.copy_(_draw(Plan(*packed.tolist()), u))
 
 
 def sample_sigma_reference(
@@ -87,14 +93,13 @@ def sample_sigma_reference(
     shape: Sequence[int],
     P_mean: float,
     P_std: float,
-    seed: int,
-    offset: int,
+    seed: Number,
+    offset: Number,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The definition: the truncated normal's inverse distribution function at `philox_uniform`."""
-    out = torch.empty(tuple(shape), dtype=torch.float32, device=device)
-    _definition(out, _packed(*block_range, P_mean, P_std), seed, offset)
-    return out
+    u = uniform_reference(shape, seed=seed, offset=offset, device=device).double()
+    return _draw(plan(*block_range, P_mean, P_std), u)
 
 
 # The plan travels as a tensor on the CPU: torch.compile would make a float argument a constant and compile anew for
@@ -112,13 +117,27 @@ define(
 )
 
 
-def _triton_kernel(out: Tensor, packed: Tensor, seed: int, offset: int) -> None:
+def _triton_kernel(out: Tensor, packed: Tensor, seed: Number, offset: Number) -> None:
     from dbkernels.triton.sample_sigma import launch
 
     launch(out, packed.tolist(), seed, offset)
 
 
+def _definition_at(out: Tensor, packed: Tensor, *address: Any) -> None:
+    seed, offset = joined(*address)
+    if out.device.type == "cpu":
+        torch.ops.dbkernels.sample_sigma(out, packed, *on_host(seed, offset))
+    else:
+        _definition(out, packed, seed, offset)
+
+
 register_triton("sample_sigma", _triton_kernel)
+define_at(
+    f"sample_sigma.at(Tensor(a!) out, Tensor plan, {SCHEMA}) -> ()",
+    _definition_at,
+    lambda out, plan, *address: None,
+    lambda out, plan, *address: _triton_kernel(out, plan, *joined(*address)),
+)
 
 
 def _tensor(p: Plan) -> Tensor:
@@ -145,8 +164,8 @@ def sample_sigma(
     *,
     P_mean: float = -1.2,
     P_std: float = 1.2,
-    seed: int,
-    offset: int = 0,
+    seed: Number,
+    offset: Number = 0,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Training noise of one block: ln sigma ~ N(P_mean, P_std) truncated to the block's range, without a host sync.
@@ -158,14 +177,14 @@ def sample_sigma(
         block_range: (sigma_low, sigma_high), in the target's units.
         shape: of the result, an int or a sequence of ints: one level a sample (B,) or a token (B, N).
         P_mean, P_std: mean and standard deviation of ln sigma before truncation.
-        seed: in [0, 2^64); offset: in [0, 2^32), for example the step.
+        seed: in [0, 2^64); offset: in [0, 2^32), for example the step; or 0-dim tensors, as for `philox_uniform`.
         device: of the result.
 
     Returns:
         float32 of `shape`, every level in [sigma_low, sigma_high] whatever the rounding.
 
     Raises:
-        TypeError: a number isn't one; seed or offset isn't an int.
+        TypeError: a number isn't one; seed or offset isn't an int or a tensor of integers.
         ValueError: not 0 < sigma_low < sigma_high within float32's normal numbers, or none of them lies between (for a
             fixed level, torch.full does); P_std isn't positive; the range lies so far out (some 36 standard deviations)
             that its probability is zero in float64; seed or offset is out of range; a size is negative.
@@ -174,7 +193,18 @@ def sample_sigma(
     """
     low, high = block_range
     _check_numbers(sigma_low=low, sigma_high=high, P_mean=P_mean, P_std=P_std)
-    check_address(seed, offset)
     out = torch.empty(sizes_of(shape), dtype=torch.float32, device=device)
-    torch.ops.dbkernels.sample_sigma(out, _packed(low, high, P_mean, P_std), signed(seed), offset)
+    seed, offset = checked(seed, offset, out.device)
+    if direct(out):
+        from dbkernels.triton.sample_sigma import launch
+
+        launch(out, plan(low, high, P_mean, P_std), seed, offset)
+        return out
+    if as_defined():
+        return sample_sigma_reference((low, high), out.shape, P_mean, P_std, seed, offset, out.device)
+    packed = _packed(low, high, P_mean, P_std)
+    if isinstance(seed, Tensor) or isinstance(offset, Tensor):
+        torch.ops.dbkernels.sample_sigma.at(out, packed, *split(seed, offset))
+    else:
+        torch.ops.dbkernels.sample_sigma(out, packed, signed(seed), offset)
     return out

@@ -1,48 +1,48 @@
 """z = c_in·(y + sigma·eps) in Triton. Definition: dbkernels/inject_noise.py; the arithmetic is that of
 csrc/philox.h.
 
-What limits it is instructions, not memory: Philox's ten rounds are shared by four elements, the logarithm,
-root and angle by two, and a noise level is read once a program where it can be.
+What limits it is instructions, not memory: Philox's rounds are shared by four elements, the logarithm, root and angle
+by two, and a noise level is read once a program where it can be.
 """
 
 import triton
 import triton.language as tl
 
-from dbkernels.triton.philox import address_words, normals_of_groups
+from dbkernels.triton.launch import Kinds, Launch
+from dbkernels.triton.philox import address, key_and_offset, normals_of_groups
 
 GROUPS = 512  # groups of four elements a program takes: 16 elements a thread with 4 warps
-SINGLE, PER_PROGRAM, PER_GROUP, PER_ELEMENT = range(4)
+GIVEN, PER_ROW, PER_GROUP, PER_ELEMENT = range(4)  # where a noise level comes from
+MOST_ROWS = 65535  # of a grid: its second dimension
+accepted, _launches = Kinds(), Kinds()  # kinds of input that passed the checks; what was prepared for them
 
 
-@triton.jit(do_not_specialize=["inner", "seed_low", "seed_high", "offset"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "offset", "inner"])
 def inject_noise_kernel(
-    y_ptr, sigma_ptr, z_ptr, numel, inner, sigma_data: tl.float64, seed_low, seed_high, offset,
-    SCALED: tl.constexpr, MODE: tl.constexpr, GROUPS: tl.constexpr,
+    y_ptr, sigma_ptr, z_ptr, seed_ptr, offset_ptr, seed_low, seed_high, offset, level: tl.float64,
+    numel, inner, sigma_data: tl.float64,
+    CLEAN: tl.constexpr, NOISY: tl.constexpr, SCALED: tl.constexpr, MODE: tl.constexpr,
+    SEED_AT: tl.constexpr, OFFSET_AT: tl.constexpr, ROUNDS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """One program: GROUPS groups of four consecutive elements. inner: what shares a noise level, in programs,
-    groups or elements as MODE says.
-    """
-    program = tl.program_id(0)
-    first_group = program.to(tl.int64) * GROUPS
-    group = tl.arange(0, GROUPS)
-    eps = normals_of_groups(first_group, seed_low, seed_high, offset, GROUPS)
-
+    """One program: GROUPS groups of four consecutive elements. CLEAN: there is a y; NOISY: there is noise. inner:
+    groups or elements that share a noise level, as MODE says; for PER_ROW, those of a row of the grid do."""
+    program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    first_group = program * GROUPS
     first = first_group * 4
     at = tl.arange(0, 4 * GROUPS)
     inside = at < numel - first
-    wide: tl.constexpr = sigma_ptr.dtype.element_ty
-    y = tl.load(y_ptr + first + at, mask=inside).to(wide)
+    wide: tl.constexpr = tl.float64 if z_ptr.dtype.element_ty == tl.float64 else tl.float32
     if MODE == 0:
-        sigma = tl.load(sigma_ptr)
+        sigma = tl.full((), level, wide)
     elif MODE == 1:
-        sigma = tl.load(sigma_ptr + program // inner)
+        sigma = tl.load(sigma_ptr + tl.program_id(1)).to(wide)
     elif MODE == 2:
         # 64-bit division once a program, 32-bit within it.
-        row = first_group // inner
+        row, group = first_group // inner, tl.arange(0, GROUPS)
         within = (first_group - row * inner).to(tl.int32) + group
-        sigma = tl.load(sigma_ptr + row + within // inner, mask=group * 4 < numel - first, other=1.0)
+        sigma = tl.load(sigma_ptr + row + within // inner, mask=group * 4 < numel - first, other=1.0).to(wide)
     else:
-        sigma = tl.load(sigma_ptr + (first + at) // inner, mask=inside, other=1.0)
+        sigma = tl.load(sigma_ptr + (first + at) // inner, mask=inside, other=1.0).to(wide)
     scale = sigma
     if SCALED:
         data = tl.full((), sigma_data, wide)
@@ -50,31 +50,51 @@ def inject_noise_kernel(
     if MODE == 2:
         sigma = tl.broadcast_to(sigma[:, None], (GROUPS, 4)).reshape(4 * GROUPS)
         scale = tl.broadcast_to(scale[:, None], (GROUPS, 4)).reshape(4 * GROUPS)
-    z = y + sigma * eps.to(wide)
+    if NOISY:
+        key0, key1, word = key_and_offset(seed_ptr, offset_ptr, seed_low, seed_high, offset, SEED_AT, OFFSET_AT)
+        z = sigma * normals_of_groups(first_group, key0, key1, word, GROUPS, ROUNDS).to(wide)
+        if CLEAN:
+            z += tl.load(y_ptr + first + at, mask=inside).to(wide)
+    else:
+        z = tl.load(y_ptr + first + at, mask=inside).to(wide)
     if SCALED:
         z = z * scale
     tl.store(z_ptr + first + at, z.to(z_ptr.dtype.element_ty), mask=inside)
 
 
 def mode_of(numel, levels):
-    """How a noise level is found, and the divisor that finds it, for `levels` levels over `numel`
-    elements."""
-    if levels == 1:
-        return SINGLE, 1
+    """How a noise level is found, the divisor that finds it, and the grid, for `levels` levels over `numel` elements;
+    0 levels: one, which is handed over as a number."""
+    programs = triton.cdiv(numel, 4 * GROUPS)
+    if levels <= 1:
+        return (PER_ROW if levels else GIVEN), 1, (programs, 1)
     inner = numel // levels
-    if inner % (4 * GROUPS) == 0:
-        return PER_PROGRAM, inner // (4 * GROUPS)
+    if inner % (4 * GROUPS) == 0 and levels <= MOST_ROWS:
+        return PER_ROW, 1, (programs // levels, levels)
     # Beyond 2^31 elements a level, the 32-bit arithmetic within a program wouldn't hold.
-    return (PER_GROUP, inner // 4) if inner % 4 == 0 and inner < 2**31 else (PER_ELEMENT, inner)
+    mode = (PER_GROUP, inner // 4) if inner % 4 == 0 and inner < 2**31 else (PER_ELEMENT, inner)
+    return *mode, (programs, 1)
 
 
-def launch(y, sigma, z, sigma_data, seed, offset):
-    """Fill z. y, sigma, z: contiguous, on one device; sigma in y's compute dtype."""
-    numel = y.numel()
+def launch(y, sigma, z, sigma_data, seed, offset, rounds=10):
+    """Fill z. y: None for 0. sigma: a float, or levels of any floating dtype, in z's order. seed, offset: ints, or
+    0-dim tensors; seed None: no noise. All contiguous, on one device."""
+    numel = z.numel()
     if numel == 0:
         return
-    mode, inner = mode_of(numel, sigma.numel())
-    inject_noise_kernel[(triton.cdiv(numel, 4 * GROUPS),)](
-        y, sigma, z, numel, inner, float(sigma_data or 0.0), *address_words(seed, offset),
-        SCALED=sigma_data is not None, MODE=mode, GROUPS=GROUPS,
+    levels, level = (0, sigma) if isinstance(sigma, float) else (sigma.numel(), 0.0)
+    tensors, words, form = address(0 if seed is None else seed, offset, z)
+    key = (numel, levels, sigma_data, y is not None, seed is not None, *form, rounds, z.get_device())
+    # A kernel is compiled for its pointers' dtypes, and a prepared launch doesn't look at them.
+    kind = (z.dtype, sigma.dtype if levels else None, *(t.dtype for t in tensors), *key)
+    found = _launches.get(kind) or _launches.keep(kind, _prepare(*key))
+    found(z if y is None else y, sigma if levels else z, z, *tensors, varying=(*words, level))
+
+
+def _prepare(numel, levels, sigma_data, clean, noisy, seed_at, offset_at, rounds, device):
+    mode, inner, grid = mode_of(numel, levels)
+    return Launch(
+        inject_noise_kernel, grid, device, (numel, inner, float(sigma_data or 0.0)),
+        CLEAN=clean, NOISY=noisy, SCALED=sigma_data is not None, MODE=mode,
+        SEED_AT=seed_at, OFFSET_AT=offset_at, ROUNDS=rounds, GROUPS=GROUPS,
     )  # fmt: skip

@@ -9,26 +9,29 @@ import torch
 import triton
 import triton.language as tl
 
-from dbkernels.triton.philox import address_words, box_muller, philox4x32
+from dbkernels.triton.launch import Kinds, Launch
+from dbkernels.triton.philox import address, box_muller, key_and_offset, philox4x32
 
 ELEMENTS = 2048  # that a program handles at once: 16 a thread with 4 warps, 4 of float64 (8 spill)
 WIDEST = 512  # columns of a chunk
 SUM_ROWS, SUM_COLUMNS = 8, 256  # a tile of the gradient's sums
 LAUNCHED = 1024  # programs that the sums are cut into, over rows of the table
+accepted, _launches = Kinds(), Kinds()  # kinds of input that passed the checks; what was prepared for them
 
 
 @triton.jit(do_not_specialize=["rows", "count", "per_level", "seed_low", "seed_high", "offset"])
 def inject_noise_table_kernel(
-    indices_ptr, table_ptr, sigma_ptr, z_ptr, rows, count, width, per_level, sigma_data: tl.float64,
-    seed_low, seed_high, offset,
-    NORMALIZE: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    indices_ptr, table_ptr, sigma_ptr, z_ptr, seed_ptr, offset_ptr, seed_low, seed_high, offset, level: tl.float64,
+    rows, count, width, per_level, sigma_data: tl.float64,
+    NORMALIZE: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, GIVEN: tl.constexpr,
+    SEED_AT: tl.constexpr, OFFSET_AT: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """`rows` of z, from a table of `count` rows of `width`. per_level: rows that share a noise level. ALIGNED: width is
-    a multiple of four, so that rows begin with a group."""
-    wide: tl.constexpr = sigma_ptr.dtype.element_ty
+    """`rows` of z, from a table of `count` rows of `width`. per_level: rows that share a noise level; GIVEN: all do.
+    ALIGNED: width is a multiple of four, so that rows begin with a group."""
+    wide: tl.constexpr = tl.float64 if z_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    index = tl.load(indices_ptr + row, mask=inside, other=0)
+    index = tl.load(indices_ptr + row, mask=inside, other=0).to(tl.int64)
     # Never read outside of the table: a bad index shows as NaN.
     held = inside & (index >= 0) & (index < count)
     source = table_ptr + index * width
@@ -42,7 +45,10 @@ def inject_noise_table_kernel(
             squares += y * y
         factor = 1.0 / tl.maximum(tl.sqrt(tl.sum(squares, 1)), 1e-12)
     factor = tl.where(held, factor, float("nan"))
-    sigma = tl.load(sigma_ptr + row // per_level, mask=inside, other=1.0)
+    if GIVEN:
+        sigma = tl.full((ROWS,), level, wide)
+    else:
+        sigma = tl.load(sigma_ptr + row // per_level, mask=inside, other=1.0).to(wide)
     scale = tl.full((ROWS,), 1.0, wide)
     if SCALED:
         data = tl.full((), sigma_data, wide)
@@ -51,12 +57,12 @@ def inject_noise_table_kernel(
     first = row * width  # the flat index that a row begins at
     begin = first // 4
     lead = (first - begin * 4).to(tl.int32)  # elements of its first group that belong to the row before
-    key0, key1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+    key0, key1, word = key_and_offset(seed_ptr, offset_ptr, seed_low, seed_high, offset, SEED_AT, OFFSET_AT)
     for start in range(0, width if ALIGNED else width + 3, 4 * GROUPS):
         group = begin[:, None] + (start // 4 + tl.arange(0, GROUPS))[None, :]
         high = (group >> 32).to(tl.uint32)
         low = (group & 0xFFFFFFFF).to(tl.uint32)
-        x0, x1, x2, x3 = philox4x32(low, high, offset.to(tl.uint32), high * 0, key0, key1)
+        x0, x1, x2, x3 = philox4x32(low, high, word, high * 0, key0, key1, ROUNDS)
         n0, n1 = box_muller(x0, x1)
         n2, n3 = box_muller(x2, x3)
         eps = tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(ROWS, 4 * GROUPS)
@@ -77,17 +83,27 @@ def tile_of(width, dtype):
     return (ELEMENTS // 4 if dtype == torch.float64 else ELEMENTS) // chunk, chunk // 4
 
 
-def launch(indices, table, sigma, z, sigma_data, normalize, seed, offset):
-    """Fill z. All contiguous, on one device; indices int64; sigma in the table's compute dtype."""
-    rows = indices.numel()
-    if rows == 0:
+def launch(indices, table, sigma, z, sigma_data, normalize, seed, offset, rounds=10):
+    """Fill z. indices: int64 or int32. sigma: a float, or levels of any floating dtype, in the indices' order. seed,
+    offset: ints, or 0-dim tensors. All contiguous, on one device."""
+    if indices.numel() == 0:
         return
-    tall, groups = tile_of(table.shape[1], table.dtype)
-    inject_noise_table_kernel[(triton.cdiv(rows, tall),)](
-        indices, table, sigma, z, rows, *table.shape, max(1, rows // sigma.numel()), float(sigma_data or 0.0),
-        *address_words(seed, offset),
-        NORMALIZE=normalize, SCALED=sigma_data is not None, ALIGNED=table.shape[1] % 4 == 0, ROWS=tall,
-        GROUPS=groups,
+    levels, level = (0, sigma) if isinstance(sigma, float) else (sigma.numel(), 0.0)
+    tensors, words, form = address(seed, offset, z)
+    key = (indices.numel(), levels, table.shape, table.dtype, sigma_data, normalize, *form, rounds, z.get_device())
+    # A kernel is compiled for its pointers' dtypes, and a prepared launch doesn't look at them.
+    kind = (indices.dtype, sigma.dtype if levels else None, *(t.dtype for t in tensors), *key)
+    found = _launches.get(kind) or _launches.keep(kind, _prepare(*key))
+    found(indices, table, sigma if levels else z, z, *tensors, varying=(*words, level))
+
+
+def _prepare(rows, levels, shape, dtype, sigma_data, normalize, seed_at, offset_at, rounds, device):
+    tall, groups = tile_of(shape[1], dtype)
+    numbers = rows, *shape, max(1, rows // max(1, levels)), float(sigma_data or 0.0)
+    return Launch(
+        inject_noise_table_kernel, (triton.cdiv(rows, tall),), device, numbers,
+        NORMALIZE=normalize, SCALED=sigma_data is not None, ALIGNED=shape[1] % 4 == 0, GIVEN=levels == 0,
+        SEED_AT=seed_at, OFFSET_AT=offset_at, ROUNDS=rounds, ROWS=tall, GROUPS=groups,
     )  # fmt: skip
 
 

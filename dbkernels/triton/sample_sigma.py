@@ -7,9 +7,11 @@ A batch's levels are few, so float64 costs nothing that shows, and makes every d
 import triton
 import triton.language as tl
 
-from dbkernels.triton.philox import address_words, uniforms_of_groups
+from dbkernels.triton.launch import Kinds, Launch
+from dbkernels.triton.philox import address, key_and_offset, uniforms_of_groups
 
 GROUPS = 64  # groups of four elements a program takes: two elements a thread, since they are few
+_launches = Kinds()
 
 
 @triton.jit
@@ -37,15 +39,16 @@ def upper_quantile(p):
 # The types are written out because Triton takes a Python float for float32.
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "offset"])
 def sample_sigma_kernel(
-    out_ptr, numel,
+    out_ptr, seed_ptr, offset_ptr, seed_low, seed_high, offset, numel,
     below: tl.float64, inside: tl.float64, above: tl.float64, P_mean: tl.float64, P_std: tl.float64,
     low: tl.float64, high: tl.float64,
-    seed_low, seed_high, offset, GROUPS: tl.constexpr,
+    SEED_AT: tl.constexpr, OFFSET_AT: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     first_group = tl.program_id(0).to(tl.int64) * GROUPS
     first = first_group * 4
     at = tl.arange(0, 4 * GROUPS)
-    u = uniforms_of_groups(first_group, seed_low, seed_high, offset, GROUPS).to(tl.float64)
+    key0, key1, word = key_and_offset(seed_ptr, offset_ptr, seed_low, seed_high, offset, SEED_AT, OFFSET_AT)
+    u = uniforms_of_groups(first_group, key0, key1, word, GROUPS).to(tl.float64)
     lower, upper = below + u * inside, above + (1.0 - u) * inside
     x = upper_quantile(tl.minimum(lower, upper))
     sigma = tl.exp(P_mean + P_std * tl.where(lower < upper, -x, x))
@@ -54,8 +57,18 @@ def sample_sigma_kernel(
 
 
 def launch(out, plan, seed, offset):
-    """Fill out: float32, contiguous. plan: the seven numbers of dbkernels.sample_sigma.plan."""
+    """Fill out: float32, contiguous. plan: the seven numbers of dbkernels.sample_sigma.plan. seed, offset: ints, or
+    0-dim tensors."""
     numel = out.numel()
-    if numel:
-        grid = (triton.cdiv(numel, 4 * GROUPS),)
-        sample_sigma_kernel[grid](out, numel, *plan, *address_words(seed, offset), GROUPS=GROUPS)
+    if numel == 0:
+        return
+    tensors, words, form = address(seed, offset, out)
+    key = numel, tuple(plan), form, out.get_device()
+    kind = (*key, *(t.dtype for t in tensors))  # a prepared launch doesn't look at its pointers' dtypes
+    found = _launches.get(kind) or _launches.keep(kind, _prepare(*key))
+    found(out, *tensors, varying=words)
+
+
+def _prepare(numel, plan, form, device):
+    grid = (triton.cdiv(numel, 4 * GROUPS),)
+    return Launch(sample_sigma_kernel, grid, device, (numel, *plan), SEED_AT=form[0], OFFSET_AT=form[1], GROUPS=GROUPS)

@@ -9,12 +9,14 @@ import triton.language as tl
 
 from dbkernels import edm_loss_reference, philox_normal
 from dbkernels.philox import NORMAL_STREAM, box_muller, random_words
-from dbkernels.triton.edm_loss import BLOCK, forward, normals_from, scale
-from dbkernels.triton.philox import address_words
+from dbkernels.triton import edm_loss
+from dbkernels.triton.edm_loss import BLOCK, forward, grid_of, normals_from, scale
+from dbkernels.triton.philox import address_words, key_and_offset
 from numerics import EPSILON, ulps
 
 torch.manual_seed(0)
 SEED, OFFSET = 2**63 + 5, 2**32 - 1
+S_HALF = (torch.rand(4) + 0.1).bfloat16()
 # Each way to find a level (the row's, by groups of four, by element), and rows that are no multiple of four or of a
 # program.
 SHAPES = {
@@ -37,10 +39,10 @@ def poisoned(launch, *arguments):
         torch.empty = empty
 
 
-def exactly(inputs, sigma, reduction):
+def exactly(inputs, sigma, reduction, rounds=10):
     """Loss, and the gradients of its sum, in float64."""
     leaves = [None if t is None else t.double().requires_grad_() for t in inputs]
-    loss = edm_loss_reference(*leaves, sigma.double(), 0.5, reduction, SEED, OFFSET)
+    loss = edm_loss_reference(*leaves, sigma.double(), 0.5, reduction, SEED, OFFSET, rounds)
     loss.sum().backward()
     return loss.detach(), [None if t is None else t.grad for t in leaves]
 
@@ -61,8 +63,13 @@ def losses():
         F, y = torch.randn(2, *shape).to(dtype)
         z = None if source == "drawn" else y + sigma.view(*levels, *[1] * (y.dim() - len(levels))).to(dtype)
         wanted = (True, z is not None, True) if index % 5 else (False, False, False)
-        loss, *grads = poisoned(forward, F, z, y, sigma, 0.5, reduction, SEED, OFFSET, *wanted)
-        exact, exact_grads = exactly((F, z, y), sigma, reduction)
+        # A power of two weighs the loss and the gradients, exactly; each way to hand over the address, the same bits.
+        address = (torch.tensor(SEED - 2**64) if index % 2 else SEED), (torch.tensor(OFFSET) if index % 3 else OFFSET)
+        rounds = 7 if index % 7 == 0 and z is None else 10
+        given = (F, z, y, sigma, 0.5, reduction, *address, rounds, 0.25, 2.0, *wanted)
+        loss, *grads = poisoned(forward, *given)
+        loss, grads = 4 * loss, [None if grad is None else 2 * grad for grad in grads]
+        exact, exact_grads = exactly((F, z, y), sigma, reduction, rounds)
         case = (name, dtype, source, reduction)
         assert loss.dtype == wide and loss.shape == exact.shape, case
         assert_close(loss, exact, 2.0**-18, case)
@@ -70,19 +77,37 @@ def losses():
             if wish:
                 assert_close(grad, expected, 2.0**-18 + (2.0**-7 if dtype == torch.bfloat16 else 0), case)
             else:
-                assert grad.numel() == 0, case
+                assert grad is None, case
 
 
 def mixed():
     """F in a half type, z and y in float32."""
     F, y, z = torch.randn(5, 6).bfloat16(), torch.randn(5, 6), torch.randn(5, 6)
     sigma = torch.rand(5) + 0.1
-    loss, *grads = poisoned(forward, F, z, y, sigma, 0.5, "mean", 0, 0, True, True, True)
+    loss, *grads = poisoned(forward, F, z, y, sigma, 0.5, "mean", 0, 0, 10, 1.0, 1.0, True, True, True)
     exact, exact_grads = exactly((F, z, y), sigma, "mean")
     assert_close(loss, exact, 2.0**-18, "mixed")
     for grad, like, expected in zip(grads, (F, z, y), exact_grads, strict=True):
         assert grad.dtype == like.dtype
         assert_close(grad, expected, 2.0**-7 if like is F else 2.0**-18, "mixed")
+
+
+def numbers():
+    """A level that is a number, a half type's levels, more samples than a partial sum each, a grid of many rows."""
+    F, z, y = torch.randn(3, 4, 6)
+    for sigma, reduction in ((0.3, "mean"), (0.3, "sample"), (torch.rand(4, 1) + 0.1, "none"), (S_HALF, "mean")):
+        level = torch.full((), sigma) if isinstance(sigma, float) else sigma.squeeze(-1).float()
+        loss, grad, _, _ = poisoned(forward, F, z, y, sigma, 0.5, reduction, 0, 0, 10, 1.0, 1.0, True, False, False)
+        exact, exact_grads = exactly((F, z, y), level, reduction)
+        assert_close(loss, exact, 2.0**-18, reduction)
+        assert_close(grad, exact_grads[0], 2.0**-18, reduction)
+    edm_loss.MOST_ROWS = 2  # a grid that counts its rows first
+    edm_loss._plans.clear()
+    again = forward(F, z, y, S_HALF, 0.5, "mean", 0, 0, 10, 1.0, 1.0, True, False, False)
+    edm_loss.MOST_ROWS = 65535
+    edm_loss._plans.clear()
+    assert torch.equal(loss, again[0]) and torch.equal(grad, again[1])
+    assert grid_of(65535, 3) == ((3, 65535), 1) and grid_of(65536, 3) == ((65536, 3), 0)
 
 
 def noise():
@@ -91,14 +116,15 @@ def noise():
     for shape in ((2, BLOCK), (3, 7)):
         zero = torch.zeros(shape)
         sigma = torch.full(shape[:1], 1e-30)
-        _, grad, _, _ = forward(zero, None, zero, sigma, 0.5, "sum", SEED, OFFSET, True, False, False)
+        _, grad, _, _ = forward(zero, None, zero, sigma, 0.5, "sum", SEED, OFFSET, 10, 1.0, 1.0, True, False, False)
         assert ulps(grad / 2, philox_normal(shape, seed=SEED, offset=OFFSET)).max() <= 4
 
 
 @triton.jit
 def far_kernel(out_ptr, first, seed_low, seed_high, offset, DRAW: tl.constexpr, BLOCK: tl.constexpr):
     first = first.to(tl.int64)
-    tl.store(out_ptr + tl.arange(0, BLOCK), normals_from(first, seed_low, seed_high, offset, DRAW, BLOCK))
+    key0, key1, word = key_and_offset(out_ptr, out_ptr, seed_low, seed_high, offset, False, False)
+    tl.store(out_ptr + tl.arange(0, BLOCK), normals_from(first, key0, key1, word, DRAW, 10, BLOCK))
 
 
 def far():
@@ -123,16 +149,25 @@ def scales():
             ((0, 2), (0,)),
         ):
             x, by = torch.randn(shape).to(dtype), torch.randn(factors).to(wide)
+            given = x.clone()
             if factors == (3,):
                 by[1] = 1.0  # a row that is left alone
             expected = x.double() * by.double().view(*factors, *[1] * (x.dim() - len(factors)))
+            before, twice = x.clone(), x.clone()
             scale(x, by)
+            scale(twice, by / 3, 1 / 3)
             if x.numel():
-                assert_close(x, expected, 2 * EPSILON[dtype], (dtype, shape, factors))
+                for ours in (x, twice):
+                    assert_close(ours, expected, 3 * EPSILON[dtype], (dtype, shape, factors))
+            # As expected, in one number that is expanded: not a bit changes, for all that 1/3 is rounded.
+            third = torch.full((), 1 / 3, dtype=wide)
+            scale(before, third.expand(factors), float(third))
+            assert torch.equal(before, given), (dtype, shape, factors)
 
 
 losses()
 mixed()
+numbers()
 noise()
 far()
 scales()

@@ -6,6 +6,7 @@ import itertools
 import torch
 
 from dbkernels import inject_noise_reference
+from dbkernels._inject_noise import c_in
 from dbkernels.philox import normal_reference
 from dbkernels.triton.inject_noise import GROUPS, launch
 from numerics import EPSILON, ulps
@@ -22,6 +23,41 @@ def normals():
     launch(y, torch.ones(()), z, None, 2**63 + 5, 2**32 - 1)
     distance = ulps(z, normal_reference(y.shape, seed=2**63 + 5, offset=2**32 - 1))
     assert distance.max() <= 4, distance.max()
+
+
+def addresses():
+    """Tensors are the ints that they hold; seven rounds are the definition's seven."""
+    seed, offset = 2**63 + 5, 2**32 - 1
+    seed_at, offset_at = torch.tensor(seed - 2**64), torch.tensor(offset)
+    for rounds in (10, 7):
+        draws = []
+        for given in (
+            (seed, offset),
+            (seed_at, offset_at),
+            (seed, offset_at),
+            (seed_at, offset),
+            (seed - 2**64, offset),
+        ):
+            z = torch.full((77,), float("nan"))
+            launch(None, 1.0, z, None, *given, rounds)
+            draws.append(z)
+        assert all(torch.equal(draw, draws[0]) for draw in draws)
+        assert ulps(draws[0], normal_reference((77,), seed=seed, offset=offset, rounds=rounds)).max() <= 4
+    other = torch.empty(77)
+    launch(None, 1.0, other, None, seed_at, offset_at - 1, 10)
+    assert not torch.isclose(other, normal_reference((77,), seed=seed, offset=offset)).any()
+
+
+def forms():
+    """A level that is a number or of a half type; c_in alone."""
+    y = torch.randn(4, 6)
+    for sigma in (0.25, torch.tensor([0.25, 0.5, 1.0, 2.0]).bfloat16()):
+        level = torch.full((4,), sigma) if isinstance(sigma, float) else sigma.float()
+        z, scaled = torch.empty_like(y), torch.empty_like(y)
+        launch(y, sigma, z, 0.5, 3, 1)
+        launch(y, sigma, scaled, 0.5, None, 0)
+        torch.testing.assert_close(z, inject_noise_reference(y, level, 0.5, 3, 1), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(scaled, y * c_in(level, 0.5, 2), rtol=1e-6, atol=1e-6)
 
 
 def modes():
@@ -46,5 +82,7 @@ def modes():
 
 
 normals()
+addresses()
+forms()
 modes()
 print("interpreted: ok")

@@ -47,6 +47,19 @@ def forward():
             assert ((z.double() - exact).abs() <= unit * (1 + exact.abs())).all(), (case, dtype, normalize)
 
 
+def forms():
+    """Tensors for the address, a level that is a number, 32-bit indices, seven rounds."""
+    indices, table, _ = example(*CASES[1], torch.float32)
+    seed, offset = torch.tensor(-5), torch.tensor(3)
+    for rounds in (10, 7):
+        z, other = torch.empty(2, *indices.shape, table.shape[1])
+        launch(indices, table, 0.25, z, 0.5, True, 2**64 - 5, 3, rounds)
+        launch(indices.int(), table, torch.tensor(0.25).bfloat16(), other, 0.5, True, seed, offset, rounds)
+        assert torch.equal(z, other)
+        exact = inject_noise_table_reference(indices, table, torch.tensor(0.25), 0.5, True, -5, 3, rounds)
+        torch.testing.assert_close(z, exact, rtol=1e-6, atol=2e-6)
+
+
 def bad_indices_are_not_read():
     indices, table, sigma = torch.tensor([0, 5, -1, 4, 2**40]), torch.randn(5, 10), torch.ones(())
     z = torch.zeros(5, 10)
@@ -69,6 +82,7 @@ def sums():
 
 
 forward()
+forms()
 bad_indices_are_not_read()
 sums()
 print("interpreted: ok")

@@ -31,6 +31,20 @@ def levels():
         assert out[numel:].isnan().all()
 
 
+def addresses():
+    """Tensors are the ints that they hold."""
+    tensors = torch.tensor(SEED - 2**64), torch.tensor(OFFSET)
+    for launch in (
+        philox_uniform.launch,
+        lambda out, *address: sample_sigma.launch(out, plan(0.1, 9.0, -1.2, 1.2), *address),
+    ):
+        ints, ours = torch.empty(2, 99)
+        launch(ints, SEED, OFFSET)
+        launch(ours, *tensors)
+        assert torch.equal(ints, ours)
+
+
 uniforms()
 levels()
+addresses()
 print("interpreted: ok")

@@ -6,7 +6,18 @@ import torch
 pytest.importorskip("triton")
 import aot
 from dbkernels import edm_loss, edm_loss_reference
-from dbkernels.triton.edm_loss import BLOCK, BY_ELEMENT, BY_GROUP, READ, edm_loss_kernel, layout, scale_kernel
+from dbkernels.triton.edm_loss import (
+    BLOCK,
+    BY_ELEMENT,
+    BY_GROUP,
+    PARTIAL,
+    READ,
+    STEPS,
+    edm_loss_kernel,
+    layout,
+    scale_kernel,
+    total_kernel,
+)
 from interpreter import run_interpreted
 from numerics import EPSILON
 from test_edm_loss import DTYPES, REDUCTIONS, SHAPES, S, example, graded, wide
@@ -32,9 +43,11 @@ def built(F, y, draw, unit, arch, *, every, whole=False, sizes="i32"):
     kept = [f"*{'fp32' if dtype == 'fp16' else dtype}:16" for dtype in (F, y, y)]
     inputs = [f"*{dtype}:16" for dtype in (F, y, y, wide, wide)]
     per_row = sizes if draw == BY_ELEMENT else f"{sizes}:16"
-    numbers = [per_row, "i32", "i32", sizes, "fp64", "fp64", "i32", "i32", "i32"]
+    address = ["*i64:16", "*i64:16", "i32", "i32", "i32", "fp64"]
+    numbers = [per_row, "i32", sizes, "fp64", "fp64", "fp64"]
     constants = dict(DRAW=draw, UNIT=unit, ELEMENTWISE=whole, WANT_F=True, WANT_Z=every and draw == READ, WANT_Y=every)
-    report = aot.report(edm_loss_kernel, inputs + kept + numbers, {**constants, "BLOCK": BLOCK}, arch)
+    constants |= dict(ROW_AXIS=1, GIVEN=False, SEED_AT=every, OFFSET_AT=every, ROUNDS=10, BLOCK=BLOCK)
+    report = aot.report(edm_loss_kernel, [*inputs, *kept, *address, *numbers], constants, arch)
     assert report.spilled_bytes == 0, report.spilled_bytes
     return report.instructions / (BLOCK / 128)
 
@@ -64,9 +77,18 @@ def test_compiles_for_more_than_32_bits_of_elements():
 @pytest.mark.parametrize("x,by", [("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")])
 def test_scaling_compiles(x, by, arch):
     for elementwise, per_row in ((False, "i64:16"), (True, "i32:16")):
-        signature, constants = [f"*{x}:16", f"*{by}:16", per_row, "i32"], dict(ELEMENTWISE=elementwise, BLOCK=BLOCK)
+        signature = [f"*{x}:16", f"*{by}:16", per_row, "fp64", "fp64"]
+        constants = dict(ROW_AXIS=1, ELEMENTWISE=elementwise, STEPS=STEPS, BLOCK=BLOCK)
         report = aot.report(scale_kernel, signature, constants, arch)
-        assert report.spilled_bytes == 0 and 80 < report.instructions < 250, report.instructions
+        assert report.spilled_bytes == 0 and 80 < report.instructions < 700, report.instructions
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_the_sum_of_partial_sums_compiles(dtype, arch):
+    signature = [f"*{dtype}:16", f"*{dtype}:16", "i32"]
+    report = aot.report(total_kernel, signature, dict(BLOCK=PARTIAL), arch)
+    assert report.spilled_bytes == 0 and 50 < report.instructions < 400, report.instructions
 
 
 @pytest.mark.parametrize(
@@ -120,6 +142,47 @@ def test_gpu_against_float64(dtype, shape, levels, reduction, drawn):
     for a, b, own in zip((ours[0], *ours[1]), (exact[0], *exact[1]), (wide(dtype), dtype, dtype), strict=True):
         unit = 16 * EPSILON[torch.float32] + (0 if own == torch.float64 else EPSILON[own])
         assert a.dtype == own and ((a.double() - b).abs() <= unit * b.abs().max()).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_gpu_forward_and_backward(dtype, drawn):
+    test_gpu_against_float64(dtype, (64, 197, 24), (64,), "sample", drawn)
+    test_gpu_against_float64(dtype, (5, 3, 7), (5, 3), "mean", drawn)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("samples", [3, 64, 70_000])
+def test_gpu_an_expected_upstream_gradient_changes_no_bit(reduction, samples):
+    """That of a mean over the losses, 1/3 for one: what was kept comes back; another is applied."""
+    F, z, y, sigma = example((samples, 5, 8), (samples,), torch.float32, "cuda")
+    F.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = edm_loss(F, z, y, sigma, sigma_data=S, reduction=reduction, weight=0.25)
+    kept = max(saved, key=torch.Tensor.numel)
+    before = kept.clone()
+    (grad,) = torch.autograd.grad(loss.mean(), F)
+    assert grad.data_ptr() == kept.data_ptr() and torch.equal(grad, before)
+    other = edm_loss(F, z, y, sigma, sigma_data=S, reduction=reduction, weight=0.25)
+    (twice,) = torch.autograd.grad(2 * other.mean(), F)
+    assert torch.equal(twice, 2 * before)
+
+
+@pytest.mark.gpu
+def test_gpu_forms_of_the_level_and_strides():
+    F, z, y, sigma = example((33, 65, 32), (33,), torch.float32, "cuda")
+    expected = edm_loss(F, z, y, sigma, sigma_data=S)
+    strided = F.transpose(0, 2).contiguous().transpose(0, 2)
+    for other in (sigma.double(), sigma.view(33, 1, 1), torch.stack((sigma, sigma), 1)[:, 0]):
+        assert torch.equal(edm_loss(strided, z, y, other, sigma_data=S), expected)
+    level = torch.tensor(0.25, device="cuda")
+    assert torch.equal(edm_loss(F, z, y, 0.25, sigma_data=S), edm_loss(F, z, y, level, sigma_data=S))
+    empty = edm_loss(F[:0], z[:0], y[:0], 0.25, sigma_data=S)
+    assert empty.isnan() and edm_loss(F[:0], z[:0], y[:0], 0.25, sigma_data=S, reduction="sum") == 0
 
 
 @pytest.mark.gpu

@@ -269,6 +269,14 @@ def test_gpu_against_float64(dtype, case, normalize):
 
 
 @pytest.mark.gpu
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_forward_and_backward(dtype):
+    test_gpu_against_float64(dtype, CASES[5], True)
+    test_gpu_against_float64(dtype, CASES[1], False)
+
+
+@pytest.mark.gpu
 def test_gpu_bad_indices_show_as_nan_without_a_host_sync():
     table = torch.randn(5, 10, device="cuda", requires_grad=True)
     indices = torch.tensor([0, 5, -1, 4, 2**40], device="cuda")

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import dbkernels
 from interpreter import run_interpreted
+from test_inject_noise_table import example
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -26,9 +28,10 @@ def test_compiles_without_spills(arch, width, stored):
     wide = "fp64" if stored == "fp64" else "fp32"
     rows, groups = tile_of(width, DTYPES[stored])
     whole = "i32:16" if width % 16 == 0 else "i32"
-    signature = ["*i64:16", f"*{stored}:16", f"*{wide}:16", f"*{stored}:16", "i32", "i32", whole, "i32", "fp64",
-                 "i32", "i32", "i32"]  # fmt: skip
-    constants = {"NORMALIZE": True, "SCALED": True, "ALIGNED": width % 4 == 0, "ROWS": rows, "GROUPS": groups}
+    pointers = ["*i64:16", f"*{stored}:16", f"*{wide}:16", f"*{stored}:16", "*i64:16", "*i64:16"]
+    signature = [*pointers, "i32", "i32", "i32", "fp64", "i32", "i32", whole, "i32", "fp64"]
+    constants = dict(NORMALIZE=True, SCALED=True, ALIGNED=width % 4 == 0, GIVEN=False, SEED_AT=arch == 90)
+    constants |= dict(OFFSET_AT=arch == 90, ROUNDS=10, ROWS=rows, GROUPS=groups)
     built = aot.report(inject_noise_table_kernel, signature, constants, arch)
     assert built.spilled_bytes == 0
     longest = (95 if width % 16 == 0 else 190) * 16 * (1.5 if stored == "fp64" else 1)
@@ -46,3 +49,14 @@ def test_the_gradients_sums_compile_without_spills(arch, stored):
     constants = {"SCALED": True, "ROWS": SUM_ROWS, "COLUMNS": SUM_COLUMNS}
     built = aot.report(row_sums_kernel, signature, constants, arch)
     assert built.spilled_bytes == 0 and 100 < built.instructions < 1000, built.instructions
+
+
+@pytest.mark.gpu
+def test_gpu_other_forms_are_the_same():
+    """32-bit indices, a level that is a number, levels of another dtype, strides."""
+    indices, table, sigma = example((4, 6), (4,), 9, 40, torch.float32, "cuda")
+    expected = dbkernels.inject_noise((indices, table), sigma, seed=3)
+    strided = table.t().contiguous().t()
+    assert torch.equal(dbkernels.inject_noise((indices.int(), strided), sigma.double(), seed=3), expected)
+    level = torch.tensor(0.25, device="cuda")
+    assert torch.equal(*(dbkernels.inject_noise((indices, table), s, sigma_data=0.5, seed=3) for s in (0.25, level)))

@@ -164,6 +164,7 @@ def test_uniform_compiles_without_baking_the_seed_in():
 
 
 @pytest.mark.gpu
+@pytest.mark.smoke
 def test_gpu_agrees():
     for draw, limit in ((dbkernels.philox_uniform, 0), (dbkernels.philox_normal, 2)):
         here = draw(1_000_003, seed=2**63 + 5, offset=9)

@@ -161,6 +161,7 @@ def test_errors_name_the_argument(changes, error, words):
 
 
 @pytest.mark.gpu
+@pytest.mark.smoke
 @pytest.mark.parametrize("block_range", RANGES)
 def test_gpu_agrees_without_a_host_sync(block_range):
     dbkernels.sample_sigma(block_range, 10, seed=3, device="cuda")  # compiles

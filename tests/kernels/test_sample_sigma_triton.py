@@ -6,7 +6,7 @@ pytest.importorskip("triton")
 import aot
 from interpreter import run_interpreted
 
-WORDS = ["i32", "i32", "i32"]  # the address
+ADDRESS = ["*i64:16", "*i64:16", "i32", "i32", "i32"]
 
 
 def test_interpreted():
@@ -22,9 +22,10 @@ def test_compile_without_spills(arch, numel):
     from dbkernels.triton.sample_sigma import GROUPS as FEW
     from dbkernels.triton.sample_sigma import sample_sigma_kernel
 
-    uniform = aot.report(philox_uniform_kernel, ["*fp32:16", numel, *WORDS], {"GROUPS": GROUPS}, arch)
+    at = dict(SEED_AT=arch == 90, OFFSET_AT=arch == 90)
+    uniform = aot.report(philox_uniform_kernel, ["*fp32:16", *ADDRESS, numel], {**at, "GROUPS": GROUPS}, arch)
     assert uniform.spilled_bytes == 0 and 150 < uniform.instructions < 500, uniform.instructions
-    signature = ["*fp32:16", numel, *["fp64"] * 7, *WORDS]
-    sigma = aot.report(sample_sigma_kernel, signature, {"GROUPS": FEW}, arch)
+    signature = ["*fp32:16", *ADDRESS, numel, *["fp64"] * 7]
+    sigma = aot.report(sample_sigma_kernel, signature, {**at, "GROUPS": FEW}, arch)
     assert sigma.spilled_bytes == 0 and 300 < sigma.instructions < 1000, sigma.instructions
     assert "DFMA" in sigma.sass, "float64 was lost on the way"

@@ -1,0 +1,15 @@
+"""Host time and launches of the ops that draw noise and of edm_loss: on a fake GPU, since the host side is all that
+matters."""
+
+import shutil
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the fake driver")
+
+
+def test_launches_and_host_time():
+    from fake_gpu import run_faked
+
+    run_faked("faked_noise.py")
