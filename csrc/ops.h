@@ -74,6 +74,15 @@ Tensor adamw_ema_step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tens
                            int64_t step, double lr, double beta1, double beta2, double eps,
                            std::vector<double> weight_decay, std::optional<double> max_norm,
                            std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding, int64_t seed,
-                          int64_t offset);
+                           int64_t offset);
+
+// The same with numbers that lie on the device where a tensor is given: 0-dim, int64 or float64. The step is advanced.
+Tensor adamw_ema_step_capturable_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
+                                      Tensors emas, int64_t step, double lr, double beta1, double beta2, double eps,
+                                      std::vector<double> weight_decay, std::optional<double> max_norm,
+                                      std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding,
+                                      int64_t seed, int64_t offset, std::optional<Tensor> step_tensor,
+                                      std::optional<Tensor> lr_tensor, std::optional<Tensor> ema_decay_tensor,
+                                      std::optional<Tensor> seed_tensor, std::optional<Tensor> offset_tensor);
 
 }  // namespace dbk

@@ -1,4 +1,4 @@
-// Global-norm clipping, AdamW and EMA over a list of tensors on the CPU. Definition: dbkernels/adamw_ema.py.
+// Global-norm clipping, AdamW and EMA over a list of tensors on the CPU. Definition: dbkernels/_adamw_ema_definition.py.
 
 #include <algorithm>
 #include <cmath>
@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "adamw_ema.h"
 #include "cpu/draw.h"
 #include "cpu/simd.h"
 #include "ops.h"
@@ -17,10 +18,6 @@ namespace dbk {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-// Where the new parameter goes: rounded to its tensor; to its float32 master and rounded from there; rounded up or down by
-// chance.
-enum class Store { kNearest, kMaster, kStochastic };
 
 struct Lists {
   const Tensors &params, &grads, &exp_avgs, &exp_avg_sqs, &emas, &masters;
@@ -213,7 +210,7 @@ template <typename C>
 Rule<C> rule_of(const Settings& s, C norm) {
   // clip_grad_norm_'s arithmetic: the coefficient is rounded to the gradients' compute type.
   const C clip = s.max_norm ? std::min<C>(C(1), C(*s.max_norm) / (norm + C(1e-6))) : C(1);
-  const double correction1 = 1 - std::pow(s.beta1, s.step), correction2 = 1 - std::pow(s.beta2, s.step);
+  const double correction1 = 1 - power(s.beta1, s.step), correction2 = 1 - power(s.beta2, s.step);
   return {clip,   C(s.beta2), C(1 - s.beta1), C(1 - s.beta2), C(-s.lr / correction1), C(std::sqrt(correction2)),
           C(s.eps), C(1 - s.ema_decay.value_or(1.0)), s.seed, s.offset};
 }

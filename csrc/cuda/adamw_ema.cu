@@ -1,8 +1,8 @@
 // Global-norm clipping, AdamW and EMA over a list of tensors on the GPU, with no host sync. Definition:
-// dbkernels/adamw_ema.py.
+// dbkernels/_adamw_ema_definition.py.
 //
 // Three kernels: squares of each chunk of the gradients, one block that adds them up in a fixed order (so the norm's bits
-// repeat) and decides, and the update, which reads the decision from device memory.
+// repeat), decides and works out the step's factors, and the update, which reads them from device memory.
 
 #include <cmath>
 #include <type_traits>
@@ -16,6 +16,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include "adamw_ema.h"
 #include "cuda/multi_tensor.h"
 #include "ops.h"
 #include "rounding.h"
@@ -25,21 +26,32 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Where the new parameter goes: rounded to its tensor; to its float32 master and rounded from there; rounded up or down by
-// chance.
-enum class Store { kNearest, kMaster, kStochastic };
-
-template <typename C>
-struct Rule {
-  C beta2, one_minus_beta1, one_minus_beta2, minus_step_size, root, eps, one_minus_ema;
-  uint64_t seed;
-  uint32_t offset;
+// A number of the step: its value, or where it lies on the device.
+template <typename T>
+struct Number {
+  T value;
+  T* at;
 };
 
-// What the norm decided; read by the update.
+template <typename T>
+__device__ T value_of(const Number<T>& number) {
+  return number.at == nullptr ? number.value : *number.at;
+}
+
+struct Numbers {
+  Number<int64_t> step;
+  Number<double> lr, ema_decay;
+  Number<int64_t> seed, offset;
+  double beta1, beta2, eps, max_norm;  // max_norm < 0: no clipping
+};
+
+// What an update does to one element, if it is to happen: written by `decide`.
 template <typename C>
-struct Decision {
-  C clip;
+struct Rule {
+  C clip, beta2, one_minus_beta1, one_minus_beta2, minus_step_size, root, eps, one_minus_ema;
+  double lr;
+  uint64_t seed;
+  uint32_t offset;
   int update;
 };
 
@@ -77,17 +89,33 @@ __global__ void __launch_bounds__(kThreads) squares(const __grid_constant__ Batc
 }
 
 template <typename C>
-__global__ void __launch_bounds__(kThreads) decide(const double* partial, int count, C max_norm, C* norm_out,
-                                                   Decision<C>* decision) {
+__global__ void __launch_bounds__(kThreads) decide(const double* partial, int count, const Numbers n, C* norm_out,
+                                                   Rule<C>* rule) {
   double sum = 0.0;
   for (int i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
   const C norm = static_cast<C>(sqrt(sum));
   *norm_out = norm;
-  decision->update = isfinite(norm);
-  // max_norm < 0 stands for no clipping; 1e-6 as in torch.nn.utils.clip_grad_norm_.
-  decision->clip = max_norm < C(0) ? C(1) : min(C(1), max_norm / (norm + C(1e-6)));
+  const int64_t step = value_of(n.step);
+  const double lr = value_of(n.lr);
+  Rule<C> r;
+  r.update = isfinite(norm);
+  // A skipped update doesn't count.
+  if (n.step.at != nullptr) *n.step.at = step + r.update;
+  // 1e-6 as in torch.nn.utils.clip_grad_norm_.
+  r.clip = n.max_norm < 0 ? C(1) : min(C(1), C(n.max_norm) / (norm + C(1e-6)));
+  r.beta2 = C(n.beta2);
+  r.one_minus_beta1 = C(1 - n.beta1);
+  r.one_minus_beta2 = C(1 - n.beta2);
+  r.minus_step_size = C(-(lr / (1 - power(n.beta1, step))));
+  r.root = C(sqrt(1 - power(n.beta2, step)));
+  r.eps = C(n.eps);
+  r.one_minus_ema = C(1 - value_of(n.ema_decay));
+  r.lr = lr;
+  r.seed = static_cast<uint64_t>(value_of(n.seed));
+  r.offset = static_cast<uint32_t>(value_of(n.offset));
+  *rule = r;
 }
 
 // Stored as T, from four elements that begin at `first` of their tensor.
@@ -110,11 +138,10 @@ __device__ Pack<T> rounded(const Pack<C>& value, uint64_t group, int64_t first, 
 }
 
 template <typename T, typename C, bool kEma, Store kStore>
-__global__ void __launch_bounds__(kThreads) update(const __grid_constant__ Batch batch, const Rule<C> r,
-                                                   const Decision<C>* decision) {
+__global__ void __launch_bounds__(kThreads) update(const __grid_constant__ Batch batch, const Rule<C>* rule) {
   constexpr bool kMaster = kStore == Store::kMaster;
-  if (!decision->update) return;
-  const C clip = decision->clip;
+  const Rule<C> r = *rule;
+  if (!r.update) return;
   const int t = batch.tensor[blockIdx.x];
   const int64_t begin = int64_t{batch.chunk[blockIdx.x]} * kChunk;
   const int count = static_cast<int>(min(int64_t{kChunk}, batch.numel[t] - begin));
@@ -124,7 +151,7 @@ __global__ void __launch_bounds__(kThreads) update(const __grid_constant__ Batch
   C* exp_avg_sq = static_cast<C*>(batch.exp_avg_sq[t]) + begin;
   C* ema = kEma ? static_cast<C*>(batch.ema[t]) + begin : nullptr;
   C* master = kMaster ? static_cast<C*>(batch.master[t]) + begin : nullptr;
-  const C keep = static_cast<C>(batch.keep[t]);
+  const C keep = static_cast<C>(1 - product(r.lr, batch.decay[t]));
   const bool packed = aligned<T>(param) && aligned<T>(grad) && aligned<C>(exp_avg) && aligned<C>(exp_avg_sq) &&
                       aligned<C>(ema) && aligned<C>(master);
   for (int i = threadIdx.x * kPack; i < count; i += kThreads * kPack) {
@@ -142,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) update(const __grid_constant__ Batch
     }
 #pragma unroll
     for (int k = 0; k < kPack; ++k) {
-      const C scaled = widen<C>(g.v[k]) * clip;
+      const C scaled = widen<C>(g.v[k]) * r.clip;
       m.v[k] = fma(r.one_minus_beta1, scaled - m.v[k], m.v[k]);
       v.v[k] = fma(r.one_minus_beta2 * scaled, scaled, v.v[k] * r.beta2);
       const C denominator = sqrt(v.v[k]) / r.root + r.eps;
@@ -172,7 +199,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 template <typename T, typename C>
-using Update = void (*)(Batch, Rule<C>, const Decision<C>*);
+using Update = void (*)(Batch, const Rule<C>*);
 
 template <typename T, typename C, bool kEma>
 Update<T, C> update_for(Store store) {
@@ -187,48 +214,59 @@ Update<T, C> update_for(Store store) {
 }
 
 template <typename T, typename C>
-Tensor run(const Lists& lists, const Rule<C>& rule, std::optional<double> max_norm, bool ema, Store store,
-           ScalarType wide) {
+Tensor run(const Lists& lists, const Numbers& numbers, bool ema, Store store, ScalarType wide) {
   const torch::stable::accelerator::DeviceGuard guard(lists.params[0].get_device_index());
   const cudaStream_t stream = current_stream(lists.params[0]);
   const std::vector<Batch> work = batches(lists);
   const int chunks = work.empty() ? 0 : work.back().first + work.back().blocks;
   Tensor norm = torch::stable::new_empty(lists.exp_avgs[0], {}, wide);
-  // The chunks' sums, then the decision, in one piece of float64 memory.
-  Tensor scratch = torch::stable::new_empty(lists.exp_avgs[0], {chunks + 2}, ScalarType::Double);
+  // The chunks' sums, then the rule, in one piece of float64 memory.
+  constexpr int kRule = (sizeof(Rule<C>) + sizeof(double) - 1) / sizeof(double);
+  Tensor scratch = torch::stable::new_empty(lists.exp_avgs[0], {chunks + kRule}, ScalarType::Double);
   double* partial = static_cast<double*>(scratch.data_ptr());
-  auto* decision = reinterpret_cast<Decision<C>*>(partial + chunks);
+  auto* rule = reinterpret_cast<Rule<C>*>(partial + chunks);
   for (const Batch& batch : work) {
     squares<T, C><<<batch.blocks, kThreads, 0, stream>>>(batch, partial);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
-  decide<C><<<1, kThreads, 0, stream>>>(partial, chunks, C(max_norm.value_or(-1.0)),
-                                        static_cast<C*>(norm.data_ptr()), decision);
+  decide<C><<<1, kThreads, 0, stream>>>(partial, chunks, numbers, static_cast<C*>(norm.data_ptr()), rule);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   const Update<T, C> kernel = ema ? update_for<T, C, true>(store) : update_for<T, C, false>(store);
   for (const Batch& batch : work) {
-    kernel<<<batch.blocks, kThreads, 0, stream>>>(batch, rule, decision);
+    kernel<<<batch.blocks, kThreads, 0, stream>>>(batch, rule);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   return norm;
 }
 
+template <typename T>
+T* place(const std::optional<Tensor>& number) {
+  return number ? static_cast<T*>(number->data_ptr()) : nullptr;
+}
+
 }  // namespace
 
-Tensor adamw_ema_step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,
-                           int64_t step, double lr, double beta1, double beta2, double eps,
-                           std::vector<double> weight_decay, std::optional<double> max_norm,
-                           std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding, int64_t seed,
-                           int64_t offset) {
-  const Lists lists{params, grads, exp_avgs, exp_avg_sqs, emas, masters, weight_decay, lr};
+Tensor adamw_ema_step_capturable_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
+                                      Tensors emas, int64_t step, double lr, double beta1, double beta2, double eps,
+                                      std::vector<double> weight_decay, std::optional<double> max_norm,
+                                      std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding,
+                                      int64_t seed, int64_t offset, std::optional<Tensor> step_tensor,
+                                      std::optional<Tensor> lr_tensor, std::optional<Tensor> ema_decay_tensor,
+                                      std::optional<Tensor> seed_tensor, std::optional<Tensor> offset_tensor) {
+  const Lists lists{params, grads, exp_avgs, exp_avg_sqs, emas, masters, weight_decay};
+  const Numbers numbers{{step, place<int64_t>(step_tensor)},
+                        {lr, place<double>(lr_tensor)},
+                        {ema_decay.value_or(1.0), place<double>(ema_decay_tensor)},
+                        {seed, place<int64_t>(seed_tensor)},
+                        {offset, place<int64_t>(offset_tensor)},
+                        beta1,
+                        beta2,
+                        eps,
+                        max_norm.value_or(-1.0)};
   const bool ema = ema_decay.has_value() && !emas.empty();
   const Store store = !masters.empty() ? Store::kMaster : stochastic_rounding ? Store::kStochastic : Store::kNearest;
   const auto call = [&](auto stored, auto zero, ScalarType wide) {
-    using C = decltype(zero);
-    const Rule<C> rule{C(beta2), C(1 - beta1), C(1 - beta2), C(-lr / (1 - std::pow(beta1, step))),
-                       C(std::sqrt(1 - std::pow(beta2, step))), C(eps), C(1 - ema_decay.value_or(1.0)),
-                       static_cast<uint64_t>(seed), static_cast<uint32_t>(offset)};
-    return run<decltype(stored), C>(lists, rule, max_norm, ema, store, wide);
+    return run<decltype(stored), decltype(zero)>(lists, numbers, ema, store, wide);
   };
   switch (params[0].scalar_type()) {
     case ScalarType::Float: return call(float{}, 0.0f, ScalarType::Float);
@@ -237,6 +275,16 @@ Tensor adamw_ema_step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tens
     case ScalarType::Half: return call(__half{}, 0.0f, ScalarType::Float);
     default: STD_TORCH_CHECK(false, "adamw_ema_step: params must be float16, bfloat16, float32 or float64");
   }
+}
+
+Tensor adamw_ema_step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,
+                           int64_t step, double lr, double beta1, double beta2, double eps,
+                           std::vector<double> weight_decay, std::optional<double> max_norm,
+                           std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding, int64_t seed,
+                           int64_t offset) {
+  return adamw_ema_step_capturable_cuda(params, grads, exp_avgs, exp_avg_sqs, emas, step, lr, beta1, beta2, eps,
+                                        weight_decay, max_norm, ema_decay, masters, stochastic_rounding, seed, offset,
+                                        {}, {}, {}, {}, {});
 }
 
 }  // namespace dbk

@@ -5,7 +5,10 @@
 #include "facts.h"
 #include "ops.h"
 
-STABLE_TORCH_LIBRARY_IMPL(dbkernels, CUDA, m) { m.impl("adamw_ema_step", TORCH_BOX(&dbk::adamw_ema_step_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(dbkernels, CUDA, m) {
+  m.impl("adamw_ema_step", TORCH_BOX(&dbk::adamw_ema_step_cuda));
+  m.impl("adamw_ema_step.capturable", TORCH_BOX(&dbk::adamw_ema_step_capturable_cuda));
+}
 
 namespace dbk {
 

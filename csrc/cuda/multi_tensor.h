@@ -28,7 +28,7 @@ struct Batch {
     uint64_t group[kTensors];  // of the random words of a tensor's first eight elements
   };
   int64_t numel[kTensors];
-  double keep[kTensors];  // 1 - lr·weight_decay
+  double decay[kTensors];
   int32_t chunk[kBlocks];
   uint8_t tensor[kBlocks];
   int blocks, first;  // first: this launch's place among all chunks
@@ -38,7 +38,6 @@ static_assert(sizeof(Batch) + 128 <= 4096, "kernel arguments hold 4 KiB before C
 struct Lists {
   const Tensors &params, &grads, &exp_avgs, &exp_avg_sqs, &emas, &masters;
   const std::vector<double>& weight_decay;
-  double lr;
 };
 
 // Cut the lists into chunks of kChunk elements and the chunks into launches.
@@ -69,7 +68,7 @@ std::vector<Batch> batches(const Lists& lists) {
           batch.master[slots] = lists.masters[i].data_ptr();
         }
         batch.numel[slots] = numel;
-        batch.keep[slots++] = 1 - lists.lr * lists.weight_decay[i];
+        batch.decay[slots++] = lists.weight_decay[i];
         placed = true;
       }
       batch.tensor[batch.blocks] = static_cast<uint8_t>(slots - 1);
