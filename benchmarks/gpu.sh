@@ -6,7 +6,7 @@
 #   benchmarks/gpu.sh bench --benches edm_loss        # one op
 #   benchmarks/gpu.sh smoke bench train forks --device cpu --quick    # a dry run without a GPU
 #
-# Results are written as they come to $OUT (default: gpu-results); a table is printed last. Stages and limits stand in
+# Results are written as they come to $OUT (default: runs/gpu); a table is printed last. Stages and limits stand in
 # gpu_stages.py. $COMMIT names the revision where the code lies outside its repository. JSON of the benches: $OUT/bench.
 cd "$(dirname "$0")/.." || exit 1
 export PYTHONPATH="$PWD:$PWD/python:$PWD/benchmarks:${PYTHONPATH:-}"

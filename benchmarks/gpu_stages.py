@@ -241,7 +241,7 @@ def parse(arguments: list[str] | None) -> tuple[dict[str, float], argparse.Names
     parser.add_argument("--tests", default="tests", metavar="PATH", help="of smoke and tests: a folder or a file")
     parser.add_argument("--benches", nargs="+", default=list(BENCHES), choices=BENCHES, metavar="OP")
     options = parser.parse_args(arguments)
-    options.out = Path(os.environ.get("OUT") or "gpu-results").resolve()
+    options.out = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu").resolve()
     limits: dict[str, float] = {}
     for text in options.stages:
         name, _, seconds = text.partition("=")
