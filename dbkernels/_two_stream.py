@@ -31,6 +31,16 @@ def like_rows(q: Tensor) -> Tensor:
     return q.new_empty(B, N, H, D).transpose(1, 2)
 
 
+def kind_of(*arguments: Any) -> tuple[Any, ...]:
+    """Return what checks, launches and paths depend on: everything but the tensors' values."""
+    return tuple(
+        [
+            (t.dtype, t.shape, t.stride(), t.get_device()) if isinstance(t, Tensor) else (t.__class__, t)
+            for t in arguments
+        ]
+    )
+
+
 def check_arguments(
     q: Any, k: Any, v: Any, q_noisy: Any, k_noisy: Any, v_noisy: Any, group_size: int, scale: float | None,
     cu_seqlens: Any,
@@ -63,8 +73,8 @@ def _check_types(tensors: dict[str, Any], scale: float | None) -> None:
             raise TypeError(f"{name} must be a floating tensor, got {got}")
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
         raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale={scale} must be finite")
+    if scale is not None and not 0.0 < scale < math.inf:  # a masked score times 0 or less isn't masked any more
+        raise ValueError(f"scale={scale} must be positive and finite: for another sign, negate the queries")
 
 
 def check_decode(tensors: list[Any], cache_lengths: Any, scale: float | None) -> float:

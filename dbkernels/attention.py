@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import statistics
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from dbkernels._fastest import Candidate, Choice, fastest, untimed
+
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, bool, "float | None"], Tensor]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which library attends, and why. milliseconds: what each took, where they were timed."""
-
-    name: str
-    reason: str
-    milliseconds: dict[str, float] = field(default_factory=dict)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
@@ -37,29 +30,32 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
     return ops.memory_efficient_attention(*rows, attn_bias=bias, scale=scale).transpose(1, 2)
 
 
+@functools.cache
+def _installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
 def _candidates(q: Tensor, k: Tensor) -> dict[str, Attend]:
     found: dict[str, Attend] = {"sdpa": _sdpa}
     half = q.dtype in (torch.float16, torch.bfloat16)
-    if half and q.shape[1] == k.shape[1] and importlib.util.find_spec("xformers") is not None:
+    if half and q.shape[1] == k.shape[1] and _installed("xformers"):
         found["xformers"] = _xformers
     return found
 
 
-def _timed(attend: Attend, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, train: bool) -> float:
-    """Milliseconds on the GPU, forward and, in training, backward: the median of five calls after two."""
+def _candidate(
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, train: bool
+) -> Candidate:
+    """Forward and, in training, backward."""
     leaves: Any = [t.detach().requires_grad_(train) for t in (q, k, v)]
-    times = []
-    for _ in range(7):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+
+    def call() -> tuple[Tensor, ...]:
         with torch.enable_grad():
             out = attend(leaves[0], leaves[1], leaves[2], causal, scale)
-        if train:
-            torch.autograd.grad(out, leaves, out.detach())
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times[2:])
+        grads = torch.autograd.grad(out, leaves, out.detach()) if train else ()
+        return out.detach(), *grads
+
+    return call
 
 
 _chosen: dict[tuple[object, ...], Choice] = {}
@@ -79,17 +75,19 @@ def attention_choice(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, s
     Returns:
         Choice: name ("sdpa" or "xformers"), reason, milliseconds of each that was timed.
     """
-    _check(q, k, v, causal)
+    _check(q, k, v, causal, scale)
     found = _candidates(q, k) if q.device.type == "cuda" else {"sdpa": _sdpa}
     if len(found) == 1:
         return Choice("sdpa", f"no other library serves {q.dtype} with these heads on {q.device.type}")
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if untimed():
         return Choice("sdpa", "nothing can be timed within torch.compile or a CUDA graph")
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     kind = _kind(q, k, causal, train)
     if kind not in _chosen:
-        times = {name: _timed(attend, q, k, v, causal, scale, train) for name, attend in found.items()}
-        _chosen[kind] = Choice(min(times, key=times.__getitem__), "the fastest of those timed", times)
+        choice = fastest({name: _candidate(way, q, k, v, causal, scale, train) for name, way in found.items()})
+        if not choice.milliseconds:
+            return choice
+        _chosen[kind] = choice
     return _chosen[kind]
 
 
@@ -100,13 +98,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: f
     Args:
         q: (B, H, N, D); k, v: (B, H_kv, M, D), H a multiple of H_kv, N = M if causal. float16, bfloat16, float32 or
             float64.
-        causal: query i sees keys up to i. scale: of the scores; 1/sqrt(D) by default.
+        causal: query i sees keys up to i. scale: of the scores, positive; 1/sqrt(D) by default.
 
     Returns:
         (B, H, N, D) of q's dtype.
 
     Raises:
-        TypeError: an argument isn't a floating tensor. ValueError: shapes don't fit.
+        TypeError: an argument isn't a floating tensor. ValueError: shapes, dtypes or scale don't fit.
 
     Source: Vaswani et al. 2017.
     """
@@ -114,7 +112,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: f
     return {"sdpa": _sdpa, "xformers": _xformers}[name](q, k, v, causal, scale)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> None:
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, got {getattr(tensor, 'dtype', type(tensor))}")
@@ -126,3 +124,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
         raise ValueError(f"v has shape {tuple(v.shape)}, k {tuple(k.shape)}: they must be alike but for D")
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"causal attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+    if scale is not None and not 0.0 < scale < math.inf:  # a masked score times 0 or less isn't masked any more
+        raise ValueError(f"scale={scale} must be positive and finite: for another sign, negate the queries")

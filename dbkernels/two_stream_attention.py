@@ -1,7 +1,7 @@
 """two_stream_attention: a clean and a noisy copy of a sequence, as autoregressive and block diffusion train.
 
 The definition first, then the op, its gradient and the public function. The kernels are dbkernels/two_stream_cpu.py and
-dbkernels/triton/two_stream_attention.py, two_stream_queries.py and two_stream_keys.py.
+dbkernels/triton/two_stream*.py, which begin at two_stream.py; cuDNN serves where it is faster (`two_stream_choice`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dbkernels import two_stream_cpu as cpu
 from dbkernels._autocast import autocast
-from dbkernels._levels import compute_dtype
-from dbkernels._library import backend, define, register, register_triton
-from dbkernels._two_stream import check_arguments, like_rows, nothing, sequences
+from dbkernels._direct import direct
+from dbkernels._levels import as_defined, compute_dtype
+from dbkernels._library import define, register, register_triton
+from dbkernels._two_stream import check_arguments, kind_of, like_rows, nothing, sequences
 
 Maybe: TypeAlias = Tensor | None
 Four: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -123,51 +123,26 @@ register("two_stream_attention_backward", "CPU", cpu.backward, "PyTorch's flash 
 
 def _triton_forward(
     q: Maybe, k: Tensor, v: Tensor, q_noisy: Tensor, k_noisy: Tensor, v_noisy: Tensor, group_size: int, scale: float,
-    cu_seqlens: Maybe,
+    cu_seqlens: Maybe, kind: Any = None,
 ) -> Four:  # fmt: skip
-    from dbkernels.triton.two_stream_attention import forward
+    from dbkernels.triton.two_stream import forward
 
-    out, out_noisy, lse, lse_noisy = _fake(q, k, v, q_noisy)
-    q, k, v, q_noisy, k_noisy, v_noisy = map(_with_rows, (q, k, v, q_noisy, k_noisy, v_noisy))
-    if k.numel():
-        forward(q_noisy, k, v, k_noisy, v_noisy, out_noisy, lse_noisy, group_size, scale, cu_seqlens)
-        if q is not None:
-            forward(q, k, v, None, None, out, lse, group_size, scale, cu_seqlens)
-    return out, out_noisy, lse, lse_noisy
+    if not k.numel():
+        return _fake(q, k, v, q_noisy)
+    return forward(q, k, v, q_noisy, k_noisy, v_noisy, group_size, scale, cu_seqlens, kind)
 
 
 def _triton_backward(
     grad: Maybe, grad_noisy: Tensor, q: Maybe, k: Tensor, v: Tensor, q_noisy: Tensor, k_noisy: Tensor, v_noisy: Tensor,
     out: Tensor, out_noisy: Tensor, lse: Tensor, lse_noisy: Tensor, group_size: int, scale: float, cu_seqlens: Maybe,
 ) -> list[Tensor]:  # fmt: skip
-    from dbkernels.triton import two_stream_keys as keys
-    from dbkernels.triton import two_stream_queries as queries
+    from dbkernels.triton.two_stream import backward
 
-    given = _backward_fake(grad, grad_noisy, q, k, v, q_noisy, k_noisy, v_noisy)
-    dq, dk, dv, dq_noisy, dk_noisy, dv_noisy = given
     if not k.numel():
-        return given
-    grad, grad_noisy, q, k, v, q_noisy, k_noisy, v_noisy = map(
-        _with_rows, (grad, grad_noisy, q, k, v, q_noisy, k_noisy, v_noisy)
-    )
-    options = group_size, scale, cu_seqlens
-    clean = None
-    delta_noisy = queries.row_products(grad_noisy, out_noisy)
-    noisy = q_noisy, grad_noisy, lse_noisy, delta_noisy
-    queries.query_gradient(dq_noisy, grad_noisy, q_noisy, k, v, k_noisy, v_noisy, lse_noisy, delta_noisy, *options)
-    keys.noisy_key_gradients(dk_noisy, dv_noisy, k_noisy, v_noisy, noisy, *options)
-    if q is not None:
-        delta = queries.row_products(grad, out)
-        clean = q, grad, lse, delta
-        queries.query_gradient(dq, grad, q, k, v, None, None, lse, delta, *options)
-    keys.clean_key_gradients(dk, dv, k, v, clean, noisy, *options)
-    return given
-
-
-def _with_rows(tensor: Any) -> Any:
-    """Rows of adjacent elements, as the kernels read them; those of one tile within 2^31 elements."""
-    fits = tensor is None or (tensor.stride(-1) == 1 and tensor.stride(2) <= 2**23)
-    return tensor if fits else tensor.contiguous()
+        return _backward_fake(grad, grad_noisy, q, k, v, q_noisy, k_noisy, v_noisy)
+    streams = q, k, v, q_noisy, k_noisy, v_noisy
+    outs = out, out_noisy, lse, lse_noisy
+    return backward(grad, grad_noisy, *streams, *outs, group_size, scale, cu_seqlens)
 
 
 register_triton("two_stream_attention", _triton_forward)
@@ -175,28 +150,59 @@ register_triton("two_stream_attention_backward", _triton_backward)
 
 
 class _TwoStreamAttention(torch.autograd.Function):
-    """The op with its gradient."""
+    """The op with its gradient. Last argument: the kind of input, if the call goes past the dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Four:
-        outs = torch.ops.dbkernels.two_stream_attention.default(*arguments)
-        ctx.options = arguments[6:8]
-        ctx.save_for_backward(*arguments[:6], *outs, arguments[8])
+        *given, kind = arguments
+        outs = _run(given, kind)
+        ctx.options = given[6:8]
+        ctx.save_for_backward(*given[:6], *outs, given[8])
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outs[2], outs[3])
         return outs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Maybe, grad_noisy: Maybe, *unused: Any) -> tuple[Maybe, ...]:
+        # Not once_differentiable: where upstream is a constant, it would let the gradient pass for a constant too.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "two_stream_attention has no second derivative: drop create_graph=True, or use "
+                "two_stream_attention_reference"
+            )
         *saved, cu_seqlens = ctx.saved_tensors
         q, out, out_noisy = saved[0], saved[6], saved[7]
         grad_noisy = torch.zeros_like(out_noisy) if grad_noisy is None else grad_noisy
         grad = torch.zeros_like(out) if grad is None and q is not None else grad
-        grads = torch.ops.dbkernels.two_stream_attention_backward.default(
-            None if q is None else grad, grad_noisy, *saved, *ctx.options, cu_seqlens
-        )
-        return None if q is None else grads[0], *grads[1:], None, None, None
+        given = None if q is None else grad, grad_noisy, *saved, *ctx.options, cu_seqlens
+        if direct(grad_noisy, *given[:1], *saved, cu_seqlens):
+            grads = _triton_backward(*given)
+        else:
+            grads = torch.ops.dbkernels.two_stream_attention_backward.default(*given)
+        return None if q is None else grads[0], *grads[1:], None, None, None, None
+
+
+def _run(given: Any, kind: Any) -> Four:
+    """The op: past the dispatcher, which takes longer than a small kernel, if the kind of input is known."""
+    if kind is None:
+        return torch.ops.dbkernels.two_stream_attention.default(*given)
+    return _triton_forward(*(*given, kind))
+
+
+def _accept(given: Any) -> tuple[Any, float]:
+    """Return the kind of input, None where the op must go through the dispatcher, and the scale.
+
+    Raises: as `check_arguments`, which looks at each kind once on a GPU.
+    """
+    q, k, *others, _, _, cu_seqlens = given
+    if not isinstance(k, Tensor) or not direct(k, q, *others, cu_seqlens):
+        return None, check_arguments(*given)
+    from dbkernels.triton.two_stream import accepted
+
+    kind = kind_of(*given)
+    if kind not in accepted:
+        accepted.keep(kind, check_arguments(*given))
+    return kind, accepted[kind]
 
 
 def two_stream_attention(
@@ -239,13 +245,17 @@ def two_stream_attention(
 
     Source: Arriola et al. 2025 (Block Diffusion), section 5; Dao 2023 (FlashAttention-2).
     """
-    q, k, v, q_noisy, k_noisy, v_noisy = (autocast(t) for t in (q, k, v, q_noisy, k_noisy, v_noisy))
-    number = check_arguments(q, k, v, q_noisy, k_noisy, v_noisy, group_size, scale, cu_seqlens)
-    arguments = q, k, v, q_noisy, k_noisy, v_noisy, group_size, number, cu_seqlens
-    if backend() == "reference" and not torch.compiler.is_compiling():
+    streams: Any = q, k, v, q_noisy, k_noisy, v_noisy
+    if torch._C._is_any_autocast_enabled():
+        streams = [autocast(t) for t in streams]
+    kind, number = _accept((*streams, group_size, scale, cu_seqlens))
+    arguments = *streams, group_size, number, cu_seqlens
+    if as_defined():
         outs = two_stream_attention_reference(*arguments)
+    elif kind is None or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in streams)):
+        outs = _TwoStreamAttention.apply(*arguments, kind)
     else:
-        outs = _TwoStreamAttention.apply(*arguments)
+        outs = _run(arguments, kind)
     out, out_noisy, lse, lse_noisy = outs
     if q is None:
         out = lse = None

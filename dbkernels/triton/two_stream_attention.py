@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dbkernels.triton.launch import Launch
+
 LOG2E = 1.4426950408889634
 
 
@@ -107,12 +109,13 @@ def forward_kernel(
             total = load_rows(own_v, first, length, own_v_row, ROWS, D, BLOCK_D).to(tl.float32)
         else:
             start, end = own_groups(first, stop, length, group_size)
+            low = row // group_size * group_size
+            high = tl.minimum(low + group_size, length)
             for at in range(start, end, COLUMNS):
-                column = at + tl.arange(0, COLUMNS)
+                column = (at + tl.arange(0, COLUMNS))[None, :]
                 k = load_rows(own_k, at, length, own_k_row, COLUMNS, D, BLOCK_D)
                 v = load_rows(own_v, at, length, own_v_row, COLUMNS, D, BLOCK_D)
-                seen = (row // group_size)[:, None] == (column // group_size)[None, :]
-                seen = seen & (column < length)[None, :]
+                seen = (column >= low[:, None]) & (column < high[:, None])
                 m, l, total = absorb(q, k, v, m, l, total, scale, seen, True, PRECISION)
     whole = end_of_sight(first, group_size, NOISY) // COLUMNS * COLUMNS
     for at in range(0, whole, COLUMNS):
@@ -167,7 +170,7 @@ def strides(*tensors):
 
 
 def sequence_tiles(cu_seqlens, total, block):
-    """Where the tiles of sequences of any lengths lie, (tiles, 3) int32, found on the device: the sequence's begin and
+    """Find, on the device, where the tiles of sequences of any lengths lie, (tiles, 3) int32: the sequence's begin and
     length and the tile's first row. More tiles than there can be; those left over have length 0."""
     lengths = cu_seqlens.diff()
     counts = (lengths + block - 1) // block
@@ -182,24 +185,22 @@ def sequence_tiles(cu_seqlens, total, block):
     return torch.stack([begin, length, torch.where(left_over, 0, first)], 1).to(torch.int32)
 
 
-def tiling(q, cu_seqlens, block):
-    """(tiles of a head, their places or a stand-in)."""
-    if cu_seqlens is None:
-        return triton.cdiv(q.shape[2], block), q
-    places = sequence_tiles(cu_seqlens, q.shape[2], block)
-    return len(places), places
+def count_tiles(length, sequences, block):
+    """Return how many tiles of `block` rows a head has: no fewer than `sequence_tiles` finds, where there are any."""
+    return triton.cdiv(length, block) if sequences is None else length // block + sequences
 
 
-def forward(q, k, v, own_k, own_v, out, lse, group_size, scale, cu_seqlens):
-    """Fill out and lse of one stream: the noisy one if own_k is given. Rows of adjacent elements, any other strides."""
+def prepare_forward(q, k, v, own_k, own_v, out, group_size, scale, sequences):
+    """Return (launch, its rows a tile) that fills out and lse of one stream: the noisy one if own_k is given. Rows of
+    adjacent elements, any other strides. Launch: q, k, v, own_k, own_v, out, lse, places of the tiles."""
     B, H, N, D = q.shape
     noisy = own_k is not None
     own_k, own_v = (own_k, own_v) if noisy else (k, v)
     rows, columns, warps, stages = forward_layout(D, q.dtype, arch_of(q))
-    tiles, places = tiling(q, cu_seqlens, rows)
-    forward_kernel[(B * H * tiles,)](
-        q, k, v, own_k, own_v, out, lse, places, *strides(q, k, v, own_k, own_v, out),
-        tiles, H, H // k.shape[1], N, group_size, scale * LOG2E,
+    tiles = count_tiles(N, sequences, rows)
+    numbers = *strides(q, k, v, own_k, own_v, out), tiles, H, H // k.shape[1], N, group_size, scale * LOG2E
+    return Launch(
+        forward_kernel, (B * H * tiles,), q.get_device(), numbers,
         D=D, BLOCK_D=block_of(D), ROWS=rows, COLUMNS=columns, NOISY=noisy, SINGLE=group_size == 1,
-        VARLEN=cu_seqlens is not None, PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+        VARLEN=sequences is not None, PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
+    ), rows  # fmt: skip

@@ -1,5 +1,5 @@
-"""The gradient of the queries of one stream, in Triton, and the row sums that all gradients want. Definition:
-dbkernels/two_stream_attention.py.
+"""The gradient of the queries of one stream, in Triton, and the two numbers of a row that the keys' gradients want.
+Definition: dbkernels/two_stream_attention.py.
 
 With the merged output and log-sum-exp, P = exp(S - lse) and delta = rowsum(dO·O) hold for every part of the keys, so
 each gradient is a sum in the registers of one program: no atomics, the same bits each time.
@@ -9,9 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
+from dbkernels.triton.launch import Launch
 from dbkernels.triton.two_stream_attention import (
     LOG2E,
+    arch_of,
     block_of,
+    count_tiles,
     end_of_sight,
     float32_layout,
     load_rows,
@@ -20,24 +23,9 @@ from dbkernels.triton.two_stream_attention import (
     precision,
     store_rows,
     strides,
-    tiling,
 )
 
-
-@triton.jit
-def delta_kernel(
-    grad_ptr, out_ptr, delta_ptr, grad_batch, grad_head, grad_row, out_batch, out_head, out_row, tiles, heads, length,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """rowsum(dO·O)."""
-    first = tl.program_id(0) % tiles * ROWS
-    batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
-    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
-    grad = load_rows(grad_ptr + batch * grad_batch + head * grad_head, first, length, grad_row, ROWS, D, BLOCK_D)
-    out = load_rows(out_ptr + batch * out_batch + head * out_head, first, length, out_row, ROWS, D, BLOCK_D)
-    row = first + tl.arange(0, ROWS)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + (batch * heads + head) * length + row, delta, mask=row < length)
+PAD = 128  # rows: the numbers of a head fill whole tiles of the kernels that read them
 
 
 @triton.jit
@@ -56,37 +44,42 @@ def slope(grad, v, p, delta, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def row_numbers(lse_ptr, delta_ptr, first, length, ROWS: tl.constexpr):
-    row = first + tl.arange(0, ROWS)
-    lse = tl.load(lse_ptr + row, mask=row < length, other=float("inf")) * 1.4426950408889634
-    return row, lse, tl.load(delta_ptr + row, mask=row < length, other=0.0)
-
-
-@triton.jit
 def query_kernel(
-    q_ptr, k_ptr, v_ptr, own_k_ptr, own_v_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, tiles_ptr,
+    q_ptr, k_ptr, v_ptr, own_k_ptr, own_v_ptr, grad_ptr, out_ptr, lse_ptr, dq_ptr, numbers_ptr, tiles_ptr,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     own_k_batch, own_k_head, own_k_row, own_v_batch, own_v_head, own_v_row,
-    grad_batch, grad_head, grad_row, dq_batch, dq_head, dq_row,
-    tiles, heads, ratio, length, group_size, scale,
+    grad_batch, grad_head, grad_row, out_batch, out_head, out_row, dq_batch, dq_head, dq_row,
+    tiles, heads, ratio, length, pitch, group_size, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     NOISY: tl.constexpr, SINGLE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of queries: the walk of the forward pass again."""
+    """The gradient of a tile of queries: the walk of the forward pass again. numbers: (B, heads, pitch, 2), of a row
+    its log-sum-exp in bits and delta side by side, so that the keys' kernels copy both of a tile at once."""
     tile = tiles - 1 - tl.program_id(0) % tiles
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
-    numbers = (batch * heads + head) * length
+    lse_base = lse_ptr + (batch * heads + head) * length
     begin, length, first = place(tiles_ptr, tile, length, ROWS, VARLEN)
     key = head // ratio
     q_base = q_ptr + batch * q_batch + head * q_head + begin * q_row
     k_base = k_ptr + batch * k_batch + key * k_head + begin * k_row
     v_base = v_ptr + batch * v_batch + key * v_head + begin * v_row
     grad_base = grad_ptr + batch * grad_batch + head * grad_head + begin * grad_row
+    out_base = out_ptr + batch * out_batch + head * out_head + begin * out_row
     stop = tl.minimum(first + ROWS, length)
-    q = load_rows(q_base, first, length, q_row, ROWS, D, BLOCK_D)
+    row = first + tl.arange(0, ROWS)
     grad = load_rows(grad_base, first, length, grad_row, ROWS, D, BLOCK_D)
-    row, lse, delta = row_numbers(lse_ptr + numbers + begin, delta_ptr + numbers + begin, first, length, ROWS)
+    out = load_rows(out_base, first, length, out_row, ROWS, D, BLOCK_D)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    lse = tl.load(lse_base + begin + row, mask=row < length, other=float("inf")) * 1.4426950408889634
+    numbers = numbers_ptr + 2 * ((batch * heads + head) * pitch + begin + row)
+    if VARLEN:  # sequences lie next to each other: the last tile of one mustn't write into the next
+        tl.store(numbers, lse, mask=row < length)
+        tl.store(numbers + 1, delta, mask=row < length)
+    else:
+        tl.store(numbers, lse)
+        tl.store(numbers + 1, delta)
+    q = load_rows(q_base, first, length, q_row, ROWS, D, BLOCK_D)
     total = tl.zeros((ROWS, BLOCK_D), tl.float32)
     if NOISY:
         own_k = own_k_ptr + batch * own_k_batch + key * own_k_head + begin * own_k_row
@@ -98,13 +91,14 @@ def query_kernel(
             total = (weight * (tl.sum(grad.to(tl.float32) * value, 1) - delta))[:, None] * itself
         else:
             start, end = own_groups(first, stop, length, group_size)
+            low = row // group_size * group_size
+            high = tl.minimum(low + group_size, length)
             for at in range(start, end, COLUMNS):
-                column = at + tl.arange(0, COLUMNS)
+                column = (at + tl.arange(0, COLUMNS))[None, :]
                 k = load_rows(own_k, at, length, own_k_row, COLUMNS, D, BLOCK_D)
                 v = load_rows(own_v, at, length, own_v_row, COLUMNS, D, BLOCK_D)
-                seen = (row // group_size)[:, None] == (column // group_size)[None, :]
-                p = weights(q, k, lse, scale, seen & (column < length)[None, :], True, PRECISION)
-                ds = slope(grad, v, p, delta, PRECISION)
+                seen = (column >= low[:, None]) & (column < high[:, None])
+                ds = slope(grad, v, weights(q, k, lse, scale, seen, True, PRECISION), delta, PRECISION)
                 total = tl.dot(ds.to(k.dtype), k, total, input_precision=PRECISION)
     whole = end_of_sight(first, group_size, NOISY) // COLUMNS * COLUMNS
     for at in range(0, whole, COLUMNS):
@@ -123,34 +117,30 @@ def query_kernel(
     store_rows(dq_base, total * (scale * 0.6931471805599453), first, length, dq_row, ROWS, D, BLOCK_D)
 
 
-def layout(D, dtype):
-    """(rows, columns, warps, stages) of a program: what fits registers without spills."""
+def layout(D, dtype, arch):
+    """(rows, columns, warps, stages) of a program: what fits registers without spills. arch: 80, 90, ..."""
     if dtype == torch.float32:
         return float32_layout(D)
     return (64, 64, 4, 3) if block_of(D) <= 64 else (64, 32, 4, 3) if block_of(D) == 128 else (32, 32, 4, 2)
 
 
-def row_products(grad, out):
-    """delta, float32 (B, H, N)."""
-    B, H, N, D = grad.shape
-    delta = torch.empty(B, H, N, dtype=torch.float32, device=grad.device)
-    tiles = triton.cdiv(N, 64)
-    delta_kernel[(B * H * tiles,)](
-        grad, out, delta, *strides(grad, out), tiles, H, N, D=D, BLOCK_D=block_of(D), ROWS=64
-    )  # fmt: skip
-    return delta
+def room(length):
+    """Return the rows of `numbers` for sequences of `length`."""
+    return -(-length // PAD) * PAD
 
 
-def query_gradient(dq, grad, q, k, v, own_k, own_v, lse, delta, group_size, scale, cu_seqlens):
-    """Fill dq: of the noisy stream if own_k is given."""
+def prepare_queries(q, k, v, own_k, own_v, grad, out, dq, group_size, scale, sequences):
+    """Return (launch, its rows a tile) that fills dq, of the noisy stream if own_k is given, and numbers. Launch: q, k,
+    v, own_k, own_v, grad, out, lse, dq, numbers (B, H, room(N), 2) float32, places of the tiles."""
     B, H, N, D = q.shape
     noisy = own_k is not None
     own_k, own_v = (own_k, own_v) if noisy else (k, v)
-    rows, columns, warps, stages = layout(D, q.dtype)
-    tiles, places = tiling(q, cu_seqlens, rows)
-    query_kernel[(B * H * tiles,)](
-        q, k, v, own_k, own_v, grad, lse, delta, dq, places, *strides(q, k, v, own_k, own_v, grad, dq),
-        tiles, H, H // k.shape[1], N, group_size, scale * LOG2E,
+    rows, columns, warps, stages = layout(D, q.dtype, arch_of(q))
+    tiles = count_tiles(N, sequences, rows)
+    given = strides(q, k, v, own_k, own_v, grad, out, dq)
+    numbers = *given, tiles, H, H // k.shape[1], N, room(N), group_size, scale * LOG2E
+    return Launch(
+        query_kernel, (B * H * tiles,), q.get_device(), numbers,
         D=D, BLOCK_D=block_of(D), ROWS=rows, COLUMNS=columns, NOISY=noisy, SINGLE=group_size == 1,
-        VARLEN=cu_seqlens is not None, PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+        VARLEN=sequences is not None, PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
+    ), rows  # fmt: skip

@@ -36,6 +36,12 @@ def test_shapes_that_do_not_fit(shapes, words):
         attention(*(torch.zeros(s) for s in shapes), causal=True)
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_would_unmask(scale):
+    with pytest.raises(ValueError, match="must be positive and finite: for another sign, negate the queries"):
+        attention(*torch.randn(3, 1, 2, 5, 8).unbind(), causal=True, scale=scale)
+
+
 def test_only_floating_tensors():
     with pytest.raises(TypeError, match="k must be a floating tensor"):
         attention(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2).long(), torch.zeros(1, 1, 2, 2))

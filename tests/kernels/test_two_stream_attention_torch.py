@@ -50,6 +50,22 @@ def test_autocast_casts_as_for_pytorchs_attention():
     assert torch.equal(out_noisy, two_stream_attention(*low)[1])
 
 
+def test_a_second_derivative_is_refused_never_dropped():
+    """Where upstream is a constant, once_differentiable would let the gradient pass for a constant too."""
+    streams = example(N=9)
+    out, out_noisy = two_stream_attention(*streams)
+    with pytest.raises(RuntimeError, match="no second derivative: drop create_graph=True"):
+        torch.autograd.grad(out.sum() + out_noisy.sum(), streams, create_graph=True)
+    assert torch.autograd.grad(two_stream_attention(*streams)[1].sum(), streams[3])[0].abs().sum() > 0
+
+
+def test_transforms_of_functions_take_the_definition():
+    streams = [t.detach() for t in example(N=9, dtype=torch.float64)]
+    many = [torch.stack([t, 2 * t]) for t in streams]
+    out = torch.func.vmap(lambda *t: two_stream_attention(*t, group_size=4)[1])(*many)
+    torch.testing.assert_close(out[1], two_stream_attention(*(2 * t for t in streams), group_size=4)[1])
+
+
 def test_meta_and_empty():
     streams = [t.detach().to("meta") for t in example(D=64)]
     out, out_noisy = two_stream_attention(*streams)
@@ -104,7 +120,9 @@ def bad(**changes):
         (dict(group_size=0), ValueError, "group_size=0 must be from 1 to N=37"),
         (dict(group_size=38), ValueError, "group_size=38 must be from 1 to N=37"),
         (dict(scale="x"), TypeError, "scale must be a float"),
-        (dict(scale=float("nan")), ValueError, "scale=nan must be finite"),
+        (dict(scale=float("nan")), ValueError, "scale=nan must be positive and finite"),
+        (dict(scale=0.0), ValueError, "scale=0.0 must be positive and finite: for another sign, negate the queries"),
+        (dict(scale=-0.5), ValueError, "scale=-0.5 must be positive"),
         (dict(v=torch.zeros(1, 37, 16)), ValueError, r"v must be \(B, H, N, D\)"),
         (dict(v=torch.zeros(1, 2, 36, 16)), ValueError, "v has shape"),
         (

@@ -1,30 +1,41 @@
 """The two-stream kernels without a GPU: interpreted, and compiled ahead of time."""
 
+import re
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from fake_gpu import run_faked
 from interpreter import run_interpreted
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-NUMBERS = ["i32"] * 5 + ["fp32"]
 SHORTEST = 400  # a stub is shorter
+STRIDE, NUMBER, PITCH, SCALE = "i32:16", "i32", "i32:16", "fp32"
 
 
 def test_interpreted():
     run_interpreted("interpreted_two_stream_attention.py")
 
 
-def built(kernel, pointers, strides, layout, arch, stored, D, **constants):
+def test_paths_with_a_stand_in_for_cudnn():
+    run_interpreted("interpreted_two_stream_cudnn.py")
+
+
+def test_launches_and_host_time_on_a_fake_gpu():
+    run_faked("faked_two_stream_attention.py")
+
+
+def built(kernel, signature, layout, arch, stored, D, **constants):
     """Compiled with all strides multiples of 16 elements, as in a model; no spills, no stub; products on the tensor
     cores where the dtype has them, by warp group on Hopper."""
     import aot
     from dbkernels.triton.two_stream_attention import block_of, precision
 
     rows, columns, warps, stages = layout
-    constants |= dict(D=D, BLOCK_D=block_of(D), ROWS=rows, COLUMNS=columns, PRECISION=precision(DTYPES[stored]))
-    signature = [*pointers, *["i32:16"] * strides, *NUMBERS]
-    report = aot.report(kernel, signature, constants, arch, warps, stages)
+    given = dict(D=D, BLOCK_D=block_of(D), ROWS=rows, COLUMNS=columns, PRECISION=precision(DTYPES[stored])) | constants
+    names = [parameter.name for parameter in kernel.params if parameter.is_constexpr]
+    report = aot.report(kernel, signature, {name: given[name] for name in names}, arch, warps, stages)
     what = kernel.fn.__name__, stored, D, arch, constants
     assert report.spilled_bytes == 0, (*what, report.spilled_bytes)
     assert report.instructions > SHORTEST, (*what, report.instructions)
@@ -46,9 +57,9 @@ def test_forward_compiles_without_spills(stored, D, arch):
     from dbkernels.triton.two_stream_attention import forward_kernel, forward_layout
 
     layout = forward_layout(D, DTYPES[stored], arch)
+    signature = [*pointers(stored, 6, "fp32", "i32"), *[STRIDE] * 18, *[NUMBER] * 5, SCALE]
     for noisy, single, varlen in ((False, False, False), (True, True, False), (True, False, True)):
-        report = built(forward_kernel, pointers(stored, 6, "fp32", "i32"), 18, layout, arch, stored, D, NOISY=noisy,
-                       SINGLE=single, VARLEN=varlen)  # fmt: skip
+        report = built(forward_kernel, signature, layout, arch, stored, D, NOISY=noisy, SINGLE=single, VARLEN=varlen)
         if stored != "fp32":
             assert ("HGMMA" if arch == 90 else "HMMA") in report.sass
 
@@ -58,10 +69,11 @@ def test_forward_compiles_without_spills(stored, D, arch):
 def test_the_queries_gradient_compiles_without_spills(stored, D, arch):
     from dbkernels.triton.two_stream_queries import layout, query_kernel
 
-    given = [*pointers(stored, 6, "fp32", "fp32"), *pointers(stored, 1, "i32")]
+    given = [*pointers(stored, 7, "fp32"), *pointers(stored, 1, "fp32", "i32")]
+    signature = [*given, *[STRIDE] * 24, *[NUMBER] * 4, PITCH, NUMBER, SCALE]
+    tile = layout(D, DTYPES[stored], arch)
     for noisy, single, varlen in ((False, False, False), (True, True, False), (True, False, True)):
-        report = built(query_kernel, given, 21, layout(D, DTYPES[stored]), arch, stored, D, NOISY=noisy,
-                       SINGLE=single, VARLEN=varlen)  # fmt: skip
+        report = built(query_kernel, signature, tile, arch, stored, D, NOISY=noisy, SINGLE=single, VARLEN=varlen)
         if stored != "fp32" and D <= 128:
             assert ("HGMMA" if arch == 90 else "HMMA") in report.sass
 
@@ -69,15 +81,49 @@ def test_the_queries_gradient_compiles_without_spills(stored, D, arch):
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(("stored", "D"), WIDTHS)
 def test_the_keys_gradients_compile_without_spills(stored, D, arch):
-    from dbkernels.triton.two_stream_keys import clean_key_kernel, layout, noisy_key_kernel, own_layout
+    from dbkernels.triton.two_stream_keys import key_kernel, layout
 
     tile = layout(D, DTYPES[stored], arch)
-    both = [*pointers(stored, 6, "fp32", "fp32"), *pointers(stored, 2, "fp32", "fp32", "i32")]
-    for streams, varlen in ((2, False), (2, True), (1, False)):
-        report = built(clean_key_kernel, both, 24, tile, arch, stored, D, STREAMS=streams, VARLEN=varlen)
+    given = pointers(stored, 6, "fp32", "i32")
+    signature = [*given, *[STRIDE] * 18, *[NUMBER] * 3, PITCH, NUMBER, NUMBER, SCALE]
+    for own, add, varlen, ratio in (
+        (False, False, False, 1),
+        (False, True, False, 4),
+        (False, True, True, 1),
+        (True, False, False, 1),
+    ):
+        report = built(key_kernel, signature, tile, arch, stored, D, OWN=own, ADD=add, VARLEN=varlen, RATIO=ratio)
         if stored != "fp32" and D <= 128:
             assert ("HGMMA" if arch == 90 else "HMMA") in report.sass
-    own = pointers(stored, 6, "fp32", "fp32", "i32")
-    for group_size in (1, 4):
-        tile = own_layout(D, DTYPES[stored], group_size)
-        built(noisy_key_kernel, own, 18, tile, arch, stored, D, SINGLE=group_size == 1, VARLEN=False)
+        if arch == 90 and stored != "fp32" and D in (64, 128):
+            check_copies(report.sass, tile, D)
+
+
+def check_copies(sass, tile, D):
+    """A stage's rows come by copies of 16 bytes. Their numbers by one more copy a thread, of 4 bytes, where they are as
+    many as threads; otherwise each thread copies its own, two rows' at a time: four for 32 rows."""
+    rows, _, warps, stages = tile
+    copies = re.findall(r"LDGSTS\S*", sass)
+    wide = 2 * rows * D * 2 // (16 * 32 * warps)
+    narrow = [copy for copy in copies if ".128" not in copy]
+    assert len(copies) <= stages * (wide + (1 if 2 * rows >= 32 * warps else 4)), copies
+    assert len(narrow) <= stages, copies
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("stored", "D"), [("bf16", 64), ("fp16", 128), ("bf16", 80)])
+def test_what_joins_two_parts_compiles_without_spills(stored, D, arch):
+    from dbkernels.triton.two_stream_join import join_kernel, layout, separate_kernel
+    from dbkernels.triton.two_stream_keys import ITSELF, itself_kernel
+
+    rows, warps = layout(D)
+    tile = rows, rows, warps, 1
+    given = [*pointers(stored, 4, "fp32"), *pointers(stored, 1, "fp32")]
+    built(join_kernel, [*given, *[STRIDE] * 15, *[NUMBER] * 4, SCALE], tile, arch, stored, D)
+    given = [*pointers(stored, 5, "fp32"), *pointers(stored, 8)]
+    for add, ratio in ((True, 1), (False, 4)):
+        signature = [*given, *[STRIDE] * 39, *[NUMBER] * 3, SCALE]
+        built(separate_kernel, signature, tile, arch, stored, D, ADD=add, RATIO=ratio)
+    columns, warps, stages = ITSELF
+    given = [*pointers(stored, 6, "fp32", "i32"), *[STRIDE] * 18, *[NUMBER] * 3, PITCH, SCALE]
+    built(itself_kernel, given, (columns, columns, warps, stages), arch, stored, D, RATIO=2)

@@ -1,0 +1,71 @@
+"""Which of several ways to compute the same is fastest on this GPU: tried, compared and timed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Candidate: TypeAlias = Callable[[], Sequence[Tensor]]
+SAME = 2.0**-4  # of the largest value: what tells another layout, base or mask from another rounding
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which way is taken, and why. milliseconds: what each took, where they were timed."""
+
+    name: str
+    reason: str
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+
+def untimed() -> bool:
+    """Return whether nothing can be timed now: within torch.compile, or while a CUDA graph is captured."""
+    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Return the time that a call takes on the GPU: the median of five calls after two."""
+    times = []
+    for _ in range(7):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times[2:])
+
+
+def refusal(call: Candidate, expected: Sequence[Tensor] | None = None) -> str | None:
+    """Return why a way can't be taken: it raises, or returns something else than is expected. None if it can.
+
+    Raises: torch.OutOfMemoryError, which is no refusal.
+    """
+    try:
+        results = call()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return str(error).split("\n")[0]
+    for a, b in zip(results, expected or (), strict=False):
+        if b.numel() and not bool((a - b).abs().amax() <= SAME * b.abs().amax()):
+            return "it returns other values"
+    return None
+
+
+def fastest(candidates: dict[str, Candidate], time: Callable[[Candidate], float] = milliseconds) -> Choice:
+    """Return the fastest of the candidates that agree with the first, which is always right. Without milliseconds, if
+    values that aren't finite left nothing to compare."""
+    first, *others = candidates
+    expected = candidates[first]()
+    if not all(bool(t.isfinite().all()) for t in expected):
+        return Choice(first, "values that aren't finite can't be compared")
+    refused = {name: why for name in others if (why := refusal(candidates[name], expected)) is not None}
+    times = {name: time(call) for name, call in candidates.items() if name not in refused}
+    reasons = ["the fastest of those timed", *(f"{name}: {why}" for name, why in refused.items())]
+    return Choice(min(times, key=times.__getitem__), "; ".join(reasons), times)
