@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ CHUNK = 128  # noisy tokens that share a call, where groups are smaller
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def _rows(*tensors: Maybe) -> list[Any]:
+    """The tensors, copied where a row's elements aren't adjacent: the flash kernels read them as if they were."""
+    return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 def merged(out: Tensor, lse: Tensor, more: Tensor, lse_more: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,6 +168,7 @@ def forward(
     cu_seqlens: Maybe,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op under the CPU key."""
+    q, k, v, q_noisy, k_noisy, v_noisy = _rows(q, k, v, q_noisy, k_noisy, v_noisy)
     out_noisy = like_rows(q_noisy)
     lse_noisy = q_noisy.new_empty(q_noisy.shape[:3], dtype=compute_dtype(k.dtype))
     out, lse = (nothing(out_noisy), nothing(lse_noisy)) if q is None else (like_rows(q), torch.empty_like(lse_noisy))
@@ -181,6 +187,9 @@ def backward(
     out: Tensor, out_noisy: Tensor, lse: Tensor, lse_noisy: Tensor, group_size: int, scale: float, cu_seqlens: Maybe,
 ) -> list[Tensor]:  # fmt: skip
     """The op's gradient under the CPU key: of q (or nothing), k, v and the noisy ones."""
+    likes = q, q_noisy, k, v, k_noisy, v_noisy  # gradients have their layouts
+    q, k, v, q_noisy, k_noisy, v_noisy = _rows(q, k, v, q_noisy, k_noisy, v_noisy)
+    grad, grad_noisy = _rows(grad, grad_noisy)
     whole = [_expanded(t, q_noisy) for t in (k, v, k_noisy, v_noisy)]
     wide = [torch.zeros(t.shape, dtype=compute_dtype(t.dtype)) for t in (q_noisy, q_noisy, *whole)]
     for span in _spans(cu_seqlens, k.shape[2]):
@@ -196,9 +205,8 @@ def backward(
             parts = _flash_backward(grad[:, :, span], q[:, :, span], *keys[:2], *clean, 0.0, True, scale=scale)
             for total, part in zip((sums[0], sums[2], sums[3]), parts, strict=True):
                 total += part
-    dq = nothing(grad_noisy) if q is None else _folded(wide[0], q)
-    likes = (q_noisy, k, v, k_noisy, v_noisy)
-    dq_noisy, dk, dv, dk_noisy, dv_noisy = (_folded(g, like) for g, like in zip(wide[1:], likes, strict=True))
+    found = [nothing(grad_noisy) if like is None else _folded(g, like) for g, like in zip(wide, likes, strict=True)]
+    dq, dq_noisy, dk, dv, dk_noisy, dv_noisy = found
     return [dq, dk, dv, dq_noisy, dk_noisy, dv_noisy]
 
 
@@ -206,6 +214,7 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Maybe, scale: float
 ) -> Tensor:
     """two_stream_decode under the CPU key. Query heads that share a key head are rows of one."""
+    q, k, v, k_cache, v_cache = _rows(q, k, v, k_cache, v_cache)
     result, (B, H, group, D), heads = like_rows(q), q.shape, k.shape[1]
     if not q.numel():
         return result

@@ -32,6 +32,8 @@ def two_stream_decode_reference(
         place = torch.arange(k_cache.shape[2], device=q.device)
         unused = (place >= cache_lengths.unsqueeze(1)).view(len(q), 1, 1, -1)
         scores[..., : k_cache.shape[2]].masked_fill_(unused, -torch.inf)
+        # What isn't filled may hold anything, and a weight of 0 times NaN is NaN.
+        values[:, :, : k_cache.shape[2]].masked_fill_(unused.transpose(-1, -2), 0.0)
     return like_rows(q).copy_(scores.softmax(-1) @ values)
 
 

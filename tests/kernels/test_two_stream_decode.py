@@ -66,6 +66,7 @@ def test_opcheck_compile_and_empty():
         (dict(cache_lengths=torch.tensor([3])), r"cache_lengths must be \(2,\)"),
         (dict(cache_lengths=torch.tensor([3, 34])), "cache_lengths go from 3 to 34, and the cache holds 33"),
         (dict(scale=float("inf")), "scale=inf"),
+        (dict(scale=0.0), "scale=0.0 must be positive"),
         (dict(k_cache=torch.zeros(2, 2, 33, 8)), r"k_cache must be \(B, H_kv, L, D\)"),
         (dict(v_cache=torch.zeros(2, 2, 33, 16).half()), "v_cache is torch.float16"),
         (dict(k_noisy=torch.zeros(2, 2, 5, 16)), "v_noisy has shape"),
