@@ -48,6 +48,7 @@ def test_only_floating_tensors():
 
 
 @pytest.mark.gpu
+@pytest.mark.smoke
 @pytest.mark.parametrize("causal", [False, True])
 def test_gpu_takes_the_fastest_of_those_timed(causal):
     q, k, v = torch.randn(3, 2, 4, 256, 64, device="cuda", dtype=torch.bfloat16).unbind()

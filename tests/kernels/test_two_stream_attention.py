@@ -19,13 +19,15 @@ SIZES = [(37, 1), (37, 4), (150, 2), (150, 16), (150, 149), (150, 150), (300, 13
 def check(streams, group_size, dtype, **options):
     """Ours is as near to float64 as dense attention in the same dtype is, but for roundings: in halves those of each
     part's output and of the merged one; in float32 and float64 some more, of sums over parts and of exponentials, which
-    PyTorch's flash attention takes to 20 bits. Gradients of scores are small differences of numbers of order one."""
+    PyTorch's flash attention takes to 20 bits. Gradients of scores are small differences of numbers of order one. On
+    GPUs float32 is three products of TF32, which keep 21 bits of 24."""
     upstream = torch.randn(2, *streams[3].shape, device=streams[3].device).to(dtype).unbind()
     exact = both_ways(dense(wide := double(streams), group_size, **options), wide, upstream)
     eager = both_ways(dense(streams, group_size, **options), streams, upstream)
     ours = both_ways(two_stream_attention(*streams, group_size=group_size, **options), streams, upstream)
     for a, b, c in zip(ours, eager, exact, strict=True):
-        band = (4 if dtype.itemsize == 2 else 16) * EPSILON[dtype] * (1 + float(c.detach().abs().max()))
+        units = 4 if dtype.itemsize == 2 else 128 if a.is_cuda and dtype == torch.float32 else 16
+        band = units * EPSILON[dtype] * (1 + float(c.detach().abs().max()))
         assert a.dtype == dtype and a.shape == c.shape
         error, plain = ((t.double() - c).abs().max().item() for t in (a, b))
         assert error <= 2 * plain + band, (error, plain, band)
@@ -183,18 +185,67 @@ def test_layout_joins_the_heads_without_a_copy():
         assert tensor.transpose(1, 2).is_contiguous()
 
 
+@pytest.fixture
+def triton_alone():
+    """Paths are chosen by time: so that a test knows what it tests, there is one."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+HEADS = [(N, group_size, D) for D in (32, 64, 80, 96, 128, 256) for N, group_size in ((300, 1), (261, 4))]
+LENGTHS = [(37, 1, 64), (300, 16, 64), (300, 130, 64), (300, 300, 64)]
+SMOKE = [pytest.param(200, 4, 64, marks=pytest.mark.smoke)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[:3])
-@pytest.mark.parametrize("D", [32, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize(("N", "group_size"), [(37, 1), (300, 1), (261, 4), (300, 16), (300, 130), (300, 300)])
+@pytest.mark.parametrize(("N", "group_size", "D"), HEADS + LENGTHS + SMOKE)
 @pytest.mark.parametrize("clean", [True, False])
-def test_gpu_against_float64(N, group_size, D, dtype, clean):
+def test_gpu_against_float64(N, group_size, D, dtype, clean, triton_alone):
     check(example(N=N, D=D, dtype=dtype, device="cuda", clean=clean), group_size, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[1:3])
+@pytest.mark.parametrize(("N", "group_size", "D"), [(261, 1, 64), (300, 1, 128), (261, 4, 64), (300, 32, 128)])
+@pytest.mark.parametrize("packed", [True, False])
+def test_gpu_each_path_against_float64(N, group_size, D, dtype, packed):
+    """Those of cuDNN too, forced: each part is rounded to the dtype before they are added."""
+    from dbkernels.triton import two_stream_plans as plans
+
+    given = [t.detach() if packed else t.detach().contiguous() for t in example(N=N, D=D, dtype=dtype, device="cuda")]
+    exact = double(given)
+    upstream = torch.randn(2, *given[3].shape, device="cuda").to(dtype).unbind()
+    expected = both_ways(dense(exact, group_size), exact, upstream)
+    options = plans.Options(group_size, D**-0.5, None)
+    assert plans.unfit(*given[:4], None) is None
+    for path in (plans.TRITON, plans.CLEAN, plans.BOTH)[: 3 if group_size == 1 else 2]:
+        outs = plans.Forward(options, *given[:4]).run(path, *given)
+        found = [*outs[:2], *plans.Backward(options, *given[:4]).run(path, *upstream, *given, *outs)]
+        for a, b in zip(found, expected, strict=True):
+            assert (a.double() - b).abs().max() <= 6 * EPSILON[dtype] * (1 + b.detach().abs().max()), path
+
+
+@pytest.mark.gpu
+@pytest.mark.smoke
+def test_gpu_the_chosen_path_is_the_fastest_and_right():
+    from dbkernels.two_stream_choice import two_stream_choice
+
+    streams = example(B=2, H=4, heads=4, N=1024, D=64, dtype=torch.bfloat16, device="cuda")
+    for choice in two_stream_choice(*streams):
+        assert choice.name in choice.milliseconds and len(choice.milliseconds) + choice.reason.count(":") >= 3
+        assert choice.name == min(choice.milliseconds, key=choice.milliseconds.get)
+    check(streams, 1, torch.bfloat16)
+    short = example(N=20, D=64, dtype=torch.bfloat16, device="cuda")
+    assert two_stream_choice(*short).forward.name == "triton"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("group_size", [1, 4])
 def test_gpu_sequences_of_any_lengths(group_size):
+    """float32 as three products of TF32: as in `check`."""
     ends = torch.tensor([0, 7, 7, 50, 400], dtype=torch.int32, device="cuda")
     streams = example(B=1, N=400, D=64, dtype=torch.float32, device="cuda")
     exact = double(streams)
@@ -202,12 +253,30 @@ def test_gpu_sequences_of_any_lengths(group_size):
     ours = both_ways(two_stream_attention(*streams, group_size=group_size, cu_seqlens=ends), streams, upstream)
     expected = both_ways(two_stream_attention_reference(*exact, group_size, 0.125, ends), exact, upstream)
     for a, b in zip(ours, expected, strict=True):
-        assert (a.double() - b).abs().max() <= 2.0**-18 * (1 + b.abs().max())
+        assert (a.double() - b).abs().max() <= 2.0**-16 * (1 + b.abs().max())
 
 
 @pytest.mark.gpu
-def test_gpu_repeats_bit_for_bit():
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_gpu_repeats_bit_for_bit_where_asked_to(group_size):
     streams = example(N=700, D=64, dtype=torch.bfloat16, device="cuda")
     upstream = torch.randn(2, 2, 4, 700, 64, device="cuda").to(torch.bfloat16).unbind()
-    runs = [both_ways(two_stream_attention(*streams, group_size=4), streams, upstream) for _ in range(3)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [both_ways(two_stream_attention(*streams, group_size=group_size), streams, upstream) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    # The output may be cuDNN's, whose forward pass repeats.
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_within_a_cuda_graph():
+    streams = [t.detach() for t in example(N=256, D=64, dtype=torch.bfloat16, device="cuda")]
+    expected = two_stream_attention(*streams, group_size=4)[1]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = two_stream_attention(*streams, group_size=4)[1]
+    graph.replay()
+    torch.testing.assert_close(out, expected)

@@ -18,11 +18,13 @@ def inputs(B=2, H=4, heads=2, group=4, L=33, D=16, dtype=torch.float32, device="
 
 
 def check(tensors, lengths, dtype):
-    """Roundings: of each part's output and of the merged one; exponentials of 20 bits in PyTorch's flash attention."""
+    """Roundings: of each part's output and of the merged one; exponentials of 20 bits in PyTorch's flash attention; on
+    GPUs float32 is three products of TF32, which keep 21 bits of 24."""
     D = tensors[0].shape[-1]
     exact = two_stream_decode_reference(*(t.double() for t in tensors), lengths, D**-0.5)
     ours = two_stream_decode(*tensors, cache_lengths=lengths)
-    band = (4 if dtype.itemsize == 2 else 16) * EPSILON[dtype] * (1 + exact.abs().max())
+    units = 4 if dtype.itemsize == 2 else 128 if ours.is_cuda and dtype == torch.float32 else 16
+    band = units * EPSILON[dtype] * (1 + exact.abs().max())
     assert ours.dtype == dtype and ours.shape == exact.shape and ours.transpose(1, 2).is_contiguous()
     assert (ours.double() - exact).abs().max() <= band
 
@@ -81,7 +83,15 @@ def test_errors_name_the_argument(change, words):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES[:3])
-@pytest.mark.parametrize("sizes", [dict(L=3000), dict(group=1, L=700, H=8, heads=1), dict(group=40), dict(L=0)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(dict(L=3000), marks=pytest.mark.smoke),
+        dict(group=1, L=700, H=8, heads=1),
+        dict(group=40),
+        dict(L=0),
+    ],
+)
 def test_gpu_against_float64(sizes, dtype):
     for D in (64, 128):
         tensors = inputs(**sizes, D=D, dtype=dtype, device="cuda")
