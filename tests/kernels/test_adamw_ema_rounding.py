@@ -247,7 +247,10 @@ def test_gpu_agrees_with_the_cpu(kind):
             *here[:5], step=2, weight_decay=0.1, max_norm=1.0, ema_decay=0.9, **SETTINGS,
             masters=None if stochastic else here[5], stochastic_rounding=stochastic, seed=3 if stochastic else None,
         )  # fmt: skip
-    for a, b in zip(flat(lists[2:]), flat(there[2:]), strict=True):
+    for a, b in zip(flat(lists[2:4] + lists[5:]), flat(there[2:4] + there[5:]), strict=True):
         torch.testing.assert_close(a, b.cpu(), rtol=1e-5, atol=1e-4)
+    # Where a float32 value's last place made a parameter round the other way, its average takes a tenth of that.
+    for a, b, p, q in zip(lists[4], there[4], params, there[0], strict=True):
+        assert ((a - b.cpu()).abs() <= 1e-5 * a.abs() + 1e-4 + 0.11 * (p.float() - q.cpu().float()).abs()).all()
     apart = [(a.float() - b.cpu().float()).abs() for a, b in zip(params, there[0], strict=True)]
     assert sum((d > 0).sum().item() for d in apart) <= sum(d.numel() for d in apart) // 500
