@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dbkernels import two_stream_cpu as cpu
 from dbkernels._autocast import autocast
-from dbkernels._levels import compute_dtype
-from dbkernels._library import backend, define, register, register_triton
-from dbkernels._two_stream import check_decode, like_rows
+from dbkernels._direct import direct
+from dbkernels._levels import as_defined, compute_dtype
+from dbkernels._library import define, register, register_triton
+from dbkernels._two_stream import check_decode, kind_of, like_rows
 
 Maybe: TypeAlias = Tensor | None
 
@@ -86,8 +87,22 @@ def two_stream_decode(
 
     Source: Arriola et al. 2025 (Block Diffusion), section 3; Dao et al. 2023 (Flash-Decoding).
     """
-    given = [autocast(t) for t in (q_noisy, k_noisy, v_noisy, k_cache, v_cache)]
-    number = check_decode(given, cache_lengths, scale)
-    plain = backend() == "reference" and not torch.compiler.is_compiling()
-    op: Any = two_stream_decode_reference if plain else torch.ops.dbkernels.two_stream_decode
+    given: Any = q_noisy, k_noisy, v_noisy, k_cache, v_cache
+    if torch._C._is_any_autocast_enabled():
+        given = [autocast(t) for t in given]
+    if isinstance(q_noisy, Tensor) and direct(*given, cache_lengths):
+        return _launched(given, cache_lengths, scale)
+    number = check_decode(list(given), cache_lengths, scale)
+    op: Any = two_stream_decode_reference if as_defined() else torch.ops.dbkernels.two_stream_decode
     return op(*given, cache_lengths, number)
+
+
+def _launched(given: Any, cache_lengths: Maybe, scale: float | None) -> Tensor:
+    """The op past the dispatcher, with checks once a kind of input."""
+    from dbkernels.triton.two_stream_decode import accepted
+
+    wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    kind = kind_of(*given, cache_lengths, scale, wants)
+    if kind not in accepted:
+        accepted.keep(kind, check_decode(list(given), cache_lengths, scale))
+    return _triton_decode(*(*given, cache_lengths, accepted[kind]))

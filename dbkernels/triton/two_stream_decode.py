@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from dbkernels._two_stream import kind_of
+from dbkernels.triton.launch import Kinds, Launch
 from dbkernels.triton.two_stream_attention import LOG2E, absorb, block_of, load_rows, precision, store_rows, strides
 
 PROGRAMS = 256  # to fill a GPU with
@@ -64,22 +66,37 @@ def layout(rows, D, dtype):
     return tall, 32 if dtype == torch.float32 or block_of(D) == 256 else 64, 4, 2
 
 
-def decode(q, k, v, k_cache, v_cache, cache_lengths, scale):
-    """The op under the CUDA key."""
+launches = Kinds()
+accepted = Kinds()  # kinds of input that passed the checks, and their scale
+
+
+def prepare(q, k, v, k_cache, v_cache, cache_lengths, scale):
+    """Return (launch, splits of the cache). Launch: q, k, v, k_cache, v_cache, lengths or a stand-in, out, lse."""
     B, H, group, D = q.shape
     heads, length = k.shape[1], k_cache.shape[2]
     rows = H // heads * group
-    k, v, k_cache, v_cache = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v, k_cache, v_cache))
     tall, columns, warps, stages = layout(rows, D, q.dtype)
     tiles = triton.cdiv(rows, tall)
     splits = max(1, min(triton.cdiv(length, LEAST), PROGRAMS // (B * heads * tiles)))
-    out = torch.empty(B, heads, splits, rows, D, dtype=torch.float32, device=q.device)
-    lse = torch.empty(B, heads, splits, rows, dtype=torch.float32, device=q.device)
-    decode_kernel[(B * heads * splits, tiles)](
-        q.contiguous(), k, v, k_cache, v_cache, q if cache_lengths is None else cache_lengths, out, lse,
-        *strides(k, v, k_cache, v_cache), heads, rows, group, length, splits, scale * LOG2E,
+    numbers = *strides(k, v, k_cache, v_cache), heads, rows, group, length, splits, scale * LOG2E
+    return Launch(
+        decode_kernel, (B * heads * splits, tiles), q.get_device(), numbers,
         D=D, BLOCK_D=block_of(D), ROWS=tall, COLUMNS=columns, LENGTHS=cache_lengths is not None,
         PRECISION=precision(q.dtype), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    merged = (out * lse.softmax(2).unsqueeze(-1)).sum(2) if splits > 1 else out[:, :, 0]
+    ), splits  # fmt: skip
+
+
+def decode(q, k, v, k_cache, v_cache, cache_lengths, scale):
+    """The op under the CUDA key."""
+    B, H, group, D = q.shape
+    q = q.contiguous()
+    k, v, k_cache, v_cache = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v, k_cache, v_cache))
+    given = q, k, v, k_cache, v_cache, cache_lengths
+    kind = kind_of(*given, scale)
+    launch, splits = launches.get(kind) or launches.keep(kind, prepare(*given, scale))
+    shape = B, k.shape[1], splits, H // k.shape[1] * group
+    out = torch.empty(*shape, D, dtype=torch.float32, device=q.device)
+    lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    launch(q, k, v, k_cache, v_cache, q if cache_lengths is None else cache_lengths, out, lse)
+    merged = (out * lse.softmax(2).unsqueeze(-1)).sum(2) if splits > 1 else out
     return merged.view(B, H, group, D).transpose(1, 2).contiguous().to(q.dtype).transpose(1, 2)

@@ -95,7 +95,7 @@ def test_the_keys_gradients_compile_without_spills(stored, D, arch):
         report = built(key_kernel, signature, tile, arch, stored, D, OWN=own, ADD=add, VARLEN=varlen, RATIO=ratio)
         if stored != "fp32" and D <= 128:
             assert ("HGMMA" if arch == 90 else "HMMA") in report.sass
-        if arch == 90 and stored != "fp32" and D in (64, 128):
+        if arch == 90 and stored != "fp32" and D in (64, 128) and not varlen:
             check_copies(report.sass, tile, D)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from fake_gpu import run_faked
 from interpreter import run_interpreted
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -11,6 +12,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def test_interpreted():
     run_interpreted("interpreted_two_stream_decode.py")
+
+
+def test_launches_on_a_fake_gpu():
+    run_faked("faked_two_stream_decode.py")
 
 
 @pytest.mark.parametrize("arch", [80, 90])
