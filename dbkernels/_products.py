@@ -27,6 +27,11 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def wide(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b, in float32 for halves on a GPU."""
+    return torch.mm(a, b, out_dtype=torch.float32) if mixed(a) else torch.mm(a, b)
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Add a @ b to `total` in the product's own pass: no second tensor of its size."""
     if a.dtype == total.dtype:
@@ -58,11 +63,8 @@ def logits_of(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 def expected_rows(p: Tensor, weight: Tensor) -> Tensor:
     """Compute p @ weight, summed and returned in the sums' dtype."""
     dtype = compute_dtype(weight.dtype)
-    if mixed(weight):
-        total = torch.empty(len(p), weight.shape[1], dtype=dtype, device=p.device)
-        return product(p.to(weight.dtype), weight, total)
-    if weight.dtype == p.dtype:
-        return torch.mm(p, weight)
+    if mixed(weight) or weight.dtype == p.dtype:
+        return wide(p.to(weight.dtype), weight)
     total = torch.zeros(len(p), weight.shape[1], dtype=dtype, device=p.device)
     for rows, block in _blocks(weight, dtype):
         total.addmm_(p[:, rows].to(dtype), block)

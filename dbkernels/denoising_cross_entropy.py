@@ -6,7 +6,7 @@ The definition first, then the op, its gradient and the public function. The ker
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,30 +15,14 @@ from dbkernels import _logit_chunks as chunks
 from dbkernels._autocast import autocast
 from dbkernels._cross_entropy_checks import REDUCTIONS, check_rows, coefficient, mark_targets
 from dbkernels._direct import direct
+from dbkernels._few_rows import NO_SECOND, FewRowsLoss, few_rows
+from dbkernels._head import Head
 from dbkernels._levels import compute_dtype
 from dbkernels._library import backend, define, register
 from dbkernels.edm_loss import times_upstream
 
 Maybe: TypeAlias = Tensor | None
 GRADIENTS = ("h", "weight", "z", "bias", "logit_scale", "posterior_z")
-
-
-class Head(NamedTuple):
-    """What makes logits of rows. h, z: (R, d); weight: (V, d); c_skip, c_out, precision (1/sigma²): (R,) in the sums'
-    dtype; bias: (V,); logit_scale: (); posterior_z: (R, e), table: (V, e)."""
-
-    h: Tensor
-    weight: Tensor
-    z: Maybe
-    c_skip: Maybe
-    c_out: Maybe
-    bias: Maybe
-    logit_scale: Maybe
-    posterior_z: Maybe
-    table: Maybe
-    precision: Maybe
-    normalize: bool
-    softcap: float | None
 
 
 PLACES = [Head._fields.index(name) for name in GRADIENTS]
@@ -110,7 +94,7 @@ def _chunked(*arguments: Any) -> list[Tensor]:
 
 def _find(head: Head, target: Tensor, factor: Maybe, wants: list[bool]) -> tuple[Tensor, dict[str, Tensor]]:
     device = head.h.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _find(head, target, factor, wants)
     return chunks.loss_and_gradients(head, target, factor, dict(zip(GRADIENTS, wants, strict=True)))
@@ -154,10 +138,7 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         # Not once_differentiable: where upstream is a constant, it would let the gradient pass for a constant too.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "denoising_cross_entropy has no second derivative: drop create_graph=True, or set "
-                "DBKERNELS_BACKEND=reference"
-            )
+            raise RuntimeError(NO_SECOND)
         if ctx.at_once:
             grads = {name: times_upstream(g, upstream) for name, g in zip(ctx.names, ctx.saved_tensors, strict=True)}
         else:
@@ -218,8 +199,14 @@ def denoising_cross_entropy(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
-    if isinstance(h, Tensor) and torch.is_autocast_enabled(h.device.type):
-        h, weight, z = autocast(h), autocast(weight), autocast(z)
+    h, weight, z = autocast(h), autocast(weight), z if z is None else autocast(z)
+    plain = z is None and c_skip is None and c_out is None and bias is None and logit_scale is None and not normalize
+    if plain and posterior is None and row_weight is None and softcap is None and reduction != "none":
+        few = few_rows(h, weight, target, ignore_index, reduction)
+        if few is not None and torch.is_grad_enabled():
+            return FewRowsLoss.apply(h, weight, target, few)
+        if few is not None:
+            return few(h, weight, target, False, False)[0]
     rows = check_rows(h, weight, target, z, bias, logit_scale, posterior, softcap)
     shape = target.shape
     if (z is None) != (c_skip is None):

@@ -13,10 +13,11 @@ from torch import Tensor
 from dbkernels import _logit_chunks as chunks
 from dbkernels._autocast import autocast
 from dbkernels._cross_entropy_checks import check_head, check_posterior, check_softcap, coefficient
+from dbkernels._head import Head
 from dbkernels._levels import check_floating, compute_dtype
 from dbkernels._library import backend, define, register
 from dbkernels._products import expected_rows
-from dbkernels.denoising_cross_entropy import Head, logits_reference
+from dbkernels.denoising_cross_entropy import logits_reference
 
 Maybe: TypeAlias = Tensor | None
 
@@ -32,7 +33,7 @@ def softmax_embedding_reference(table: Tensor, z: Maybe, r: Maybe, *head: Any) -
 
 def _chunked(table: Tensor, z: Maybe, r: Maybe, *fields: Any) -> Tensor:
     device = table.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return _chunked(table, z, r, *fields)
     head = Head(*fields)

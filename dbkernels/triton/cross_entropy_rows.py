@@ -29,10 +29,11 @@ def write_gradient(
 
 @triton.jit
 def rows_kernel(
-    logits_ptr, target_ptr, factor_ptr, loss_ptr, out_ptr, logits_row, out_row, width,
-    GRADIENT: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, target_ptr, factor_ptr, loss_ptr, out_ptr, logits_row, out_row, width, ignore_index, rows,
+    GRADIENT: tl.constexpr, OVERLAP: tl.constexpr, FEW: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, read twice: the second time mostly from the cache."""
+    """One row a program, read twice: the second time mostly from the cache. FEW, at least the number of rows: there are
+    no factors, so for a mean each program counts the rows, and losses are what they add to the result; or 0."""
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * logits_row
@@ -51,19 +52,27 @@ def rows_kernel(
         top = above
     highest = tl.max(top, 0)
     rest = tl.sum(tl.where(top == float("-inf"), 0.0, rest * tl.exp(top - highest)), 0)
-    ignored = target == -1
-    wrong = (target < -1) | (target >= width)
+    ignored = target == ignore_index
+    wrong = (target != ignore_index) & ((target < 0) | (target >= width))
     at = tl.load(logits + tl.where(wrong | ignored, 0, target)) - highest
     own = tl.exp(at)
     # log1p(rest + expm1(at)) without cancellation: where the target is the highest, own is 1 and rest is what counts.
     small = rest + (own - 1.0)
     big = 1.0 + small
     exact = tl.where(big == 1.0, small, tl.log(big) * (small / (big - 1.0)))
-    loss = tl.where(wrong, float("nan"), exact - at)
-    tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss))
+    loss = tl.where(ignored, 0.0, tl.where(wrong, float("nan"), exact - at))
+    factor = tl.full((), 1.0, dtype)
+    if FEW:
+        if MEAN:
+            other = tl.arange(0, FEW)
+            counted = tl.load(target_ptr + other, mask=other < rows, other=ignore_index) != ignore_index
+            factor /= tl.sum(counted.to(tl.int32), 0).to(dtype)
+        loss *= factor
+    elif GRADIENT:
+        factor = tl.load(factor_ptr + row)
+    tl.store(loss_ptr + row, loss)
     if GRADIENT:
-        factor = tl.where(wrong, float("nan"), tl.load(factor_ptr + row))
-        share = tl.where(ignored, 0.0, factor) / (rest + own)
+        share = tl.where(ignored, 0.0, tl.where(wrong, float("nan"), factor)) / (rest + own)
         # The target's logit was read by all, and its place may be written over.
         write_gradient(
             logits, out_ptr + row * out_row, width, target, -share * rest, share, highest, 0.0, OVERLAP, BLOCK
@@ -124,30 +133,35 @@ def overlapping(logits, out):
     return out.dtype != logits.dtype and out.data_ptr() == logits.data_ptr()
 
 
+def prepare_rows(shape, step, out_step, device, gradient, overlap, ignore_index=-1, few=False, mean=False):
+    """A launch of the rows' kernel: (logits, target, factor, loss, out)."""
+    count, width = shape
+    return Launch(
+        rows_kernel, (count,), device, (step, out_step, width, ignore_index, count),
+        GRADIENT=gradient, OVERLAP=overlap, FEW=triton.next_power_of_2(count) if few else 0, MEAN=mean,
+        BLOCK=min(BLOCK, max(256, triton.next_power_of_2(width))), num_warps=8,
+    )  # fmt: skip
+
+
 def rows(logits, target, factor, out):
     """Losses (R,); the gradient to `out` if there is a factor. Rows of adjacent elements."""
-    (count, width), device, step = logits.shape, logits.get_device(), logits.stride(0)
-    loss = torch.empty((count,), dtype=logits.dtype, device=logits.device)
-    if not count:
+    shape, device, step, out_step = logits.shape, logits.get_device(), logits.stride(0), out.stride(0)
+    loss = torch.empty(shape[:1], dtype=logits.dtype, device=logits.device)
+    if not shape[0]:
         return loss
     gradient, overlap = factor is not None, overlapping(logits, out)
-    kind = count, width, step, logits.dtype, out.stride(0), out.dtype, gradient, overlap, device
-    launch = launches.get(kind) or launches.keep(kind, Launch(
-        rows_kernel, (count,), device, (step, out.stride(0), width),
-        GRADIENT=gradient, OVERLAP=overlap, BLOCK=min(BLOCK, max(256, triton.next_power_of_2(width))), num_warps=8,
-    ))  # fmt: skip
+    kind = shape, step, logits.dtype, out_step, out.dtype, gradient, overlap, device
+    launch = launches.get(kind) or launches.keep(
+        kind, prepare_rows(shape, step, out_step, device, gradient, overlap)
+    )  # fmt: skip
     launch(logits, target, factor if gradient else loss, loss, out)
     return loss
 
 
 def columns(logits, target, at, loss, factor, first, out):
     """The gradient of some columns to `out`. Rows of adjacent elements."""
-    (count, width), device, step, overlap = (
-        logits.shape,
-        logits.get_device(),
-        logits.stride(0),
-        overlapping(logits, out),
-    )
+    (count, width), device, step = logits.shape, logits.get_device(), logits.stride(0)
+    overlap = overlapping(logits, out)
     kind = "columns", count, width, step, logits.dtype, out.stride(0), out.dtype, overlap, device
     launch = launches.get(kind) or launches.keep(kind, Launch(
         columns_kernel, (count,), device, (step, out.stride(0), width),

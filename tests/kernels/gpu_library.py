@@ -39,6 +39,7 @@ def _columns(logits, target, at, loss, factor, first, out):
 def stand_in(monkeypatch, logits, least_rows=16, tile=8):
     """Let CPU tensors go the way of halves on a GPU, with chunks of so many logits."""
     monkeypatch.setattr(products, "mixed", lambda weight: weight.dtype.itemsize == 2)
+    monkeypatch.setattr(products, "wide", lambda a, b: products.product(a, b, torch.empty(len(a), b.shape[1])))
     product, add = products.product, products.add_product
     monkeypatch.setattr(
         products, "product", lambda a, b, out: (_product if a.dtype.itemsize == 2 else product)(a, b, out)

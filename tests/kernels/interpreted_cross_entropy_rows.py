@@ -1,10 +1,15 @@
 """Run by test_cross_entropy_rows_triton.py with TRITON_INTERPRET=1: the kernels against their definitions."""
 
+import sys
+
+import pytest
 import torch
 
+from dbkernels import denoising_cross_entropy
 from dbkernels._cross_entropy_checks import mark_targets
 from dbkernels.cross_entropy_rows import cross_entropy_columns_definition, cross_entropy_rows_definition
 from dbkernels.triton.cross_entropy_rows import columns, mark, rows
+from gpu_library import stand_in
 from numerics import EPSILON
 
 
@@ -81,4 +86,48 @@ for weighted in (False, True):
         factor = (target != 11) * (1.0 if weight is None else weight) / ((target != 11).sum() if mean else 1)
         torch.testing.assert_close(ours[1], factor)
 assert mark(torch.full((3,), 5), 4, 5, None, True, torch.float32)[1].isnan().all()
+# Few rows by their own way, the kernel counting them, against the other
+few_rows = sys.modules["dbkernels._few_rows"]
+for dtype in (torch.float32, torch.float64):
+    for reduction in ("mean", "sum"):
+        for shape in ((7,), (3, 5), (1,)):
+            h, weight = torch.randn(*shape, 6, dtype=dtype), torch.randn(20, 6, dtype=dtype)
+            target = torch.randint(20, shape)
+            target.view(-1)[1:3] = -100
+            results = []
+            for direct in (True, False):
+                few_rows.direct = lambda *tensors, direct=direct: direct
+                leaves = [h.clone().requires_grad_(), weight.clone().requires_grad_()]
+                loss = denoising_cross_entropy(*leaves, target, reduction=reduction)
+                assert ("FewRows" in loss.grad_fn.name()) == direct
+                with torch.no_grad():
+                    torch.testing.assert_close(denoising_cross_entropy(*leaves, target, reduction=reduction), loss)
+                results.append((loss, *torch.autograd.grad(3 * loss, leaves)))
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=64 * EPSILON[dtype], atol=64 * EPSILON[dtype])
+
+# Halves, their gradient over the logits: only the products are NumPy's
+with pytest.MonkeyPatch.context() as patch:
+    stand_in(patch, 2**20)
+    h, weight = torch.randn(9, 6).bfloat16().requires_grad_(), torch.randn(21, 6).bfloat16().requires_grad_()
+    target = torch.randint(21, (9,))
+    results = []
+    for direct in (True, False):
+        few_rows.direct = lambda *tensors, direct=direct: direct
+        loss = denoising_cross_entropy(h, weight, target)
+        results.append((loss, *torch.autograd.grad(loss, (h, weight))))
+    for a, b in zip(*results, strict=True):  # the interpreter cuts halves off, where the definition rounds them
+        assert a.dtype == b.dtype and (a - b).abs().max() <= 2 * EPSILON[torch.bfloat16] * b.abs().max()
+
+few_rows.direct = lambda *tensors: True
+h, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+loss = denoising_cross_entropy(h, weight, torch.full((4,), -100))
+assert loss.isnan() and torch.autograd.grad(loss, h)[0].abs().sum() == 0
+loss = denoising_cross_entropy(h, weight, torch.tensor([1, 7, 0, -1]))
+assert loss.isnan() and torch.autograd.grad(loss, h)[0].isnan().all(1).tolist() == [False, True, False, True]
+try:
+    torch.autograd.grad(denoising_cross_entropy(h, weight, torch.ones(4).long()), h, create_graph=True)
+    raise AssertionError("a second derivative")
+except RuntimeError as error:
+    assert "no second derivative" in str(error)
 print("interpreted: ok")

@@ -1,6 +1,7 @@
 """The cross-entropy rows' kernels without a GPU: interpreted, and compiled ahead of time."""
 
 import re
+import shutil
 
 import pytest
 
@@ -12,14 +13,22 @@ def test_interpreted():
     run_interpreted("interpreted_cross_entropy_rows.py")
 
 
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the fake driver")
+def test_few_rows_launch_few_kernels():
+    from fake_gpu import run_faked
+
+    run_faked("faked_cross_entropy.py")
+
+
 def compiled(kernel, logits, out, constants, arch, warps, width="i32:16"):
     import aot
     from dbkernels.triton import cross_entropy_rows as kernels
 
     middle = ["i32"] if kernel == "columns_kernel" else []
+    last = [] if kernel == "columns_kernel" else ["i32", "i32"]
     pointers = [f"*{logits}:16", "*i64:16", f"*{logits}:16", f"*{logits}:16"]
     pointers += [f"*{logits}:16"] if kernel == "columns_kernel" else []
-    signature = [*pointers, f"*{out}:16", *middle, "i32:16", "i32:16", width]
+    signature = [*pointers, f"*{out}:16", *middle, "i32:16", "i32:16", width, *last]
     overlap = dict(OVERLAP=out != logits)
     built = aot.report(getattr(kernels, kernel), signature, constants | overlap, arch, warps)
     assert built.spilled_bytes == 0 and 100 < built.instructions < 8000, built.instructions
@@ -29,7 +38,14 @@ def compiled(kernel, logits, out, constants, arch, warps, width="i32:16"):
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("out", ["fp32", "bf16", "fp16", "fp64"])
 def test_rows_compile_without_spills(out, arch):
-    built = compiled("rows_kernel", "fp64" if out == "fp64" else "fp32", out, dict(GRADIENT=True, BLOCK=4096), arch, 8)
+    built = compiled(
+        "rows_kernel",
+        "fp64" if out == "fp64" else "fp32",
+        out,
+        dict(GRADIENT=True, FEW=0, MEAN=False, BLOCK=4096),
+        arch,
+        8,
+    )
     check_accesses(built, out)
 
 
@@ -54,7 +70,7 @@ def test_narrow_rows_and_marks_compile():
     from dbkernels.triton.cross_entropy_rows import mark_kernel
 
     for width in ("i32", "i32:16"):
-        compiled("rows_kernel", "fp32", "bf16", dict(GRADIENT=True, BLOCK=256), 90, 8, width)
+        compiled("rows_kernel", "fp32", "bf16", dict(GRADIENT=True, FEW=1024, MEAN=True, BLOCK=256), 90, 8, width)
     signature = ["*i64:16", "*fp32:16", "*i64:16", "*fp32:16", "i32", "i32:16", "i32:16"]
     built = aot.report(mark_kernel, signature, dict(WEIGHTED=True, MEAN=True, BLOCK=1024), 90, 4)
     assert built.spilled_bytes == 0 and 100 < built.instructions < 4000

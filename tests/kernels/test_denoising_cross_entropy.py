@@ -256,5 +256,6 @@ def test_gpu_halves_in_chunks(logits, options, dtype, monkeypatch):
 @pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gpu_smoke(dtype):
-    """Forward and backward, some targets ignored."""
-    check(*example((600,), 64, 5000, dtype, "cuda"), "mean", dtype)
+    """Forward and backward, some targets ignored: few rows, and more than are few."""
+    for rows in (60, 1100):
+        check(*example((rows,), 64, 5000, dtype, "cuda"), "mean", dtype)

@@ -86,6 +86,12 @@ def test_compiled_a_target_that_is_no_word_shows(reduction, bad):
         assert found[0][[0, 2, 3]].isfinite().all()
 
 
+def test_on_the_meta_device():
+    h, weight = torch.randn(4, 3, device="meta", requires_grad=True), torch.randn(5, 3, device="meta")
+    loss = denoising_cross_entropy(h, weight, torch.zeros(4, dtype=torch.int64, device="meta"))
+    assert loss.shape == () and torch.autograd.grad(loss, h)[0].shape == h.shape
+
+
 def test_autocast():
     target, _, leaves = example()
     with torch.autocast("cpu", dtype=torch.bfloat16):
