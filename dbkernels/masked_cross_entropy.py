@@ -64,7 +64,8 @@ def masked_cross_entropy(
 ) -> Tensor:
     """denoising_cross_entropy of the masked places; the others cost no product with the head.
 
-    Finding the masked places waits for the device once.
+    Finding the masked places waits for the device once. Where that can't be, while a CUDA graph is captured, all places
+    go through the head, weighted by 0 where not masked.
 
     Args:
         h: (..., d); weight: (V, d); target: (...), int64; masked: (...), bool.
@@ -90,6 +91,8 @@ def masked_cross_entropy(
         raise ValueError(f"h has shape {tuple(h.shape)}, whose rows aren't target's {tuple(target.shape)}")
     if row_weight is not None and row_weight.shape != target.shape:
         raise ValueError(f"row_weight has shape {tuple(row_weight.shape)}, not target's {tuple(target.shape)}")
+    if masked.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _of_all(h, weight, target, masked, row_weight, reduction, head)
     places = masked.flatten().nonzero().squeeze(1)
     loss = denoising_cross_entropy(
         h.reshape(-1, h.shape[-1]).index_select(0, places),
@@ -102,3 +105,18 @@ def masked_cross_entropy(
     if reduction != "none":
         return loss
     return loss.new_zeros(target.numel()).index_copy(0, places, loss).view(target.shape)
+
+
+def _of_all(
+    h: Tensor, weight: Tensor, target: Tensor, masked: Tensor, row_weight: Tensor | None, reduction: str, head: Any
+) -> Tensor:
+    """The same with all rows, those that aren't masked ignored. Their h is 0: what isn't finite would spread."""
+    ignored = head.get("ignore_index", -100)
+    return denoising_cross_entropy(
+        torch.where(masked.unsqueeze(-1), h, 0),
+        weight,
+        torch.where(masked, target, ignored),
+        row_weight=row_weight,
+        reduction=reduction,
+        **head,
+    )
