@@ -163,14 +163,21 @@ def adamw_ema_step(
 
     def decays() -> list[float]:
         lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-        check_lists(lists | {n: x for n, x in (("emas", emas), ("masters", masters)) if x is not None})
+        if emas is not None:
+            lists["emas"] = emas
+        if masters is not None:
+            lists["masters"] = masters
+        check_lists(lists)
         return decays_of(weight_decay, len(params))
 
     lists = params, grads, exp_avgs, exp_avg_sqs, emas or (), masters or ()
     fixed = *betas, eps, max_norm
     varying = step, lr, ema_decay, 0 if seed is None else seed if isinstance(seed, Tensor) else signed(seed), offset
-    whole = all(x is None or len(x) == len(params) for x in (grads, exp_avgs, exp_avg_sqs, emas, masters))
-    plan = _plan(lists, weight_decay, stochastic_rounding, decays) if whole else None
+    plan = None
+    if len(params) and isinstance(params[0], Tensor) and direct(params[0]) and _triton_serves():
+        # An empty list isn't none: it is refused below.
+        if all(x is None or len(x) == len(params) for x in (emas, masters)):
+            plan = _plan(lists, weight_decay, stochastic_rounding, decays)
     if plan is None:
         each = decays()
     _check_tensors(varying, params[0].device)
@@ -186,9 +193,7 @@ def adamw_ema_step(
 def _plan(
     lists: Sequence[Sequence[Tensor]], weight_decay: float | Sequence[float], stochastic: bool, decays: Any
 ) -> Any:
-    """Return the lists' plan where their kernels can be launched here, past the dispatcher, else None."""
-    if not lists[0] or not isinstance(lists[0][0], Tensor) or not direct(lists[0][0]) or not _triton_serves():
-        return None
+    """Return the lists' plan where all tensors are plain and contiguous, so that kernels can be launched at once."""
     if not set(map(type, itertools.chain(*lists))) <= _PLAIN:
         return None
     from dbkernels.triton.adamw_ema_list import plan_for
@@ -199,13 +204,12 @@ def _plan(
 
 
 def _check_tensors(varying: tuple[Any, ...], device: torch.device) -> None:
-    wide, whole = torch.float64, torch.int64
-    for name, value, dtype in zip(_NUMBERS, varying, (whole, wide, wide, whole, whole), strict=True):
+    for name, value in zip(_NUMBERS, varying, strict=True):
         if isinstance(value, Tensor):
-            check_scalar(name, value, dtype, device)
+            check_scalar(name, value, torch.float64 if name in ("lr", "ema_decay") else torch.int64, device)
 
 
-def _changed(lists: Sequence[Sequence[Tensor]], step: int | Tensor) -> list[Tensor]:
+def _changed(lists: Sequence[Sequence[Tensor]], step: int | Tensor | None) -> list[Tensor]:
     params, _, *state = lists
     return [*itertools.chain(params, *state), *([step] if isinstance(step, Tensor) else [])]
 
@@ -217,9 +221,11 @@ def _run(
     """Call the op on contiguous tensors; strided ones go through copies."""
     dense = [[tensor.contiguous() for tensor in tensors] for tensors in lists]
     tensors = [value if isinstance(value, Tensor) else None for value in varying]
-    captured = any(tensor is not None for tensor in tensors)
-    stand_ins = zip(varying, (1, 0.0, 1.0, 0, 0), strict=True)
-    step, lr, ema_decay, seed, offset = (other if isinstance(value, Tensor) else value for value, other in stand_ins)
+    captured = tensors.count(None) < len(tensors)
+    if captured:
+        stand_ins = zip(varying, (1, 0.0, 1.0, 0, 0), strict=True)
+        varying = tuple(other if isinstance(value, Tensor) else value for value, other in stand_ins)
+    step, lr, ema_decay, seed, offset = varying
     beta1, beta2, eps, max_norm = fixed
     arguments = (
         *dense[:5], step, lr, beta1, beta2, eps, decays, max_norm, ema_decay, dense[5], stochastic, seed, offset,
@@ -237,5 +243,5 @@ def _run(
     if not torch.compiler.is_compiling():
         # An op that is only registered doesn't tell autograd that its arguments changed; a stale saved tensor
         # must fail.
-        torch.autograd.graph.increment_version(_changed(dense, varying[0]))
+        torch.autograd.graph.increment_version(_changed(dense, tensors[0]))
     return norm
