@@ -159,6 +159,7 @@ def normals(
 ) -> Tensor:
     """The eps of a z of `shape`, float32."""
     z = torch.empty(shape, dtype=torch.float32, device=device)
+    seed, offset = checked(seed, offset, z.device)
     if direct(z):
         from dbkernels.triton.inject_noise import launch
 

@@ -122,11 +122,12 @@ def edm_loss(
 
     Sums are taken in a fixed order, so a loss repeats bit for bit for any number of threads. Gradients are found with
     the loss and kept in their input's dtype (float32 for float16), for the upstream gradient that is expected: 1 of a
-    single loss; that of `.mean()`, one over their number, of several ("sample", "none"). So `loss.backward()` and
-    `loss.mean().backward()` leave them as they are. Backward passes over the gradients once more, in place, where the
-    upstream gradient is another: a factor on the loss (give it as `weight`), a loss scale of automatic mixed precision,
-    a sum or weights of several losses (only samples whose factor differs); for float16, which is cast; in a retained
-    graph, which copies. There is no second derivative. Within torch.func's transforms the definition runs.
+    single loss; on a GPU that of `.mean()`, one over their number, of several ("sample", "none"). There
+    `loss.backward()` and `loss.mean().backward()` leave them as they are. Backward passes over the gradients once more,
+    in place, where the upstream gradient is another: a factor on the loss (give it as `weight`), a loss scale of
+    automatic mixed precision, a sum or weights of several losses (only samples whose factor differs); for float16,
+    which is cast; in a retained graph, which copies. There is no second derivative. Within torch.func's transforms the
+    definition runs.
 
     Args:
         F: the network's raw output, any shape, float16, bfloat16, float32 or float64. Arithmetic is float32 (float64 if
@@ -168,7 +169,11 @@ def edm_loss(
     if as_defined():
         return edm_loss_reference(F, z, y, level, *options, seed, offset, rounds, weight)
     wants = torch.is_grad_enabled() and (F.requires_grad or y.requires_grad or (z is not None and z.requires_grad))
+    if not (past or wants) and z is not None and weight == 1.0:
+        return torch.ops.dbkernels.edm_loss.default(F, z, y, level, *options, 0, 0, False, False, False)[0]
     arguments = F, z, y, level, *options, *split(seed, offset), rounds, weight
+    if wants and not past:  # the dispatcher's kernels find gradients for 1: another is applied as it was
+        return EDMLoss.apply(*arguments, 1.0)
     if wants:
         dtype = compute_dtype(F.dtype, y.dtype, (y if z is None else z).dtype)
         return EDMLoss.apply(*arguments, expected_upstream(F, reduction, dtype))

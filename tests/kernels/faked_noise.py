@@ -106,6 +106,7 @@ def unlike_inputs_are_checked():
         lambda: inject_noise(y.long(), sigma, seed=1),
         lambda: inject_noise(y, sigma[:3], seed=1),
         lambda: inject_noise(y, -1.0, seed=1),
+        lambda: philox_normal(3, seed=-1),
         lambda: inject_noise(y, sigma, seed=-1),
         lambda: inject_noise(y, sigma, seed=1, offset=torch.tensor([3])),
         lambda: inject_noise(y, sigma, seed=1.0),

@@ -53,6 +53,23 @@ def test_the_upstream_gradient_is_applied(dtype, reduction):
             ours.fill_(float("nan"))  # whoever owns a gradient may write into it
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_weight_is_a_factor_on_the_loss(reduction, drawn):
+    """A power of two, so that not a bit differs."""
+    F, z, y, sigma = example((6, 5, 8), (6,), torch.float32)
+    options = dict(sigma_data=S, reduction=reduction) | (dict(seed=3) if drawn else {})
+    ours, factor = leaves_of(F, F)
+    weighed = edm_loss(ours, None if drawn else z, y, sigma, weight=0.25, **options)
+    times = 0.25 * edm_loss(factor, None if drawn else z, y, sigma, **options)
+    assert torch.equal(weighed, times)
+    weighed.mean().backward(), times.mean().backward()
+    torch.testing.assert_close(ours.grad, factor.grad, rtol=2e-7, atol=0)
+    for bad, error in ((float("nan"), ValueError), (torch.tensor(1.0), TypeError), (True, TypeError)):
+        with pytest.raises(error, match="weight"):
+            edm_loss(F, z, y, sigma, sigma_data=S, weight=bad)
+
+
 def test_backward_twice_accumulates():
     F, z, y, sigma = example((4, 8), (4,), torch.float32)
     F.requires_grad_()
