@@ -163,6 +163,20 @@ def test_given_noise_levels_are_used():
     assert torch.equal(model.loss(0, x, y, seed=0, step=0, sigma=drawn.sigma).loss, drawn.loss)
 
 
+@pytest.mark.parametrize("weight", [0.5, 1 / 3])
+def test_a_weight_is_a_factor_on_what_is_backpropagated(weight):
+    model, (x, y) = make(), batch()
+    plain, weighted = (model.loss(1, x, y, seed=3, step=2, weight=w) for w in (1.0, weight))
+    torch.testing.assert_close(weighted.loss, plain.loss * weight)
+    torch.testing.assert_close(weighted.per_sample, plain.per_sample)
+    parameters = [p for p in model.blocks[1].parameters() if p.requires_grad]
+    grads = [torch.autograd.grad(made.loss, parameters, allow_unused=True) for made in (plain, weighted)]
+    for a, b in zip(*grads, strict=True):
+        assert (a is None) == (b is None) and (
+            a is None or torch.allclose(a * weight, b, rtol=1e-4, atol=1e-6)
+        )  # sums in float32
+
+
 def test_the_loss_without_checks_is_the_same_loss():
     model, (x, y) = make(), batch()
     checked = model.loss(0, x, y, seed=3, step=2)

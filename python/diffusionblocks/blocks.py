@@ -24,8 +24,9 @@ SHARING = ("shared", "per_block", "frozen")
 class BlockLoss(NamedTuple):
     """One block's loss on one batch, and what it was made of.
 
-    loss: 0-dim, to backpropagate. sigma: noise drawn, (B,) or as the target's level_shape says. per_sample: unweighted
-    loss, of sigma's shape or the mean; error: |y - D|^2, of sigma's shape; both without gradient.
+    loss: 0-dim, to backpropagate, times the weight asked for. sigma: noise drawn, (B,) or as the target's level_shape
+    says. per_sample: unweighted loss, of sigma's shape or the mean; error: |y - D|^2, of sigma's shape; both without
+    gradient.
     """
 
     loss: Tensor
@@ -149,12 +150,14 @@ class DiffusionBlocks(nn.Module):
         step: int,
         sigma: Tensor | None = None,
         handed: Tensor | None = None,
+        weight: float = 1.0,
     ) -> BlockLoss:
         """The denoising loss of one block; nothing of the other blocks is touched.
 
         x: conditioning. y: the target (labels or a tensor). seed, step: address the noise; the same pair gives the same
         noise on every device. sigma: levels to use instead of drawing them, of the target's level_shape.
         handed: what `handed` gives, for a block whose context is carried; an ensemble's blocks are trained alone.
+        weight: what the loss to backpropagate is multiplied by, at no cost: 1 / (micro-batches that are accumulated).
         Raises: ValueError on a wrong shape, dtype, device, label, noise level or block; labels and levels on a GPU
         aren't read, since that would wait for it.
         """
@@ -165,19 +168,29 @@ class DiffusionBlocks(nn.Module):
             sigma = self.draw_sigma(block, self.target.level_shape(y), seed=seed, step=step, device=x.device)
         else:
             _check_levels(sigma, y, self.target.level_shape(y))
-        return self.loss_at(block, x, y, sigma, seed=seed, step=step, handed=handed)
+        return self.loss_at(block, x, y, sigma, seed=seed, step=step, handed=handed, weight=weight)
 
     def loss_at(
-        self, block: int, x: Tensor, y: Tensor, sigma: Tensor, *, seed: int, step: int, handed: Tensor | None = None
+        self,
+        block: int,
+        x: Tensor,
+        y: Tensor,
+        sigma: Tensor,
+        *,
+        seed: int,
+        step: int,
+        handed: Tensor | None = None,
+        weight: float = 1.0,
     ) -> BlockLoss:
         """`loss` at given noise levels, without its checks."""
         z = self.target.noised(y, sigma, seed=stream(seed, "eps", block), offset=step)
         head, h, cond = self.blocks[block](x, z, sigma, self.target, self.ends, handed)
-        per_sample, error = self.target.objective(head, h, cond, z, y, sigma)
+        per_sample, error = self.target.objective(head, h, cond, z, y, sigma, weight)
         loss = per_sample.mean()
         if self.weighting == "batch_mean":
             loss = loss * edm.weight(sigma, self.target.sigma_data).mean()
-        return BlockLoss(loss, sigma, per_sample.detach(), error)
+        per_sample = per_sample.detach() if weight == 1 else per_sample.detach() / weight
+        return BlockLoss(loss, sigma, per_sample, error)
 
     @torch.no_grad()
     def denoise(

@@ -47,14 +47,16 @@ class MaskedTarget(Target):
         logits = head(h, cond).float()
         return Output(logits, torch.where(z == self.mask_id, logits.argmax(-1), z))
 
-    def loss(self, output: Output, z: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
-        """weight(t) / N times the sum of the masked places' cross-entropy, (B,), nats."""
+    def loss(self, output: Output, z: Tensor, y: Tensor, sigma: Tensor, weight: float = 1.0) -> Tensor:
+        """Return weight·weight(t) / N times the sum of the masked places' cross-entropy, (B,), nats."""
         entropy = functional.cross_entropy(output.raw.transpose(1, 2), y, reduction="none")
-        return masking.weight(sigma) * torch.where(z == self.mask_id, entropy, 0).mean(1)
+        return weight * masking.weight(sigma) * torch.where(z == self.mask_id, entropy, 0).mean(1)
 
-    def objective(self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, y: Tensor, sigma: Tensor) -> Objective:
+    def objective(
+        self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, y: Tensor, sigma: Tensor, weight: float = 1.0
+    ) -> Objective:
         """`loss` without the logits of visible places; as error the same again: information, per unit of t."""
-        row_weight = (masking.weight(sigma) / y.shape[1]).unsqueeze(1).expand(y.shape)
+        row_weight = (masking.weight(sigma) / (y.shape[1] / weight)).unsqueeze(1).expand(y.shape)
         entropy = dbkernels.masked_cross_entropy(
             h, head.weight, y, z == self.mask_id, bias=head.bias, row_weight=row_weight, reduction="none"
         )

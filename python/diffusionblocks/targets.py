@@ -71,15 +71,17 @@ class Target(nn.Module):
         """Features and conditioning -> raw output and D."""
         raise NotImplementedError
 
-    def loss(self, output: Output, z: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
-        """Loss per sample, (B,)."""
+    def loss(self, output: Output, z: Tensor, y: Tensor, sigma: Tensor, weight: float = 1.0) -> Tensor:
+        """Return `weight` times the loss per sample, (B,)."""
         raise NotImplementedError
 
-    def objective(self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, y: Tensor, sigma: Tensor) -> Objective:
-        """Loss and error straight from features, where a target can do without the raw output."""
+    def objective(
+        self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, y: Tensor, sigma: Tensor, weight: float = 1.0
+    ) -> Objective:
+        """Return `weight` times the loss, and the error, straight from features where the raw output isn't needed."""
         output = self.read(head, h, cond, z, sigma)
         error = (self.clean(y).detach() - output.denoised.detach()).square().flatten(1).sum(1)
-        return Objective(self.loss(output, z, y, sigma), error)
+        return Objective(self.loss(output, z, y, sigma, weight), error)
 
     def check(self, y: Tensor) -> None:
         """Raise ValueError unless `y` is a batch of targets."""
@@ -153,9 +155,10 @@ class ClassTarget(Target):
             denoised = logits.softmax(-1) @ (self.table.float() if self.raw_estimate else table)
         return Output(logits, denoised)
 
-    def loss(self, output: Output, z: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
-        """Cross-entropy per sample, (B,), nats."""
-        return functional.cross_entropy(output.raw, y.long(), reduction="none")
+    def loss(self, output: Output, z: Tensor, y: Tensor, sigma: Tensor, weight: float = 1.0) -> Tensor:
+        """Return `weight` times the cross-entropy per sample, (B,), nats."""
+        entropy = functional.cross_entropy(output.raw, y.long(), reduction="none")
+        return entropy if weight == 1 else entropy * weight
 
     def check(self, y: Tensor) -> None:
         """Raise ValueError unless `y` is a non-empty (B,) integer tensor of labels in [0, K); on a device their values
@@ -186,9 +189,11 @@ class ContinuousTarget(Target):
         F = head(h, cond).float()
         return Output(F, edm.expand_as(c.c_skip, z) * z.float() + edm.expand_as(c.c_out, z) * F)
 
-    def loss(self, output: Output, z: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
-        """weight |D - y|^2 per sample, as |F - (y - c_skip z) / c_out|^2: no overflow at small sigma. Shape (B,)."""
-        return dbkernels.edm_loss(output.raw, z, y, sigma, sigma_data=self.sigma_data, reduction="sample")
+    def loss(self, output: Output, z: Tensor, y: Tensor, sigma: Tensor, weight: float = 1.0) -> Tensor:
+        """Return `weight` times EDM's weighted |D - y|^2 per sample, (B,), as |F - (y - c_skip z) / c_out|^2: no
+        overflow at small sigma. The factor is known to the op, so that backward has none left to apply."""
+        F, data = output.raw, self.sigma_data
+        return dbkernels.edm_loss(F, z, y, sigma, sigma_data=data, reduction="sample", weight=weight)
 
     def check(self, y: Tensor) -> None:
         """Raise ValueError unless `y` is a non-empty floating tensor."""

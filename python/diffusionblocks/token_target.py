@@ -77,11 +77,14 @@ class TokenTarget(Target):
         with torch.autocast(logits.device.type, enabled=False):
             return Output(logits, logits.softmax(-1) @ self.table.float())
 
-    def objective(self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, y: Tensor, sigma: Tensor) -> Objective:
+    def objective(
+        self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, y: Tensor, sigma: Tensor, weight: float = 1.0
+    ) -> Objective:
         """The same, never holding all logits. head: has a `linear` from features to the vocabulary."""
         linear, posterior = head.linear, (z, self.table, self.by_token(sigma, y))
         rest = {"bias": linear.bias, "posterior": posterior}
-        loss = dbkernels.denoising_cross_entropy(h, linear.weight, y, **rest)
+        row_weight = None if weight == 1 else torch.full(y.shape, weight, device=y.device)
+        loss = dbkernels.denoising_cross_entropy(h, linear.weight, y, row_weight=row_weight, **rest)
         with torch.no_grad():
             D = dbkernels.softmax_embedding(h, linear.weight, self.table, **rest)
             error = (self.clean(y) - D).float().square().sum(-1)

@@ -119,8 +119,9 @@ def train(
             with autocast(config, x.device):
                 made = handed(model, session.residency, block, x)
             with saved_tensors(model, block) if logs else nullcontext() as saved, autocast(config, x.device):
-                loss = model.loss(block, x, y, seed=config.seed, step=micro, sigma=sigma, handed=made)
-            (loss.loss / config.accumulate).backward()
+                share = 1 / config.accumulate
+                loss = model.loss(block, x, y, seed=config.seed, step=micro, sigma=sigma, handed=made, weight=share)
+            loss.loss.backward()
             losses.append(loss._replace(loss=loss.loss.detach()))
             if meter:
                 meter.update(loss.sigma.flatten(), loss.error.flatten())
