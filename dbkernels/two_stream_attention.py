@@ -221,7 +221,8 @@ def two_stream_attention(
     """Attention of the clean and the noisy copy of a sequence: clean token i sees clean tokens up to i; noisy token i,
     of group g = i // group_size, sees the clean tokens of the groups before g and the noisy tokens of g.
 
-    Memory grows as N, work as N² + N·group_size: what no token sees is never computed, and no mask is ever stored.
+    Memory grows as N, work as N² + N·group_size: what no token sees is never computed, and no mask is ever stored. On a
+    GPU the first call of a kind times several paths (`two_stream_choice`), for which it needs a second set of outputs.
 
     Args:
         q: clean queries (B, H, N, D), or None where the last layer of a block needs none: only noisy tokens attend.
@@ -230,7 +231,7 @@ def two_stream_attention(
             on GPUs) float64; D 32, 64, 80, 96, 128 or 256 on GPUs, any on CPUs. Any strides; no copy on GPUs where the
             last one is 1. Sums are float32 (float64 for float64). Autocast casts as for PyTorch's attention.
         group_size: tokens denoised together, 1 to N. A last group may be shorter.
-        scale: of the scores; 1/sqrt(D) by default.
+        scale: of the scores, positive; 1/sqrt(D) by default.
         cu_seqlens: (S + 1,) int32, for sequences of any lengths behind each other in tensors of B = 1: sequence s is
             tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1, from 0 to N. Values are checked on the CPU only.
         return_lse: also return the log-sum-exp of each row's scores, in nats, not differentiable.
@@ -241,7 +242,7 @@ def two_stream_attention(
 
     Raises:
         TypeError: an argument isn't a floating tensor or a number. ValueError: every reason for which dtypes, shapes
-            or options aren't supported, in one message.
+            or options aren't supported, in one message. RuntimeError, in backward: a second derivative is asked for.
 
     Source: Arriola et al. 2025 (Block Diffusion), section 5; Dao 2023 (FlashAttention-2).
     """

@@ -76,7 +76,7 @@ def two_stream_decode(
             as for PyTorch's attention.
         cache_lengths: (B,) int32 or int64, how much of the cache each sequence has filled; all of it by default. Values
             are checked on the CPU only.
-        scale: of the scores; 1/sqrt(D) by default.
+        scale: of the scores, positive; 1/sqrt(D) by default.
 
     Returns:
         (B, H, g, D), laid out as (B, g, H, D).
