@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ def refusal(call: Candidate, expected: Sequence[Tensor] | None = None) -> str | 
         results = call()
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, ImportError) as error:
         return str(error).split("\n")[0]
     for a, b in zip(results, expected or (), strict=False):
         if b.numel() and not bool((a - b).abs().amax() <= SAME * b.abs().amax()):
@@ -66,6 +67,8 @@ def fastest(candidates: dict[str, Candidate], time: Callable[[Candidate], float]
     if not all(bool(t.isfinite().all()) for t in expected):
         return Choice(first, "values that aren't finite can't be compared")
     refused = {name: why for name in others if (why := refusal(candidates[name], expected)) is not None}
-    times = {name: time(call) for name, call in candidates.items() if name not in refused}
+    device = expected[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():  # whose stream is timed
+        times = {name: time(call) for name, call in candidates.items() if name not in refused}
     reasons = ["the fastest of those timed", *(f"{name}: {why}" for name, why in refused.items())]
     return Choice(min(times, key=times.__getitem__), "; ".join(reasons), times)
