@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dbkernels._levels import compute_dtype
+from dbkernels._library import backend
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_DIM = 16384
+_transform = torch._C._functorch.peek_interpreter_stack
 
 
 def definition(
@@ -41,12 +44,12 @@ def definition(
 
 
 def check_x(name: str, x: Tensor, like: Tensor | None = None) -> None:
-    """Raise unless x is a floating tensor of two dimensions or more, or one that fits `like` (the residual)."""
+    """Raise unless x is a floating tensor of one dimension or more, or one that fits `like` (the residual)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}: cast it first")
-    if x.dim() < 2 or not 1 <= x.shape[-1] <= LARGEST_DIM:
+    if x.dim() < 1 or not 1 <= x.shape[-1] <= LARGEST_DIM:
         raise ValueError(f"{name} must be (..., D) with D from 1 to {LARGEST_DIM}, got {tuple(x.shape)}")
     if like is not None and (x.shape != like.shape or x.device != like.device):
         raise ValueError(
@@ -110,6 +113,8 @@ def settled(x: Tensor, *modulation: Tensor | None) -> bool:
 def one_form(x: Tensor, modulation: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
     """x as (O, I, D) and the modulation as (O, 1, D), by views where their strides allow it."""
     given = [m for m in modulation if m is not None]
+    if x.dim() == 1:
+        return x.view(1, 1, -1), [m if m is None else m.view(1, 1, -1) for m in modulation]
     B, D = x.shape[0], x.shape[-1]
     rows = math.prod(x.shape[:-1])  # never -1 in a shape: an empty tensor has any number of rows
     if not given:
@@ -183,12 +188,30 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def by_definition() -> bool:
+    """Return whether a forward pass is its definition: on request, and for torch.func and forward-mode derivatives, for
+    which the ops have no rules."""
+    if torch.compiler.is_compiling():
+        return False
+    return backend() == "reference" or _transform() is not None or forward_ad._current_level >= 0
+
+
+def differentiated(*upstream: Tensor | None) -> bool:
+    """Return whether a backward pass is itself differentiated (create_graph) or batched (is_grads_batched); the
+    ops have no rules for either."""
+    if torch.compiler.is_compiling():
+        return False
+    # is_grads_batched isn't of torch.func: its tensors only lack a storage
+    batched = any(grad is not None and not torch._C._has_storage(grad) for grad in upstream)
+    return batched or torch.is_grad_enabled() or _transform() is not None
+
+
 def triton_launcher(name: str) -> Callable[..., Any]:
-    """Launcher `name` of dbkernels.triton.ada_norm, which is imported at the first call."""
+    """Launcher `name` of dbkernels.triton.ada_norm_launch, which is imported at the first call."""
 
     def launch(*args: Any) -> Any:
-        from dbkernels.triton import ada_norm
+        from dbkernels.triton import ada_norm_launch
 
-        return getattr(ada_norm, name)(*args)
+        return getattr(ada_norm_launch, name)(*args)
 
     return launch

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dbkernels import _modulation as modulation
-from dbkernels._library import backend, define, register_triton
+from dbkernels import _norm_plans as plans
+from dbkernels._direct import direct
+from dbkernels._library import define, register_triton
 
 Maybe: TypeAlias = Tensor | None
 
@@ -60,27 +61,46 @@ register_triton("ada_norm_backward", modulation.triton_launcher("backward"))
 
 
 class _AdaNorm(torch.autograd.Function):
-    """The op with its gradient. Not register_autograd, whose calls take twice as long: small models feel it."""
+    """The norm with its gradient. Not register_autograd, whose calls take twice as long: small models feel it."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float, rms: bool
+        ctx: Any, plan: Any, x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float, rms: bool
     ) -> Tensor:
-        out, mean, rstd = torch.ops.dbkernels.ada_norm.default(x, shift, scale, weight, bias, eps, rms)
-        ctx.shift_dtype = None if shift is None else shift.dtype
+        if plan is None:
+            out, mean, rstd = torch.ops.dbkernels.ada_norm.default(x, shift, scale, weight, bias, eps, rms)
+        else:
+            _, out, rstd = plan(x, None, None, shift, scale, weight, bias)
+            mean = rstd  # one tensor holds both
+        ctx.plan, ctx.eps, ctx.rms = plan, eps, rms
+        ctx.shift = None if shift is None else (shift.shape, shift.dtype)
         ctx.save_for_backward(x, scale, weight, bias, mean, rstd)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Maybe, ...]:
         x, scale, weight, bias, mean, rstd = ctx.saved_tensors
-        dx, sums = torch.ops.dbkernels.ada_norm_backward.default(grad, x, scale, weight, mean, rstd)
-        gradients = modulation.from_sums(sums, ctx.shift_dtype, scale, weight, bias, ctx.needs_input_grad[1:5])
-        return dx, *gradients, None, None
+        needs = ctx.needs_input_grad[1:6]
+        shift = ctx.shift if needs[1] else None
+        if not modulation.differentiated(grad):
+            if ctx.plan is None:
+                dx, sums = torch.ops.dbkernels.ada_norm_backward.default(grad, x, scale, weight, mean, rstd)
+                of_inputs = modulation.from_sums(sums, shift and shift[1], scale, weight, bias, needs[1:])
+                return None, dx, *of_inputs, None, None
+            if direct(grad, x, scale, weight, bias):
+                likes = None, shift, *map(plans.like, (scale, weight, bias), needs[2:])
+                found = plans.gradients(ctx.plan, grad, None, (x, None, None, scale, weight, bias), rstd, likes)
+                if found is not None:
+                    return None, found[0], *found[3:], None, None
+        rows, _, _, scale_rows = plans.forms(x, None, plans.stand_in(ctx.shift, x), scale)
+        mean, rstd = modulation.statistics(rows, ctx.eps, ctx.rms)
+        dx, sums = _backward(grad.reshape(rows.shape), rows, scale_rows, weight, mean, rstd)
+        of_inputs = modulation.from_sums(sums, shift and shift[1], scale_rows, weight, bias, needs[1:])
+        return None, dx.reshape(x.shape), *plans.shaped(of_inputs, shift, scale), None, None
 
 
-def _norm(x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float, rms: bool) -> Tensor:
+def _checked(x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float) -> tuple[Any, ...]:
+    """Return x, shift and scale in the kernels' form. Raises if an argument is wrong."""
     modulation.check_eps(eps)
     rows = x
     if not modulation.settled(x, shift, scale):
@@ -90,10 +110,22 @@ def _norm(x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps
         rows, (shift, scale) = modulation.one_form(x, [shift, scale])
     modulation.check_affine("weight", weight, x)
     modulation.check_affine("bias", bias, x)
-    if backend() == "reference" and not torch.compiler.is_compiling():
+    return rows, shift, scale
+
+
+def _norm(x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float, rms: bool) -> Tensor:
+    given = shift, scale, weight, bias
+    if isinstance(x, Tensor) and eps.__class__ is float and direct(x, *given):
+        plan = plans.forward_plan(lambda: _checked(x, *given, eps), eps, rms, x, None, None, *given)
+        if plan:
+            if plans.any_requires_grad(x, *given):
+                return _AdaNorm.apply(plan, x, *given, eps, rms)
+            return plan(x, None, None, *given)[1]
+    rows, shift, scale = _checked(x, *given, eps)
+    if modulation.by_definition():
         out = modulation.definition(rows, shift, scale, weight, bias, eps, rms)
     else:
-        out = _AdaNorm.apply(rows, shift, scale, weight, bias, eps, rms)
+        out = _AdaNorm.apply(None, rows, shift, scale, weight, bias, eps, rms)
     return out if rows is x else out.view(x.shape)
 
 
@@ -112,7 +144,7 @@ def ada_layer_norm(
     shift, scale, weight and bias are taken in a fixed order, so they repeat bit for bit.
 
     Args:
-        x: (..., D), two dimensions or more, D up to 16384; float16, bfloat16, float32 or float64. Arithmetic is float32
+        x: (..., D), D up to 16384; float16, bfloat16, float32 or float64. Arithmetic is float32
             (float64 for float64). Any strides; no copy where the last one is 1.
         shift, scale: per sample, (B, D) or (B, 1, D), or per token, x's shape; any floating dtype; or None.
         weight, bias: (D,), any floating dtype; or None.

@@ -10,11 +10,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dbkernels import _modulation as modulation
+from dbkernels import _norm_plans as plans
+from dbkernels._direct import direct
 from dbkernels._levels import compute_dtype
-from dbkernels._library import backend, define, register_triton
+from dbkernels._library import define, register_triton
 
 Maybe: TypeAlias = Tensor | None
 NORMS = ("layer", "rms")
@@ -89,29 +90,74 @@ class _GatedResidualNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, branch: Tensor, gate: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe,
-        eps: float, rms: bool,
+        ctx: Any, plan: Any, x: Tensor, branch: Tensor, gate: Tensor, shift: Maybe, scale: Maybe, weight: Maybe,
+        bias: Maybe, eps: float, rms: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        h, out, mean, rstd = torch.ops.dbkernels.gated_residual_norm.default(
-            x, branch, gate, shift, scale, weight, bias, eps, rms
-        )
+        if plan is None:
+            h, out, mean, rstd = torch.ops.dbkernels.gated_residual_norm.default(
+                x, branch, gate, shift, scale, weight, bias, eps, rms
+            )
+        else:
+            h, out, rstd = plan(x, branch, gate, shift, scale, weight, bias)
+            mean = rstd  # one tensor holds both
         ctx.set_materialize_grads(False)
-        ctx.shift_dtype = None if shift is None else shift.dtype
+        ctx.plan, ctx.eps, ctx.rms = plan, eps, rms
+        ctx.shift = None if shift is None else (shift.shape, shift.dtype)
         # h, not x: it lives on as the next residual, so keeping it costs nothing
         ctx.save_for_backward(h, branch, gate, scale, weight, bias, mean, rstd)
         return h, out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_h: Maybe, grad: Maybe) -> tuple[Maybe, ...]:
         h, branch, gate, scale, weight, bias, mean, rstd = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:8]
+        shift = ctx.shift if needs[3] else None
         grad = torch.zeros_like(h) if grad is None else grad
-        dx, dbranch, sums = torch.ops.dbkernels.gated_residual_norm_backward.default(
-            grad, grad_h, h, branch, gate, scale, weight, mean, rstd
-        )
-        dgate = sums[2].to(gate.dtype) if ctx.needs_input_grad[2] else None
-        rest = modulation.from_sums(sums, ctx.shift_dtype, scale, weight, bias, ctx.needs_input_grad[3:7])
-        return dx, dbranch, dgate, *rest, None, None
+        if not modulation.differentiated(grad, grad_h):
+            if ctx.plan is None:
+                dx, dbranch, sums = torch.ops.dbkernels.gated_residual_norm_backward.default(
+                    grad, grad_h, h, branch, gate, scale, weight, mean, rstd
+                )
+                d_gate = sums[2].to(gate.dtype) if needs[2] else None
+                of_inputs = modulation.from_sums(sums, shift and shift[1], scale, weight, bias, needs[3:])
+                return None, dx, dbranch, d_gate, *of_inputs, None, None
+            if direct(grad, grad_h, h, branch, gate, scale, weight, bias):
+                likes = plans.like(gate, needs[2]), shift, *map(plans.like, (scale, weight, bias), needs[4:])
+                saved = h, branch, gate, scale, weight, bias
+                found = plans.gradients(ctx.plan, grad, grad_h, saved, rstd, likes)
+                if found is not None:
+                    return None, *found, None, None
+        form = plans.forms(h, branch, gate, plans.stand_in(ctx.shift, h), scale)
+        rows, branch_rows, gate_rows, _, scale_rows = form
+        upstream = grad.reshape(rows.shape), None if grad_h is None else grad_h.reshape(rows.shape)
+        mean, rstd = modulation.statistics(rows, ctx.eps, ctx.rms)
+        dx, dbranch, sums = _backward(*upstream, rows, branch_rows, gate_rows, scale_rows, weight, mean, rstd)
+        d_gate = sums[2].to(gate.dtype).reshape(gate.shape) if needs[2] else None
+        of_inputs = modulation.from_sums(sums, shift and shift[1], scale_rows, weight, bias, needs[3:])
+        of_inputs = plans.shaped(of_inputs, shift, scale)
+        return None, dx.reshape(h.shape), dbranch.reshape(h.shape), d_gate, *of_inputs, None, None
+
+
+def _checked(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float,
+    norm: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Return x, branch, gate, shift and scale in the kernels' form. Raises if an argument is wrong."""
+    modulation.check_eps(eps)
+    if norm not in NORMS or (norm == "rms" and bias is not None):
+        raise ValueError(f'norm must be "layer", or "rms" without a bias, got {norm!r}')
+    modulation.check_x("x", x)
+    modulation.check_x("branch", branch, x)
+    rows, branch = x, branch.to(x.dtype)
+    if not modulation.settled(x, gate, shift, scale) or gate is None:
+        gate = modulation.per_row("gate", gate, x)
+        shift = None if shift is None else modulation.per_row("shift", shift, x)
+        scale = None if scale is None else modulation.per_row("scale", scale, x)
+        rows, (gate, shift, scale) = modulation.one_form(x, [gate, shift, scale])
+        branch = branch.reshape(rows.shape)
+    modulation.check_affine("weight", weight, x)
+    modulation.check_affine("bias", bias, x)
+    return rows, branch, gate, shift, scale
 
 
 def gated_residual_norm(
@@ -132,7 +178,7 @@ def gated_residual_norm(
     order, so gradients repeat bit for bit.
 
     Args:
-        x, branch: (..., D), two dimensions or more, D up to 16384; float16, bfloat16, float32 or float64. Arithmetic is
+        x, branch: (..., D), D up to 16384; float16, bfloat16, float32 or float64. Arithmetic is
             float32 (float64 for float64). A branch of another dtype is cast to x's.
         gate: per sample, (B, D) or (B, 1, D), or per token, x's shape; any floating dtype.
         shift, scale: the same, or None.
@@ -148,23 +194,18 @@ def gated_residual_norm(
 
     Source: Peebles and Xie 2023, section 3.2 (AdaLN-Zero).
     """
-    modulation.check_eps(eps)
-    if norm not in NORMS or (norm == "rms" and bias is not None):
-        raise ValueError(f'norm must be "layer", or "rms" without a bias, got {norm!r}')
-    modulation.check_x("x", x)
-    modulation.check_x("branch", branch, x)
-    rows, branch = x, branch.to(x.dtype)
-    if not modulation.settled(x, gate, shift, scale) or gate is None:
-        gate = modulation.per_row("gate", gate, x)
-        shift = None if shift is None else modulation.per_row("shift", shift, x)
-        scale = None if scale is None else modulation.per_row("scale", scale, x)
-        rows, (gate, shift, scale) = modulation.one_form(x, [gate, shift, scale])
-        branch = branch.reshape(rows.shape)
-    modulation.check_affine("weight", weight, x)
-    modulation.check_affine("bias", bias, x)
-    arguments = rows, branch, gate, shift, scale, weight, bias, eps, norm == "rms"
-    if backend() == "reference" and not torch.compiler.is_compiling():
+    given = x, branch, gate, shift, scale, weight, bias
+    rms = norm == "rms"
+    if isinstance(x, Tensor) and eps.__class__ is float and norm in NORMS and direct(*given):
+        plan = plans.forward_plan(lambda: _checked(*given, eps, norm), eps, rms, *given)
+        if plan:
+            if plans.any_requires_grad(*given):
+                return _GatedResidualNorm.apply(plan, *given, eps, rms)
+            return plan(*given)[:2]
+    rows, *rest = _checked(*given, eps, norm)
+    arguments = rows, *rest, weight, bias, eps, rms
+    if modulation.by_definition():
         h, out = gated_residual_norm_reference(*arguments)
     else:
-        h, out = _GatedResidualNorm.apply(*arguments)
+        h, out = _GatedResidualNorm.apply(None, *arguments)
     return (h, out) if rows is x else (h.view(x.shape), out.view(x.shape))

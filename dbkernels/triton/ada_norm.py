@@ -1,213 +1,216 @@
 """Modulated LayerNorm and RMSNorm, alone or behind a gated residual, in Triton. Definitions: dbkernels/ada_norm.py,
 dbkernels/gated_residual_norm.py; x is (O, I, D), the modulation of sample o is a row that its I rows share.
 
-What limits them is memory, so a row is read once: a program holds whole rows. The sums over rows behind the gradients
-of shift, scale, gate, weight and bias are partial sums of tiles of rows, added in their order: no atomics, the same
-bits every time.
+Memory is the limit, so a row is read once, by accesses of 16 bytes, and the next rows are on their way while these are
+reduced. A tile is ROWS rows in CHUNKS pieces of COLUMNS. It is loaded as (CHUNKS·ROWS, COLUMNS), piece by piece: then
+every version of Triton lays warps over rows, and a row of up to 32 lanes is summed without a barrier. Pieces past DIM,
+which is known when the kernel is compiled, cost nothing.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from dbkernels.triton.ada_norm_wide import launch_wide
 
-FUSED = 4096  # up to this padded width a program's registers hold the running sums beside a row
+@triton.jit
+def load_tile(pointer, offset, column, mask, ROWS: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(CHUNKS, ROWS, COLUMNS) from rows at `offset`."""
+    tile = tl.load(pointer + offset[:, None] + column, mask=mask, other=0.0)
+    return tile.reshape(CHUNKS, ROWS, COLUMNS)
 
 
 @triton.jit
-def _vector(pointer, row_stride, o, column, within, wide: tl.constexpr):
-    """The shared row of each row's sample: (ROWS, BLOCK)."""
-    return tl.load(pointer + (o * row_stride)[:, None] + column[None, :], mask=within, other=0.0).to(wide)
+def store_tile(pointer, offset, column, mask, tile):
+    """Write (CHUNKS, ROWS, COLUMNS) in the pointer's dtype."""
+    flat = tile.to(pointer.dtype.element_ty).reshape(column.shape[0], column.shape[1])
+    tl.store(pointer + offset[:, None] + column, flat, mask=mask)
+
+
+@triton.jit
+def row_sum(tile):
+    """Sum each row: (1, ROWS, 1)."""
+    return tl.sum(tl.sum(tile, axis=0), axis=1)[None, :, None]
+
+
+@triton.jit
+def row_sums(a, b):
+    """Sum each row of two tiles, by one exchange between warps where a row has several."""
+    a, b = tl.split(tl.sum(tl.join(tl.sum(a, axis=0), tl.sum(b, axis=0)), axis=1))
+    return a[None, :, None], b[None, :, None]
 
 
 @triton.jit
 def forward_kernel(
     x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, weight_ptr, bias_ptr, h_ptr, out_ptr, mean_ptr, rstd_ptr,
-    x_outer, x_inner, branch_outer, branch_inner, gate_row, shift_row, scale_row, rows, inner, dim, eps,
-    RMS: tl.constexpr, GATED: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_outer, x_inner, branch_outer, branch_inner, gate_row, shift_row, scale_row, inner, tiles, steps, rstd_at,
+    EPS: tl.constexpr, RMS: tl.constexpr, GATED: tl.constexpr, SHIFT: tl.constexpr, SCALE: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, DIM: tl.constexpr, AHEAD: tl.constexpr, ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows."""
+    """One program: `steps` times ROWS rows of one sample. The modulation is loaded where it is used, from the L1 cache
+    after the first step: registers hold the next rows instead, if AHEAD. rstd begins at rstd_at."""
     wide: tl.constexpr = rstd_ptr.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    within = (row < rows)[:, None] & (column < dim)[None, :]
-    o = row // inner
-    i = row - o * inner
-    v = tl.load(x_ptr + (o * x_outer + i * x_inner)[:, None] + column[None, :], mask=within, other=0.0).to(wide)
-    at = (row * dim)[:, None] + column[None, :]
+    program = tl.program_id(0)
+    o = program // tiles
+    first = (program - o * tiles).to(tl.int64) * (steps * ROWS)
+    o = o.to(tl.int64)
+    n = tl.arange(0, CHUNKS * ROWS)
+    column = (n // ROWS * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    inside = column < DIM
+    shared = n * 0  # the same row for all
+    x_ptr += o * x_outer
+    branch_ptr += o * branch_outer
+    i = first + n % ROWS
+    mask = (i < inner)[:, None] & inside
+    next_v = load_tile(x_ptr, i * x_inner, column, mask, ROWS, CHUNKS, COLUMNS)
+    next_branch = next_v
     if GATED:
-        from_branch = (o * branch_outer + i * branch_inner)[:, None] + column[None, :]
-        branch = tl.load(branch_ptr + from_branch, mask=within, other=0.0).to(wide)
-        h = (v + _vector(gate_ptr, gate_row, o, column, within, wide) * branch).to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + at, h, mask=within)
-        v = h.to(wide)  # as stored: the backward pass starts from it
+        next_branch = load_tile(branch_ptr, i * branch_inner, column, mask, ROWS, CHUNKS, COLUMNS)
+    for step in range(steps):
+        v = next_v.to(wide)
+        branch = next_branch.to(wide)
+        i = first + step * ROWS + n % ROWS
+        mask = (i < inner)[:, None] & inside
+        if AHEAD:
+            ahead = i + ROWS
+            soon = ((ahead < inner) & (step + 1 < steps))[:, None] & inside
+            next_v = load_tile(x_ptr, ahead * x_inner, column, soon, ROWS, CHUNKS, COLUMNS)
+            if GATED:
+                next_branch = load_tile(branch_ptr, ahead * branch_inner, column, soon, ROWS, CHUNKS, COLUMNS)
+        to = (o * inner + i) * DIM
+        row = first + step * ROWS + tl.arange(0, ROWS)
+        if GATED:
+            gate = load_tile(gate_ptr + o * gate_row, shared, column, inside, ROWS, CHUNKS, COLUMNS).to(wide)
+            h = (v + gate * branch).to(h_ptr.dtype.element_ty)
+            store_tile(h_ptr, to, column, mask, h)
+            v = h.to(wide)  # as stored: the backward pass starts from it
+        if not RMS:
+            mean = row_sum(v) / DIM
+            tl.store(mean_ptr + o * inner + row, mean.reshape(ROWS), mask=row < inner)
+            v = tl.where(inside.reshape(CHUNKS, ROWS, COLUMNS), v - mean, 0.0)
+        rstd = tl.rsqrt(row_sum(v * v) / DIM + EPS)
+        tl.store(rstd_ptr + rstd_at + o * inner + row, rstd.reshape(ROWS), mask=row < inner)
+        out = v * rstd
+        if WEIGHT:
+            out = out * load_tile(weight_ptr, shared, column, inside, ROWS, CHUNKS, COLUMNS).to(wide)
+        if BIAS:
+            out = out + load_tile(bias_ptr, shared, column, inside, ROWS, CHUNKS, COLUMNS).to(wide)
+        if SCALE:
+            scale = load_tile(scale_ptr + o * scale_row, shared, column, inside, ROWS, CHUNKS, COLUMNS).to(wide)
+            out = out * (1.0 + scale)
+        if SHIFT:
+            out = out + load_tile(shift_ptr + o * shift_row, shared, column, inside, ROWS, CHUNKS, COLUMNS).to(wide)
+        store_tile(out_ptr, to, column, mask, out)
+
+
+@triton.jit
+def load_step(
+    grad_ptr, grad_h_ptr, x_ptr, branch_ptr, mean_ptr, rstd_ptr, grad_inner, grad_h_inner, x_inner, branch_inner,
+    start, inner, n, column, inside,
+    RMS: tl.constexpr, GATED: tl.constexpr, GRAD_H: tl.constexpr,
+    ROWS: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """grad, x, branch, grad_h as stored, mean and rstd of ROWS rows from `start`; rows from `inner` on are 0."""
+    i = start + n % ROWS
+    mask = (i < inner)[:, None] & inside
+    grad = load_tile(grad_ptr, i * grad_inner, column, mask, ROWS, CHUNKS, COLUMNS)
+    v = load_tile(x_ptr, i * x_inner, column, mask, ROWS, CHUNKS, COLUMNS)
+    branch = v
+    grad_h = v
+    if GATED:
+        branch = load_tile(branch_ptr, i * branch_inner, column, mask, ROWS, CHUNKS, COLUMNS)
+        if GRAD_H:
+            grad_h = load_tile(grad_h_ptr, i * grad_h_inner, column, mask, ROWS, CHUNKS, COLUMNS)
+    row = start + tl.arange(0, ROWS)
+    rstd = tl.load(rstd_ptr + row, mask=row < inner, other=0.0)
+    mean = rstd
     if not RMS:
-        mean = tl.sum(v, axis=1) / dim
-        tl.store(mean_ptr + row, mean, mask=row < rows)
-        v = tl.where(within, v - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(v * v, axis=1) / dim + eps)
-    tl.store(rstd_ptr + row, rstd, mask=row < rows)
-    out = v * rstd[:, None]
-    if WEIGHT:
-        out = out * tl.load(weight_ptr + column, mask=column < dim, other=0.0).to(wide)[None, :]
-    if BIAS:
-        out = out + tl.load(bias_ptr + column, mask=column < dim, other=0.0).to(wide)[None, :]
-    if SCALE:
-        out = out * (1.0 + _vector(scale_ptr, scale_row, o, column, within, wide))
-    if SHIFT:
-        out = out + _vector(shift_ptr, shift_row, o, column, within, wide)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=within)
+        mean = tl.load(mean_ptr + row, mask=row < inner, other=0.0)
+    return grad, v, branch, grad_h, mean, rstd
 
 
 @triton.jit
 def backward_kernel(
     grad_ptr, grad_h_ptr, x_ptr, branch_ptr, gate_ptr, scale_ptr, weight_ptr, mean_ptr, rstd_ptr,
-    dx_ptr, dbranch_ptr, partial_ptr,
+    dx_ptr, dbranch_ptr, sum_grad_ptr, sum_normal_ptr, sum_branch_ptr,
     grad_outer, grad_inner, grad_h_outer, grad_h_inner, x_outer, x_inner, branch_outer, branch_inner,
-    gate_row, scale_row, samples, inner, tiles, dim,
+    gate_row, scale_row, inner, tiles, steps, rstd_at, sums_apart,
     RMS: tl.constexpr, GATED: tl.constexpr, GRAD_H: tl.constexpr, SCALE: tl.constexpr, WEIGHT: tl.constexpr,
-    STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SUM_GRAD: tl.constexpr, SUM_NORMAL: tl.constexpr, SUM_BRANCH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of STEPS times ROWS rows of one sample, whose partial sums it writes."""
+    """One program: `steps` times ROWS rows of one sample. Its sums over rows (of grad, of grad times the normalised
+    row, of the residual's gradient times the branch) go to a row of their own, sums_apart from each other."""
     wide: tl.constexpr = rstd_ptr.dtype.element_ty
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     o = program // tiles
-    tile = program - o * tiles
-    column = tl.arange(0, BLOCK)
-    k = tl.full((BLOCK,), 1.0, wide)
+    first = (program - o * tiles).to(tl.int64) * (steps * ROWS)
+    o = o.to(tl.int64)
+    n = tl.arange(0, CHUNKS * ROWS)
+    column = (n // ROWS * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+    inside = column < DIM
+    shared = n * 0  # the same row for all
+    grad_ptr += o * grad_outer
+    grad_h_ptr += o * grad_h_outer
+    x_ptr += o * x_outer
+    branch_ptr += o * branch_outer
+    mean_ptr += o * inner
+    rstd_ptr += o * inner + rstd_at
+    k = tl.full((CHUNKS, ROWS, COLUMNS), 1.0, wide)
     if SCALE:
-        k += tl.load(scale_ptr + o * scale_row + column, mask=column < dim, other=0.0).to(wide)
+        k += load_tile(scale_ptr + o * scale_row, shared, column, inside, ROWS, CHUNKS, COLUMNS).to(wide)
     if WEIGHT:
-        k *= tl.load(weight_ptr + column, mask=column < dim, other=0.0).to(wide)
-    sum_grad = tl.zeros((ROWS, BLOCK), wide)
-    sum_normal = tl.zeros((ROWS, BLOCK), wide)
-    sum_branch = tl.zeros((ROWS, BLOCK), wide)
-    for step in range(STEPS):
-        i = (tile * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        row = o * inner + i
-        within = (i < inner)[:, None] & (column < dim)[None, :]
-        grad = tl.load(grad_ptr + (o * grad_outer + i * grad_inner)[:, None] + column[None, :], mask=within, other=0.0)
-        grad = grad.to(wide)
-        v = tl.load(x_ptr + (o * x_outer + i * x_inner)[:, None] + column[None, :], mask=within, other=0.0).to(wide)
-        rstd = tl.load(rstd_ptr + row, mask=i < inner, other=0.0)
+        k *= load_tile(weight_ptr, shared, column, inside, ROWS, CHUNKS, COLUMNS).to(wide)
+    gate = k
+    if GATED:
+        gate = load_tile(gate_ptr + o * gate_row, shared, column, inside, ROWS, CHUNKS, COLUMNS)
+    sum_grad = tl.zeros((CHUNKS, ROWS, COLUMNS), wide)
+    sum_normal = tl.zeros((CHUNKS, ROWS, COLUMNS), wide)
+    sum_branch = tl.zeros((CHUNKS, ROWS, COLUMNS), wide)
+    grad, v, branch, grad_h, mean, rstd = load_step(
+        grad_ptr, grad_h_ptr, x_ptr, branch_ptr, mean_ptr, rstd_ptr, grad_inner, grad_h_inner, x_inner, branch_inner,
+        first, inner, n, column, inside, RMS, GATED, GRAD_H, ROWS, CHUNKS, COLUMNS,
+    )  # fmt: skip
+    end = tl.minimum(first + steps * ROWS, inner)
+    for step in range(steps):
+        start = first + step * ROWS
+        next_grad, next_v, next_branch, next_grad_h, next_mean, next_rstd = load_step(
+            grad_ptr, grad_h_ptr, x_ptr, branch_ptr, mean_ptr, rstd_ptr, grad_inner, grad_h_inner, x_inner,
+            branch_inner, start + ROWS, end, n, column, inside, RMS, GATED, GRAD_H, ROWS, CHUNKS, COLUMNS,
+        )  # fmt: skip
+        i = start + n % ROWS
+        mask = (i < inner)[:, None] & inside
+        to = (o * inner + i) * DIM
+        g = grad.to(wide)
+        normal = v.to(wide)
         if not RMS:
-            v = v - tl.load(mean_ptr + row, mask=i < inner, other=0.0)[:, None]
-        normal = tl.where(within, v * rstd[:, None], 0.0)
-        scaled = grad * k[None, :]
-        sum_grad += grad
-        sum_normal += grad * normal
-        d = scaled - normal * (tl.sum(scaled * normal, axis=1) / dim)[:, None]
-        if not RMS:
-            d = d - (tl.sum(scaled, axis=1) / dim)[:, None]
-        d = d * rstd[:, None]
-        at = (row * dim)[:, None] + column[None, :]
+            normal = tl.where(inside.reshape(CHUNKS, ROWS, COLUMNS), normal - mean[None, :, None], 0.0)
+        normal = normal * rstd[None, :, None]
+        scaled = g * k
+        if SUM_GRAD:
+            sum_grad += g
+        if SUM_NORMAL:
+            sum_normal += g * normal
+        if RMS:
+            d = scaled - normal * (row_sum(scaled * normal) / DIM)
+        else:
+            along, level = row_sums(scaled * normal, scaled)
+            d = scaled - normal * (along / DIM) - level / DIM
+        d = d * rstd[None, :, None]
         if GATED:
             if GRAD_H:
-                from_h = (o * grad_h_outer + i * grad_h_inner)[:, None] + column[None, :]
-                d += tl.load(grad_h_ptr + from_h, mask=within, other=0.0).to(wide)
-            gate = tl.load(gate_ptr + o * gate_row + column, mask=column < dim, other=0.0).to(wide)
-            tl.store(dbranch_ptr + at, (d * gate[None, :]).to(dbranch_ptr.dtype.element_ty), mask=within)
-            from_branch = (o * branch_outer + i * branch_inner)[:, None] + column[None, :]
-            sum_branch += d * tl.load(branch_ptr + from_branch, mask=within, other=0.0).to(wide)
-        tl.store(dx_ptr + at, d.to(dx_ptr.dtype.element_ty), mask=within)
-    kind = samples * tiles * dim
-    to = partial_ptr + program * dim + column
-    tl.store(to, tl.sum(sum_grad, axis=0), mask=column < dim)
-    tl.store(to + kind, tl.sum(sum_normal, axis=0), mask=column < dim)
-    if GATED:
-        tl.store(to + 2 * kind, tl.sum(sum_branch, axis=0), mask=column < dim)
-
-
-def layout(dim, inner, each):
-    """(ROWS, BLOCK, warps): rows of a program, their padded width, and threads for some `each` elements."""
-    block = triton.next_power_of_2(dim)
-    rows = min(triton.next_power_of_2(inner), max(1, 1024 // block))
-    return rows, block, min(32, max(4, rows * block // (32 * each)))
-
-
-def tiling(samples, inner, rows):
-    """(STEPS, tiles): how many times ROWS rows a tile has, and tiles a sample. Some 1024 programs if there is the work;
-    by the shape alone, so that sums don't depend on the device."""
-    steps = 1
-    while steps < 32 and steps * rows < inner and samples * triton.cdiv(inner, 2 * steps * rows) >= 1024:
-        steps *= 2
-    return steps, triton.cdiv(inner, steps * rows)
-
-
-def _rows(tensor):
-    """A tensor whose rows have adjacent elements, without a copy where they have."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _stride(tensor):
-    return 0 if tensor is None else tensor.stride(0)
-
-
-def _launch_forward(x, branch, gate, shift, scale, weight, bias, eps, rms):
-    x, gate, shift, scale, weight, bias = (t if t is None else _rows(t) for t in (x, gate, shift, scale, weight, bias))
-    branch = x if branch is None else _rows(branch)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    O, I, D = x.shape
-    out = torch.empty((O, I, D), dtype=x.dtype, device=x.device)
-    h = out if gate is None else torch.empty_like(out)
-    rstd = torch.empty((O, I), dtype=wide, device=x.device)
-    mean = torch.empty(0 if rms else (O, I), dtype=wide, device=x.device)
-    if out.numel() == 0:
-        return h, out, mean, rstd
-    rows, block, warps = layout(D, I, 8)
-    some = x  # stands for what isn't there: never read
-    forward_kernel[(triton.cdiv(O * I, rows),)](
-        x, branch, *(some if t is None else t for t in (gate, shift, scale, weight, bias)), h, out, mean, rstd,
-        *x.stride()[:2], *branch.stride()[:2], _stride(gate), _stride(shift), _stride(scale), O * I, I, D, eps,
-        RMS=rms, GATED=gate is not None, SHIFT=shift is not None, SCALE=scale is not None, WEIGHT=weight is not None,
-        BIAS=bias is not None, ROWS=rows, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
-    return h, out, mean, rstd
-
-
-def _launch_backward(grad, grad_h, x, branch, gate, scale, weight, mean, rstd):
-    grad, x, gate, scale, weight = (t if t is None else _rows(t) for t in (grad, x, gate, scale, weight))
-    grad_h, branch = grad if grad_h is None else _rows(grad_h), x if branch is None else _rows(branch)
-    has_h, gated, rms = grad_h is not grad, gate is not None, mean.numel() == 0
-    O, I, D = x.shape
-    dx = torch.empty((O, I, D), dtype=x.dtype, device=x.device)
-    dbranch = torch.empty_like(dx) if gated else dx
-    rows, block, warps = layout(D, I, 4)
-    steps, tiles = tiling(O, I, rows)
-    partial = torch.empty((3 if gated else 2, O, max(1, tiles), D), dtype=rstd.dtype, device=x.device)
-    if dx.numel() == 0:
-        return dx, dbranch, partial.zero_().sum(2, keepdim=True)
-    tensors = grad, grad_h, x, branch, *(x if t is None else t for t in (gate, scale, weight)), mean, rstd, dx, dbranch
-    strides = *grad.stride()[:2], *grad_h.stride()[:2], *x.stride()[:2], *branch.stride()[:2]
-    shared = dict(RMS=rms, GATED=gated, GRAD_H=has_h, SCALE=scale is not None, WEIGHT=weight is not None)
-    if block <= FUSED:
-        backward_kernel[(O * tiles,)](
-            *tensors, partial, *strides, _stride(gate), _stride(scale), O, I, tiles, D,
-            **shared, STEPS=steps, ROWS=rows, BLOCK=block, num_warps=warps,
-        )  # fmt: skip
-    else:
-        launch_wide(tensors, partial, strides, (_stride(gate), _stride(scale)), (O, I, tiles, D), shared, steps)
-    return dx, dbranch, partial if tiles == 1 else partial.sum(2, keepdim=True)
-
-
-def forward(x, shift, scale, weight, bias, eps, rms):
-    """ada_norm: -> out, mean, rstd."""
-    return _launch_forward(x, None, None, shift, scale, weight, bias, eps, rms)[1:]
-
-
-def backward(grad, x, scale, weight, mean, rstd):
-    """ada_norm_backward: -> dx, sums."""
-    dx, _, sums = _launch_backward(grad, None, x, None, None, scale, weight, mean, rstd)
-    return dx, sums
-
-
-def gated_forward(x, branch, gate, shift, scale, weight, bias, eps, rms):
-    """gated_residual_norm: -> h, out, mean, rstd."""
-    return _launch_forward(x, branch, gate, shift, scale, weight, bias, eps, rms)
-
-
-def gated_backward(grad, grad_h, h, branch, gate, scale, weight, mean, rstd):
-    """gated_residual_norm_backward: -> dx, dbranch, sums."""
-    return _launch_backward(grad, grad_h, h, branch, gate, scale, weight, mean, rstd)
+                d += grad_h.to(wide)
+            store_tile(dbranch_ptr, to, column, mask, d * gate.to(wide))
+            if SUM_BRANCH:
+                sum_branch += d * branch.to(wide)
+        store_tile(dx_ptr, to, column, mask, d)
+        grad, v, branch, grad_h, mean, rstd = next_grad, next_v, next_branch, next_grad_h, next_mean, next_rstd
+    across = tl.arange(0, CHUNKS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    at = program.to(tl.int64) * DIM + across
+    if SUM_GRAD:
+        tl.store(sum_grad_ptr + at, tl.sum(sum_grad, axis=1).to(sum_grad_ptr.dtype.element_ty), mask=across < DIM)
+    if SUM_NORMAL:
+        total = tl.sum(sum_normal, axis=1).to(sum_normal_ptr.dtype.element_ty)
+        tl.store(sum_normal_ptr + sums_apart + at, total, mask=across < DIM)
+    if SUM_BRANCH:
+        total = tl.sum(sum_branch, axis=1).to(sum_branch_ptr.dtype.element_ty)
+        tl.store(sum_branch_ptr + 2 * sums_apart + at, total, mask=across < DIM)

@@ -5,16 +5,16 @@ import triton
 import triton.language as tl
 
 CHUNK = 2048  # columns of a row taken together
-COLUMNS = 256  # columns of a tile whose sums a program takes
+WIDE_COLUMNS = 256  # columns of a tile whose sums a program takes
 
 
 @triton.jit
 def wide_backward_kernel(
     grad_ptr, grad_h_ptr, x_ptr, branch_ptr, gate_ptr, scale_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr,
     grad_outer, grad_inner, grad_h_outer, grad_h_inner, x_outer, x_inner, branch_outer, branch_inner,
-    gate_row, scale_row, inner, dim,
+    gate_row, scale_row, inner, rstd_at,
     RMS: tl.constexpr, GATED: tl.constexpr, GRAD_H: tl.constexpr, SCALE: tl.constexpr, WEIGHT: tl.constexpr,
-    CHUNK: tl.constexpr,
+    DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program: one row."""
     wide: tl.constexpr = rstd_ptr.dtype.element_ty
@@ -23,18 +23,18 @@ def wide_backward_kernel(
     i = row - o * inner
     grad_ptr += o * grad_outer + i * grad_inner
     x_ptr += o * x_outer + i * x_inner
-    rstd = tl.load(rstd_ptr + row)
+    rstd = tl.load(rstd_ptr + rstd_at + row)
     mean = rstd * 0.0
     if not RMS:
         mean = tl.load(mean_ptr + row)
     total = tl.zeros((CHUNK,), wide)
     along = tl.zeros((CHUNK,), wide)
     for turn in tl.static_range(2):
-        level = tl.sum(total, axis=0) / dim
-        slope = tl.sum(along, axis=0) / dim
-        for start in range(0, dim, CHUNK):
+        level = tl.sum(total, axis=0) / DIM
+        slope = tl.sum(along, axis=0) / DIM
+        for start in range(0, DIM, CHUNK):
             column = start + tl.arange(0, CHUNK)
-            within = column < dim
+            within = column < DIM
             scaled = tl.load(grad_ptr + column, mask=within, other=0.0).to(wide)
             if SCALE:
                 scaled *= 1.0 + tl.load(scale_ptr + o * scale_row + column, mask=within, other=0.0).to(wide)
@@ -55,16 +55,17 @@ def wide_backward_kernel(
                         from_h = grad_h_ptr + o * grad_h_outer + i * grad_h_inner + column
                         d += tl.load(from_h, mask=within, other=0.0).to(wide)
                     gate = tl.load(gate_ptr + o * gate_row + column, mask=within, other=0.0).to(wide)
-                    to = dbranch_ptr + row * dim + column
+                    to = dbranch_ptr + row * DIM + column
                     tl.store(to, (d * gate).to(dbranch_ptr.dtype.element_ty), mask=within)
-                tl.store(dx_ptr + row * dim + column, d.to(dx_ptr.dtype.element_ty), mask=within)
+                tl.store(dx_ptr + row * DIM + column, d.to(dx_ptr.dtype.element_ty), mask=within)
 
 
 @triton.jit
 def sums_kernel(
-    grad_ptr, x_ptr, branch_ptr, dx_ptr, mean_ptr, rstd_ptr, partial_ptr,
-    grad_outer, grad_inner, x_outer, x_inner, branch_outer, branch_inner, samples, inner, tiles, dim,
-    RMS: tl.constexpr, GATED: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr,
+    grad_ptr, x_ptr, branch_ptr, dx_ptr, mean_ptr, rstd_ptr, sum_grad_ptr, sum_normal_ptr, sum_branch_ptr,
+    grad_outer, grad_inner, x_outer, x_inner, branch_outer, branch_inner, inner, tiles, steps, rstd_at, sums_apart,
+    RMS: tl.constexpr, SUM_GRAD: tl.constexpr, SUM_NORMAL: tl.constexpr, SUM_BRANCH: tl.constexpr, DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The partial sums: one program takes BLOCK columns of a tile."""
     wide: tl.constexpr = rstd_ptr.dtype.element_ty
@@ -75,36 +76,25 @@ def sums_kernel(
     sum_grad = tl.zeros((BLOCK,), wide)
     sum_normal = tl.zeros((BLOCK,), wide)
     sum_branch = tl.zeros((BLOCK,), wide)
-    for step in range(STEPS):
-        i = tile * STEPS + step
+    for step in range(steps):
+        i = tile * steps + step
         row = o * inner + i
-        within = (column < dim) & (i < inner)
+        within = (column < DIM) & (i < inner)
         grad = tl.load(grad_ptr + o * grad_outer + i * grad_inner + column, mask=within, other=0.0).to(wide)
         v = tl.load(x_ptr + o * x_outer + i * x_inner + column, mask=within, other=0.0).to(wide)
         if not RMS:
             v = v - tl.load(mean_ptr + row, mask=i < inner, other=0.0)
         sum_grad += grad
-        sum_normal += grad * v * tl.load(rstd_ptr + row, mask=i < inner, other=0.0)
-        if GATED:
+        sum_normal += grad * v * tl.load(rstd_ptr + rstd_at + row, mask=i < inner, other=0.0)
+        if SUM_BRANCH:
             branch = tl.load(branch_ptr + o * branch_outer + i * branch_inner + column, mask=within, other=0.0)
-            d = tl.load(dx_ptr + row * dim + column, mask=within, other=0.0).to(wide)
+            d = tl.load(dx_ptr + row * DIM + column, mask=within, other=0.0).to(wide)
             sum_branch += d * branch.to(wide)
-    kind = samples * tiles * dim
-    to = partial_ptr + program * dim + column
-    tl.store(to, sum_grad, mask=column < dim)
-    tl.store(to + kind, sum_normal, mask=column < dim)
-    if GATED:
-        tl.store(to + 2 * kind, sum_branch, mask=column < dim)
-
-
-def launch_wide(tensors, partial, strides, modulation_strides, sizes, flags, steps):
-    """Fill dx, dbranch and the partial sums. The arguments are those of ada_norm.backward_kernel, in groups."""
-    grad, _, x, branch, _, _, _, mean, rstd, dx, _ = tensors
-    samples, inner, tiles, dim = sizes
-    wide_backward_kernel[(samples * inner,)](
-        *tensors, *strides, *modulation_strides, inner, dim, **flags, CHUNK=CHUNK, num_warps=8
-    )
-    sums_kernel[(samples * tiles, triton.cdiv(dim, COLUMNS))](
-        grad, x, branch, dx, mean, rstd, partial, *strides[:2], *strides[4:], samples, inner, tiles, dim,
-        RMS=flags["RMS"], GATED=flags["GATED"], STEPS=steps, BLOCK=COLUMNS, num_warps=4,
-    )  # fmt: skip
+    at = program * DIM + column
+    if SUM_GRAD:
+        tl.store(sum_grad_ptr + at, sum_grad.to(sum_grad_ptr.dtype.element_ty), mask=column < DIM)
+    if SUM_NORMAL:
+        tl.store(sum_normal_ptr + sums_apart + at, sum_normal.to(sum_normal_ptr.dtype.element_ty), mask=column < DIM)
+    if SUM_BRANCH:
+        total = sum_branch.to(sum_branch_ptr.dtype.element_ty)
+        tl.store(sum_branch_ptr + 2 * sums_apart + at, total, mask=column < DIM)

@@ -26,8 +26,9 @@ class Report:
     sass: str
 
 
-def compile_kernel(kernel, signature, constants, arch, warps=4, stages=3):
-    """`signature`: a type for each argument that isn't constexpr, in order; ":16" says divisible by 16."""
+def compile_kernel(kernel, signature, constants, arch, warps=4, stages=3, **options):
+    """`signature`: a type for each argument that isn't constexpr, in order; ":16" says divisible by 16. options:
+    others of a launch, such as maxnreg."""
     while not hasattr(kernel, "params"):
         kernel = kernel.fn
     names = [parameter.name for parameter in kernel.params]
@@ -41,9 +42,8 @@ def compile_kernel(kernel, signature, constants, arch, warps=4, stages=3):
         constexprs=constants,
         attrs=divisible,
     )
-    return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
-    )
+    options = {"num_warps": warps, "num_stages": stages, **options}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def _tool(name, *arguments):
@@ -59,8 +59,8 @@ def _spilled(ptx):
     return sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", words).groups()))
 
 
-def report(kernel, signature, constants, arch, warps=4, stages=3):
-    compiled = compile_kernel(kernel, signature, constants, arch, warps, stages)
+def report(kernel, signature, constants, arch, warps=4, stages=3, **options):
+    compiled = compile_kernel(kernel, signature, constants, arch, warps, stages, **options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

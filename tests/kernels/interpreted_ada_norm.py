@@ -8,7 +8,7 @@ from dbkernels import _modulation as modulation
 from dbkernels.ada_norm import _backward, _forward
 from dbkernels.gated_residual_norm import _backward as _gated_backward
 from dbkernels.gated_residual_norm import _forward as _gated_forward
-from dbkernels.triton import ada_norm
+from dbkernels.triton import ada_norm_launch as ada_norm
 from numerics import EPSILON
 
 torch.manual_seed(0)

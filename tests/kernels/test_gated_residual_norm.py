@@ -135,6 +135,38 @@ def test_gradcheck(rms):
     assert torch.autograd.gradcheck(lambda *t: gated_residual_norm_reference(*t, *none, 1e-6, rms), leaves)
 
 
+@pytest.mark.parametrize("rms", [False, True])
+def test_second_derivatives(rms):
+    leaves = [t.requires_grad_() for t in example((2, 3, 5), torch.float64, rms=rms) if t is not None]
+    assert torch.autograd.gradgradcheck(lambda *t: call(rms, *t, *([None] if rms else [])), leaves)
+
+
+def test_transforms_of_torch_func():
+    """They and batched gradients run on the definition."""
+    x, *rest = example((4, 3, 8), torch.float64)
+
+    def loss(x):
+        h, out = call(False, x, *rest)
+        return (h + 2 * out).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(loss)(x), torch.autograd.grad(loss(leaf), leaf)[0])
+    out = call(False, leaf, *rest)[1]
+    upstream = torch.randn(3, *out.shape, dtype=torch.float64)
+    batched = torch.autograd.grad(out, leaf, upstream, is_grads_batched=True, retain_graph=True)[0]
+    for one, grad in zip(batched, upstream, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(out, leaf, grad, retain_graph=True)[0])
+
+
+def test_one_dimension():
+    tensors = [t.flatten() for t in example((1, 1, 24), torch.float64)]
+    ours = gradients(lambda *t: call(False, *t), tensors, [torch.ones(24, dtype=torch.float64)] * 2)
+    exact = gradients(lambda *t: eager(*t, False), tensors, [torch.ones(24, dtype=torch.float64)] * 2)
+    for a, b in zip(ours, exact, strict=True):
+        assert a.shape == (24,)
+        torch.testing.assert_close(a, b)
+
+
 def test_the_backward_definition_is_the_kernels():
     h, branch, grad, grad_h = torch.randn(4, 3, 70, 17)
     gate, scale = torch.randn(2, 3, 1, 17)
@@ -208,9 +240,12 @@ def test_errors_name_the_argument(arguments, error, words):
         dbkernels.gated_residual_norm(**{"x": X, "branch": X, "gate": M, "shift": M, "scale": M, **arguments})
 
 
+GPU_SHAPES = [*SHAPES, (3, 5000, 64), (2, 7, 16384), pytest.param((64, 197, 384), marks=pytest.mark.smoke)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 7, 16384), (64, 197, 384)])
+@pytest.mark.parametrize("shape", GPU_SHAPES)
 def test_gpu_against_float64(dtype, shape):
     tensors = [t.cuda() for t in example(shape, dtype)]
     grads = [torch.randn(shape, device="cuda").to(dtype) for _ in range(2)]
