@@ -17,6 +17,7 @@ from dbkernels.replace import Replacement, replace
 from dbkernels.sample_sigma import sample_sigma, sample_sigma_reference
 from dbkernels.softmax_embedding import softmax_embedding
 from dbkernels.two_stream_attention import TwoStreams, two_stream_attention, two_stream_attention_reference
+from dbkernels.two_stream_choice import TwoStreamChoice, two_stream_choice
 from dbkernels.two_stream_decode import two_stream_decode, two_stream_decode_reference
 
 load_compiled()
@@ -24,6 +25,7 @@ load_compiled()
 __version__ = "0.1.0"
 __all__ = [
     "Replacement",
+    "TwoStreamChoice",
     "TwoStreams",
     "ada_layer_norm",
     "ada_rms_norm",
@@ -52,6 +54,7 @@ __all__ = [
     "softmax_embedding",
     "two_stream_attention",
     "two_stream_attention_reference",
+    "two_stream_choice",
     "two_stream_decode",
     "two_stream_decode_reference",
 ]

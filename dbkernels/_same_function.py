@@ -14,7 +14,7 @@ from dbkernels._drop_in import _DropIn
 
 SIZES = (1e-6, 1e-4, 1e-2, 1.0, 1e3)  # of activations: where eps counts, and where squares grow large
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SHAPES = ((64,), (4, 16), (2, 4, 8))  # in front of the normalised dimension; 64 rows show a dropout of .1
+SHAPES = ((64,), (4, 16), (2, 4, 8), ())  # in front of the normalised dimension; 64 rows show a dropout of .1
 # One rounding fewer than the module replaced makes one unit of difference, and some compute float64 in float32; a norm
 # of another kind differs by far more.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbkernels._address import Number
 from dbkernels.denoising_cross_entropy import denoising_cross_entropy
 from dbkernels.philox import philox_uniform
 
 
 def mask_tokens(
-    tokens: Tensor, alpha: float | Tensor, mask_id: int, *, seed: int, offset: int = 0
+    tokens: Tensor, alpha: float | Tensor, mask_id: int, *, seed: Number, offset: Number = 0
 ) -> tuple[Tensor, Tensor]:
     """Replace each token by `mask_id` with probability 1 - alpha, by address: the same on every device.
 
@@ -23,7 +24,7 @@ def mask_tokens(
         tokens: (B, N) int64 or int32.
         alpha: probability of keeping a token, in [0, 1]: a float, or one a sample, (B,). A tensor's values aren't
             checked, as that would stop the device.
-        seed: in [0, 2^64); offset: in [0, 2^32), for example the step.
+        seed: in [0, 2^64); offset: in [0, 2^32), for example the step; ints or 0-dim tensors, as for `philox_uniform`.
 
     Returns:
         (tokens with masks, where they are): the latter bool, both (B, N).

@@ -114,9 +114,9 @@ class EDMLoss(nn.Module):
         super().__init__()
         self.sigma_data, self.reduction = sigma_data, reduction
 
-    def forward(self, F: Tensor, z: Tensor, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """F, z, y: (B, ...); sigma: (B,) -> the loss, by `reduction`."""
-        return edm_loss(F, z, y, sigma, sigma_data=self.sigma_data, reduction=self.reduction)
+    def forward(self, F: Tensor, z: Tensor, y: Tensor, sigma: float | Tensor, weight: float = 1.0) -> Tensor:
+        """F, z, y: (B, ...); sigma: (B,) -> `weight` times the loss, by `reduction`."""
+        return edm_loss(F, z, y, sigma, sigma_data=self.sigma_data, reduction=self.reduction, weight=weight)
 
     def extra_repr(self) -> str:
         return f"sigma_data={self.sigma_data}, reduction={self.reduction!r}"
