@@ -66,6 +66,8 @@ def case(sizes, shape, dtype, bench):
     device = bench.device
     streams = [torch.randn(B, N, H, D, device=device).to(dtype).transpose(1, 2).requires_grad_() for _ in range(6)]
     upstream = [torch.randn(B, H, N, D, device=device).to(dtype) for _ in range(2)]
+    choice = dbkernels.two_stream_choice(*streams, group_size=group_size)
+    print(f"ours: forward {choice.forward}, backward {choice.backward}", flush=True)
 
     def call(make):
         op = make()
