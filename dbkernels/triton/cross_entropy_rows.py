@@ -114,7 +114,8 @@ def mark_kernel(
     tl.store(marked_ptr + at, tl.where(counted, tl.where(inside, target, -2), -1), mask=at < rows)
     factor = tl.where(counted, 1.0, 0.0).to(factor_ptr.dtype.element_ty)
     if WEIGHTED:
-        factor *= tl.load(weight_ptr + at, mask=at < rows, other=0.0)
+        # Not a product: what an ignored row weighs may be infinite.
+        factor = tl.where(counted, tl.load(weight_ptr + at, mask=at < rows, other=0.0), 0.0)
     if MEAN:
         count = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, rows, BLOCK):
@@ -180,5 +181,6 @@ def mark(target, width, ignore_index, row_weight, mean, dtype):
         mark_kernel, (triton.cdiv(rows, TARGETS),), target.get_device(), (ignore_index, width, rows),
         WEIGHTED=weighted, MEAN=mean, BLOCK=TARGETS, num_warps=4,
     ))  # fmt: skip
-    launch(target, row_weight if weighted else factor, marked, factor)
+    # One number expanded, or a column of a tensor, isn't laid out as the kernel reads it.
+    launch(target, row_weight.contiguous() if weighted else factor, marked, factor)
     return marked, factor

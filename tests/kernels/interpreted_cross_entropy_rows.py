@@ -86,6 +86,11 @@ for weighted in (False, True):
         factor = (target != 11) * (1.0 if weight is None else weight) / ((target != 11).sum() if mean else 1)
         torch.testing.assert_close(ours[1], factor)
 assert mark(torch.full((3,), 5), 4, 5, None, True, torch.float32)[1].isnan().all()
+# Weights of any layout, and what an ignored row weighs doesn't count, whatever it is
+target = torch.tensor([3, 5, 2, 1])
+for weight in (torch.rand(4, 2)[:, 1], torch.rand(()).expand(4), torch.tensor([1.0, torch.inf, 2.0, 3.0])):
+    factor = mark(target, 4, 5, weight, False, torch.float32)[1]
+    assert torch.equal(factor, torch.where(target == 5, 0, weight)), weight
 # Few rows by their own way, the kernel counting them, against the other
 few_rows = sys.modules["dbkernels._few_rows"]
 for dtype in (torch.float32, torch.float64):
