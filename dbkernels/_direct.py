@@ -15,17 +15,18 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._is_tracing  # torch.jit.trace records what the dispatcher sees
 _has_storage = torch._C._has_storage  # the tensors of batched gradients have none
 
 
 def direct(x: Tensor, *others: Tensor | None) -> bool:
     """Return whether all are plain tensors, x on a GPU, and nothing traces, transforms or watches the call.
 
-    Otherwise the op must go through the dispatcher: for torch.compile, fake tensors and other dispatch modes,
-    forward-mode differentiation, batched gradients, the transforms of torch.func, tensor subclasses,
+    Otherwise the op must go through the dispatcher: for torch.compile, torch.jit.trace, fake tensors and other dispatch
+    modes, forward-mode differentiation, batched gradients, the transforms of torch.func, tensor subclasses,
     DBKERNELS_BACKEND=reference, and every other device.
     """
-    if not x.is_cuda or torch.compiler.is_compiling() or _modes() or _transform() is not None:
+    if not x.is_cuda or torch.compiler.is_compiling() or _modes() or _transform() is not None or _tracing():
         return False
     if not _HAS_TRITON or forward_ad._current_level >= 0 or backend() == "reference":
         return False

@@ -47,7 +47,8 @@ def test_what_watches_or_transforms_goes_through_the_dispatcher(x, monkeypatch):
     seen = []
     torch.vmap(lambda t: seen.append(direct(x)) or t)(torch.zeros(2))
     torch.func.grad(lambda t: seen.append(direct(x)) or t.sum())(torch.zeros(2))
-    assert seen == [False, False] and direct(x)
+    torch.jit.trace(lambda t: seen.append(direct(x)) or t * 1, torch.zeros(2), check_trace=False)
+    assert seen == [False, False, False] and direct(x)
 
 
 def test_batched_gradients_go_through_the_dispatcher(x):
