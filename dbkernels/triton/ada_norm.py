@@ -67,7 +67,7 @@ def forward_kernel(
         next_branch = load_tile(branch_ptr, i * branch_inner, column, mask, ROWS, CHUNKS, COLUMNS)
     for step in range(steps):
         v = next_v.to(wide)
-        branch = next_branch.to(wide)
+        branch = next_branch.to(x_ptr.dtype.element_ty).to(wide)  # of another dtype: cast, as it is defined
         i = first + step * ROWS + n % ROWS
         mask = (i < inner)[:, None] & inside
         if AHEAD:
@@ -201,7 +201,7 @@ def backward_kernel(
                 d += grad_h.to(wide)
             store_tile(dbranch_ptr, to, column, mask, d * gate.to(wide))
             if SUM_BRANCH:
-                sum_branch += d * branch.to(wide)
+                sum_branch += d * branch.to(x_ptr.dtype.element_ty).to(wide)
         store_tile(dx_ptr, to, column, mask, d)
         grad, v, branch, grad_h, mean, rstd = next_grad, next_v, next_branch, next_grad_h, next_mean, next_rstd
     across = tl.arange(0, CHUNKS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -213,4 +213,4 @@ def backward_kernel(
         tl.store(sum_normal_ptr + sums_apart + at, total, mask=across < DIM)
     if SUM_BRANCH:
         total = tl.sum(sum_branch, axis=1).to(sum_branch_ptr.dtype.element_ty)
-        tl.store(sum_branch_ptr + 2 * sums_apart + at, total, mask=across < DIM)
+        tl.store(sum_branch_ptr + sums_apart + sums_apart + at, total, mask=across < DIM)

@@ -73,8 +73,8 @@ def _of_sample(
             normal = normal + grad * tl.load(bias_ptr + column, mask=mask, other=0.0).to(wide)
         tl.store(scale_grad_ptr + sums_apart + to, normal.to(scale_grad_ptr.dtype.element_ty), mask=mask)
     if GATE_GRAD:
-        branch = _sum_rows(partial_ptr + 2 * partial_apart, sample * tiles, tiles, column, DIM, ROWS)
-        tl.store(gate_grad_ptr + 2 * sums_apart + to, branch.to(gate_grad_ptr.dtype.element_ty), mask=mask)
+        branch = _sum_rows(partial_ptr + partial_apart + partial_apart, sample * tiles, tiles, column, DIM, ROWS)
+        tl.store(gate_grad_ptr + sums_apart + sums_apart + to, branch.to(gate_grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

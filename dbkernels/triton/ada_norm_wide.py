@@ -89,7 +89,7 @@ def sums_kernel(
         if SUM_BRANCH:
             branch = tl.load(branch_ptr + o * branch_outer + i * branch_inner + column, mask=within, other=0.0)
             d = tl.load(dx_ptr + row * DIM + column, mask=within, other=0.0).to(wide)
-            sum_branch += d * branch.to(wide)
+            sum_branch += d * branch.to(x_ptr.dtype.element_ty).to(wide)
     at = program * DIM + column
     if SUM_GRAD:
         tl.store(sum_grad_ptr + at, sum_grad.to(sum_grad_ptr.dtype.element_ty), mask=column < DIM)
@@ -97,4 +97,4 @@ def sums_kernel(
         tl.store(sum_normal_ptr + sums_apart + at, sum_normal.to(sum_normal_ptr.dtype.element_ty), mask=column < DIM)
     if SUM_BRANCH:
         total = sum_branch.to(sum_branch_ptr.dtype.element_ty)
-        tl.store(sum_branch_ptr + 2 * sums_apart + at, total, mask=column < DIM)
+        tl.store(sum_branch_ptr + sums_apart + sums_apart + at, total, mask=column < DIM)

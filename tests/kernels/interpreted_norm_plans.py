@@ -8,6 +8,7 @@ import torch
 import dbkernels
 from dbkernels import gated_residual_norm_reference
 from dbkernels._modulation import definition
+from dbkernels.triton.ada_norm_launch import Backward, Forward, Inputs, Wanted
 from numerics import EPSILON
 
 for module in ("dbkernels.ada_norm", "dbkernels.gated_residual_norm"):
@@ -91,6 +92,37 @@ wide = scale.double().requires_grad_()
 whole = definition(x.double(), shift.double(), wide, weight.double(), bias.double(), 1e-6, False).sum()
 close(grad, torch.autograd.grad(whole, wide)[0], "scale alone")
 assert not dbkernels.ada_layer_norm(x, shift, scale).requires_grad
+
+# A branch of another dtype counts as cast to that of x, in h and in the gradient of the gate
+for width in (24, 4500):
+    x, branch, gate, shift, scale, _, _ = example((2, 5, width), torch.bfloat16, "chunks", False)
+    # More digits than bfloat16's, which both rounding and the interpreter's cutting off take away
+    more = (branch.float().view(torch.int32) + torch.randint(2**15, branch.shape).int()).view(torch.float32)
+    results = []
+    for given in (more, branch):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, given, gate)]
+        outs = dbkernels.gated_residual_norm(*leaves, shift, scale)
+        results.append((*outs, *torch.autograd.grad(outs, leaves, [torch.ones_like(x)] * 2)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.bfloat16(), b)
+
+
+def sums_over_branch(apart, rows, dim):
+    """The gate's gradient, where one tensor holds it 2·apart elements behind the shift's, as the ops' kernels do."""
+    torch.manual_seed(0)
+    x, branch, grad = torch.randn(3, 1, rows, dim).unbind()
+    gate, rest = torch.randn(1, 1, dim), (None, None, None, None)
+    h, _, rstd = Forward(Inputs(x, branch, gate, *rest), 1e-6, False, x.shape, joint=True)(x, branch, gate, *rest)
+    wanted = Wanted((gate.shape, gate.dtype), *rest, apart=apart)
+    plan = Backward(grad, None, Inputs(h, branch, gate, *rest), False, rows, x.shape, wanted)
+    sums = torch.empty(2 * apart + dim)  # only the pages that are touched exist
+    plan(grad, None, h, branch, gate, None, None, None, rstd, rstd, (sums, *rest))
+    return sums[2 * apart :].clone()
+
+
+# 2^31 elements apart, in each of the kernels that write there
+for rows, dim in ((2, 8), (300, 8), (1, 5000)):
+    assert torch.equal(sums_over_branch(2**30, rows, dim), sums_over_branch(dim, rows, dim)), (rows, dim)
 
 # Second derivatives and batched gradients run on the definition
 leaf, shift, scale = (torch.randn(1, n, 3, dtype=torch.float64) for n in (2, 1, 1))
