@@ -15,25 +15,29 @@ import pytest
 import torch
 
 import tiny
+import tiny_all
 from diffusionblocks import checkpoint, jobs, snapshots
 from diffusionblocks.adapters import adapter_of
 from diffusionblocks.checkpoint import CheckpointError
 
 HERE = Path(__file__).parent
+KILLS = int(os.environ.get("KILLS", "5"))  # of a run
 # Forks trainings from one process, so that a restart costs no import of torch. A line on stdin starts a child that
 # trains; its pid is printed, and its exit status once it ends.
 SERVER = """
 import os, sys
-import torch, tiny
+import torch, tiny_all
 from diffusionblocks import jobs
-import dataclasses, pathlib
+import pathlib
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
         torch.set_num_threads(1)
         sys.stdout = open(os.devnull, "w")
-        folder = pathlib.Path(line.strip())
-        config = tiny.config(folder, store="disk", steps=20, branch=0.3)
+        name, folder = line.split()
+        folder = pathlib.Path(folder)
+        changes = {"vit": dict(branch=0.3), "recurrent": dict(steps=80)}.get(name, {})
+        config = tiny_all.config(name, folder, **dict(store="disk", steps=20, checkpoint_every=4) | changes)
         jobs.resume(folder) if (folder / "config.yaml").exists() else jobs.start(config)
         os._exit(0)
     print(pid, flush=True)
@@ -52,9 +56,9 @@ def server():
     process.wait()
 
 
-def run(server, folder, kill_after=None):
+def run(server, name, folder, kill_after=None):
     """Train until done or killed; returns the exit status."""
-    server.stdin.write(f"{folder}\n")
+    server.stdin.write(f"{name} {folder}\n")
     server.stdin.flush()
     pid = int(server.stdout.readline())
     if kill_after is not None:
@@ -74,27 +78,39 @@ def everything(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if k not in ("seconds", "reserved")} for row in rows]
     result = json.loads((folder / "results/block-wise.json").read_text())
-    return tensors, state, rows, {k: v for k, v in result.items() if k != "seconds"}
+    return tensors, state, rows, without_clocks(result)
 
 
-def killed_often(server, folder, whole_run):
+def without_clocks(result):
+    """A result less all that tells how long something took."""
+    if not isinstance(result, dict):
+        return result
+    return {k: without_clocks(v) for k, v in result.items() if "second" not in k}
+
+
+def killed_often(server, name, folder, whole_run):
     """A run in spite of kills at random points of its time: how many, and the steps of the checkpoints they met."""
-    dice, kills, steps = random.Random(0), 0, set()
-    while run(server, folder, kill_after=dice.uniform(0.05, 0.5) * whole_run if kills < 12 else None) != 0:
+    dice, kills, steps = random.Random(name), 0, set()
+    wait = None
+    while run(server, name, folder, kill_after=wait if kills else 0.3 * whole_run) != 0:
         kills += 1
+        wait = dice.uniform(0.05, 0.5) * whole_run if kills < KILLS else None
         if (folder / "checkpoint/manifest.json").exists():
             steps.add(checkpoint.read_state(folder / "checkpoint").state["step"])
     return kills, steps
 
 
-def test_killed_at_random_points_a_run_ends_with_the_same_bits(server, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny_all.CONFIGS)
+def test_killed_at_random_points_a_run_ends_with_the_same_bits(name, server, tmp_path):
+    """`KILLS=40 pytest tests/test_resume.py -k random` is the long form: 200 kills over all architectures."""
     began = time.perf_counter()
-    assert run(server, tmp_path / "whole") == 0
+    assert run(server, name, tmp_path / "whole") == 0
     whole_run = time.perf_counter() - began
     expected = everything(tmp_path / "whole")
     for attempt in range(4):  # a machine that has grown faster since needs shorter waits
         folder = tmp_path / f"killed{attempt}"
-        kills, steps = killed_often(server, folder, whole_run / 2**attempt)
+        kills, steps = killed_often(server, name, folder, whole_run / 2**attempt)
         if kills >= 3 and steps:
             break
     assert kills >= 3, "the run ended before it could be killed often enough to mean anything"
@@ -102,8 +118,8 @@ def test_killed_at_random_points_a_run_ends_with_the_same_bits(server, tmp_path)
     tensors, state, rows, result = everything(folder)
     assert state == expected[1] and rows == expected[2] and result == expected[3]
     for part, ours in tensors.items():
-        for name, t in ours.items():
-            assert torch.equal(t, expected[0][part][name]), f"{part} {name}"
+        for key, t in ours.items():
+            assert torch.equal(t, expected[0][part][key]), f"{part} {key}"
 
 
 def interrupted(folder, stop_at, **changes):
