@@ -24,12 +24,13 @@ def path_of(plan, arguments, tensors):
         known = _chosen.get(plan.bucket)
         if known is None:
             known = fastest({path: lambda path=path: plan.run(path, *arguments) for path in plan.paths})
-            if known.milliseconds:
-                _chosen[plan.bucket] = known
+            if not known.milliseconds:
+                return known.name  # nothing could be compared, as where a loss scale overflows: the next call tries
+            _chosen[plan.bucket] = known
         elif known.name != TRITON:
             why = refusal(lambda: plan.run(known.name, *arguments))
             known = known if why is None else Choice(TRITON, why)
-        plan.choice = known if known.milliseconds or known.name == TRITON else None
+        plan.choice = known
     return TRITON if plan.choice is None else plan.choice.name
 
 

@@ -53,6 +53,12 @@ def as_rows(q):
     return torch.empty_strided((B, H, N, D), (N * H * D, D, H * D, 1), dtype=q.dtype, device=q.device)
 
 
+def order_of(t):
+    """How a tensor's dimensions lie in memory, and which are expanded: another layout isn't known to be right."""
+    strides = t.stride()
+    return tuple(sorted(range(t.dim()), key=strides.__getitem__)), 0 in strides
+
+
 def behind(t):
     return t[:, :, 1:]
 
@@ -104,7 +110,8 @@ class Forward:
             self.choice = Choice(TRITON, "no part of it is causal attention")
         sizes = (k.shape[0] * q_noisy.shape[1], q_noisy.shape[1] // k.shape[1], k.shape[2], options.group_size)
         sizes = [n.bit_length() for n in sizes]  # a timing holds for sizes to within a factor of two
-        self.bucket = (self.backward, k.device, k.dtype, k.shape[3], q is None, options.group_size == 1, *sizes)
+        orders = tuple([order_of(t) for t in (k, v, q_noisy)])
+        self.bucket = (self.backward, k.device, k.dtype, k.shape[3], q is None, options.group_size == 1, orders, *sizes)
 
     def prepared(self, name, prepare, *arguments):
         """Return the launch called `name`, prepared at its first use."""

@@ -80,6 +80,22 @@ def test_a_timing_serves_its_bucket_but_every_kind_is_tried(paths):
     assert paths.path_of(third, (), ()) == "triton" and "unsupported strides" in third.choice.reason
 
 
+def test_a_timing_serves_one_layout():
+    plans = pytest.importorskip("dbkernels.triton.two_stream_plans")
+    t = torch.zeros(2, 4, 160, 32)
+    others = t.transpose(1, 2).contiguous().transpose(1, 2), t[:, :1].expand(2, 4, 160, 32)
+    buckets = {plans.Forward(plans.Options(1, 0.1, None), t, k, t, t).bucket for k in (t, t[..., :150, :], *others)}
+    assert len(buckets) == 3
+
+
+def test_values_that_are_not_finite_decide_nothing(paths, monkeypatch):
+    plan = Plan()
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "fastest", lambda ways: Choice("triton", "values that aren't finite can't be compared"))
+        assert paths.path_of(plan, (), ()) == "triton" and plan.choice is None
+    assert paths.path_of(plan, (), ()) == "cudnn"
+
+
 def test_what_forbids_cudnn(paths, monkeypatch):
     plan, odd = Plan(), torch.zeros(9)[1:]
     assert paths.path_of(plan, (), (odd, None)) == "triton" and plan.choice is None
