@@ -200,9 +200,8 @@ def _accept(given: Any) -> tuple[Any, float]:
     from dbkernels.triton.two_stream import accepted
 
     kind = kind_of(*given)
-    if kind not in accepted:
-        accepted.keep(kind, check_arguments(*given))
-    return kind, accepted[kind]
+    number = accepted.get(kind)
+    return kind, accepted.keep(kind, check_arguments(*given)) if number is None else number
 
 
 def two_stream_attention(

@@ -103,6 +103,7 @@ def _launched(given: Any, cache_lengths: Maybe, scale: float | None) -> Tensor:
 
     wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     kind = kind_of(*given, cache_lengths, scale, wants)
-    if kind not in accepted:
-        accepted.keep(kind, check_decode(list(given), cache_lengths, scale))
-    return _triton_decode(*(*given, cache_lengths, accepted[kind]))
+    number = accepted.get(kind)
+    if number is None:
+        number = accepted.keep(kind, check_decode(list(given), cache_lengths, scale))
+    return _triton_decode(*(*given, cache_lengths, number))
