@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from dbkernels._levels import compute_dtype
-from dbkernels._library import backend
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_DIM = 16384
@@ -186,14 +184,6 @@ def from_sums(
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def by_definition() -> bool:
-    """Return whether a forward pass is its definition: on request, and for torch.func and forward-mode derivatives, for
-    which the ops have no rules."""
-    if torch.compiler.is_compiling():
-        return False
-    return backend() == "reference" or _transform() is not None or forward_ad._current_level >= 0
 
 
 def differentiated(*upstream: Tensor | None) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dbkernels import _modulation as modulation
 from dbkernels import _norm_plans as plans
 from dbkernels._direct import direct
+from dbkernels._levels import as_defined
 from dbkernels._library import define, register_triton
 
 Maybe: TypeAlias = Tensor | None
@@ -122,7 +123,7 @@ def _norm(x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps
                 return _AdaNorm.apply(plan, x, *given, eps, rms)
             return plan(x, None, None, *given)[1]
     rows, shift, scale = _checked(x, *given, eps)
-    if modulation.by_definition():
+    if as_defined():
         out = modulation.definition(rows, shift, scale, weight, bias, eps, rms)
     else:
         out = _AdaNorm.apply(None, rows, shift, scale, weight, bias, eps, rms)

@@ -17,8 +17,8 @@ from dbkernels._cross_entropy_checks import REDUCTIONS, check_rows, coefficient,
 from dbkernels._direct import direct
 from dbkernels._few_rows import NO_SECOND, FewRowsLoss, few_rows
 from dbkernels._head import Head
-from dbkernels._levels import compute_dtype
-from dbkernels._library import backend, define, register
+from dbkernels._levels import as_defined, compute_dtype
+from dbkernels._library import define, register
 from dbkernels.edm_loss import times_upstream
 
 Maybe: TypeAlias = Tensor | None
@@ -230,7 +230,7 @@ def denoising_cross_entropy(
     weights = None if row_weight is None else coefficient("row_weight", row_weight, shape, h)
     flat = target if target.dim() == 1 else target.reshape(rows)
     flat, factor = mark_targets(flat, len(weight), ignore_index, weights, reduction == "mean", h)
-    if backend() == "reference" and not torch.compiler.is_compiling():
+    if as_defined():
         loss = _row_losses(logits_reference(head), flat)
         loss = loss if reduction == "none" else torch.dot(loss, factor)
     elif torch.is_grad_enabled():

@@ -14,7 +14,7 @@ from torch import Tensor
 from dbkernels import _modulation as modulation
 from dbkernels import _norm_plans as plans
 from dbkernels._direct import direct
-from dbkernels._levels import compute_dtype
+from dbkernels._levels import as_defined, compute_dtype
 from dbkernels._library import define, register_triton
 
 Maybe: TypeAlias = Tensor | None
@@ -204,7 +204,7 @@ def gated_residual_norm(
             return plan(*given)[:2]
     rows, *rest = _checked(*given, eps, norm)
     arguments = rows, *rest, weight, bias, eps, rms
-    if modulation.by_definition():
+    if as_defined():
         h, out = gated_residual_norm_reference(*arguments)
     else:
         h, out = _GatedResidualNorm.apply(None, *arguments)

@@ -14,8 +14,8 @@ from dbkernels import _logit_chunks as chunks
 from dbkernels._autocast import autocast
 from dbkernels._cross_entropy_checks import check_head, check_posterior, check_softcap, coefficient
 from dbkernels._head import Head
-from dbkernels._levels import check_floating, compute_dtype
-from dbkernels._library import backend, define, register
+from dbkernels._levels import as_defined, check_floating, compute_dtype
+from dbkernels._library import define, register
 from dbkernels._products import expected_rows
 from dbkernels.denoising_cross_entropy import logits_reference
 
@@ -112,6 +112,5 @@ def softmax_embedding(
     head = (rows, weight, None, None, None, bias, logit_scale, seen_z, seen_table, precision, False, softcap)
     z = None if z is None else z.reshape(len(rows), z.shape[-1])
     r = None if r is None else coefficient("r", r, shape, h)
-    plain = backend() == "reference" and not torch.compiler.is_compiling()
-    op: Any = softmax_embedding_reference if plain else torch.ops.dbkernels.softmax_embedding
+    op: Any = softmax_embedding_reference if as_defined() else torch.ops.dbkernels.softmax_embedding
     return op(table, z, r, *head).view(*shape, table.shape[1])

@@ -113,7 +113,7 @@ def test_empty_and_all_ignored():
 def test_the_mean_of_nothing_is_nan_and_its_gradient_0(rows, reference, monkeypatch):
     """As torch.nn.functional.cross_entropy's, whether there are no rows or all are ignored."""
     if reference:
-        monkeypatch.setattr(sys.modules["dbkernels.denoising_cross_entropy"], "backend", lambda: "reference")
+        monkeypatch.setattr(sys.modules["dbkernels.denoising_cross_entropy"], "as_defined", lambda: True)
     h, weight = torch.randn(*rows, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     loss = denoising_cross_entropy(h, weight, torch.full(rows, -100))
     assert loss.isnan()
@@ -144,3 +144,19 @@ def test_errors_name_the_argument(changes, error, words):
     given = dict(h=torch.zeros(4, 3), weight=torch.zeros(5, 3), target=torch.zeros(4).long()) | changes
     with pytest.raises(error, match=words):
         denoising_cross_entropy(**given)
+
+
+def test_the_transforms_of_torch_func_run_the_definition():
+    h, weight = torch.randn(3, 5, 8), torch.randn(7, 8)
+    target = torch.tensor([[0, 3, 6, -100, 1]]).expand(3, 5)
+
+    def loss(h, target):
+        return denoising_cross_entropy(h, weight, target)
+
+    grads = torch.func.vmap(torch.func.grad(loss))(h, target)
+    for one, rows, words in zip(grads, h, target, strict=True):
+        leaf = rows.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(leaf, words), leaf)
+        torch.testing.assert_close(one, expected)
+    _, slope = torch.func.jvp(lambda h: loss(h, target[0]), (h[0],), (torch.ones_like(h[0]),))
+    torch.testing.assert_close(slope, grads[0].sum())
