@@ -7,9 +7,8 @@
 A file that a manifest names is never written to again. A save writes new files beside the old ones, then
 replaces the manifest in one step, and only then removes what the new manifest doesn't name. So a process
 killed (or a machine switched off) at any instant leaves the old checkpoint or the new one, whole, and the
-disk never holds more than both.
-
-One process saves to a folder at a time. Nothing here knows what a model is, and nothing is ever unpickled.
+disk never holds more than both. One process saves to a folder at a time. Nothing here knows what a model is, and
+nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -52,10 +51,9 @@ def save(
 ) -> Manifest:
     """Replace the checkpoint in `folder` by `parts`, the parts to `keep` as they are on disk, and `state`.
 
-    A part is a mapping from names to tensors, or a function of no arguments that returns one: functions are
-    called one at a time, so no more than one part need be in memory. Tensors may be on any device, strided,
-    or tied: one tensor under two names is written once and is one tensor again when loaded. Tensors that
-    overlap otherwise become copies.
+    A part is a mapping from names to tensors, or a function of no arguments that returns one: functions are called one
+    at a time, so no more than one part need be in memory. Tensors may be on any device, strided, or tied: one tensor
+    under two names is written once and is one tensor again when loaded. Tensors that overlap otherwise become copies.
 
     Args:
         folder: made if missing. Files named `<part>.save<number>.safetensors` in it are the checkpoint's own.
@@ -69,15 +67,17 @@ def save(
     Raises:
         CheckpointError: a bad part name, tensor or state; a part to keep that isn't there; or a
             `manifest.json` that can't be read or isn't ours, which is never overwritten.
-        OSError: the disk refused (full, read-only). The checkpoint that was there, or this one, still loads; the
-            message says so where it is this one, since only what follows the commit failed.
+        OSError: the disk refused (full, read-only). The checkpoint that was there still loads, or this one, if the
+            message says so.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     manifests.check_state(state, path)
     old = read_state(folder) if path.exists() else None
     kept = _kept(path, old, parts, list(keep))
-    _make(folder)
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        _sync_folder(folder.parent)
     _sweep(folder, old)
     saves = old.saves + 1 if old else 1
     try:
@@ -282,12 +282,6 @@ def _sweep(folder: Path, manifest: Manifest | None) -> None:
 def _is_ours(name: str) -> bool:
     own = manifests.PART_FILE.fullmatch(name.removesuffix(_TEMPORARY))
     return own is not None or name == MANIFEST + _TEMPORARY
-
-
-def _make(folder: Path) -> None:
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        _sync_folder(folder.parent)
 
 
 def _sync_folder(folder: Path) -> None:
