@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh build smoke bench train         # under 8 minutes on 16 slow cores; bench compiles beforehand
 #   benchmarks/gpu.sh build tests=300 --shard 1/4     # a quarter of the gpu tests, another limit
 #   benchmarks/gpu.sh bench --benches edm_loss        # one op
-#   benchmarks/gpu.sh smoke bench train forks --device cpu --quick    # a dry run without a GPU
+#   benchmarks/gpu.sh smoke bench train forks --device cpu --quick --tests tests/kernels/test_direct.py
+#                                                     # a dry run without a GPU, of a few CPU tests: all don't fit the limit
 #
 # Results are written as they come to $OUT (default: runs/gpu); a table is printed last. Stages and limits stand in
 # gpu_stages.py. $COMMIT names the revision where the code lies outside its repository. JSON of the benches: $OUT/bench.
