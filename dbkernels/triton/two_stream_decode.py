@@ -10,6 +10,7 @@ import triton.language as tl
 
 from dbkernels._two_stream import kind_of
 from dbkernels.triton.launch import Kinds, Launch
+from dbkernels.triton.two_stream import with_rows
 from dbkernels.triton.two_stream_attention import LOG2E, absorb, block_of, load_rows, precision, store_rows, strides
 
 PROGRAMS = 256  # to fill a GPU with
@@ -90,7 +91,7 @@ def decode(q, k, v, k_cache, v_cache, cache_lengths, scale):
     """The op under the CUDA key."""
     B, H, group, D = q.shape
     q = q.contiguous()
-    k, v, k_cache, v_cache = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v, k_cache, v_cache))
+    k, v, k_cache, v_cache = with_rows((k, v, k_cache, v_cache))
     given = q, k, v, k_cache, v_cache, cache_lengths
     kind = kind_of(*given, scale)
     launch, splits = launches.get(kind) or launches.keep(kind, prepare(*given, scale))

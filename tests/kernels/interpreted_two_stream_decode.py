@@ -35,4 +35,13 @@ check(1, 4, 1, 40, 130, 80)
 check(2, 2, 2, 3, 0, 64)
 check(3, 4, 2, 4, 200, 32, torch.float32, lengths=[0, 77, 200])
 check(1, 2, 1, 70, 90, 256)
+
+# Rows of the cache 2^26 elements apart: only the pages that are touched exist
+own = torch.randn(3, 1, 1, 3, 32).half().unbind()
+far = torch.empty(40 * 2**26, dtype=torch.float16).as_strided((1, 1, 40, 32), (0, 0, 2**26, 1))
+far.copy_(torch.randn(1, 1, 40, 32))
+near = far.contiguous()
+assert torch.equal(
+    triton_decode.decode(*own, far, far, None, 0.2), triton_decode.decode(*own, near, near, None, 0.2)
+), "huge strides"
 print("interpreted: ok")
