@@ -1,11 +1,12 @@
 """A save that is killed, fails or loses power at any instant leaves the old checkpoint or the new one, whole.
 
-The kills happen in a process of their own (this file, run as a script), which forks its victims: they inherit
-an imported torch, so that a kill costs milliseconds, and no thread of pytest's is there to be forked along.
+The kills happen in a process of their own (this file, run as a script: FOLDER COUNT SEED), which forks its victims: they
+inherit an imported torch, so that a kill costs milliseconds, and no thread of pytest's is there to be forked along.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
@@ -25,8 +26,7 @@ import torch
 
 from diffusionblocks import checkpoint
 
-BLOCKS = ("block_0", "block_1")
-NUMBERS = 50_000  # 200 kB a part, so that writing one takes a moment too
+BLOCKS, NUMBERS = ("block_0", "block_1"), 50_000  # 200 kB a part, so that writing one takes a moment too
 
 
 def save(folder: Path, n: int) -> None:
@@ -53,11 +53,12 @@ def part_files(folder: Path) -> list[str]:
 
 
 def moments() -> Iterator[tuple[int, str]]:
-    return ((index, when) for index in itertools.count() for when in ("before", "after"))
+    return ((index, when) for index in itertools.count() for when in ("before", "within", "after"))
 
 
 def at_every_touch(setattr: Callable[[Any, str, Any], None], act: Callable[[int, str, str], None]) -> None:
-    """Have act(index, "before" or "after", call) called around each change that a save makes to the disk."""
+    """Have act(index, when, call) called around each change that a save makes to the disk: "before" and "after" it, and
+    "within" a write, whose first half is on the disk then."""
     count = itertools.count()
 
     def watched(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,9 +66,15 @@ def at_every_touch(setattr: Callable[[Any, str, Any], None], act: Callable[[int,
             index, name = next(count), real.__name__
             call = " ".join([name, *(os.path.basename(arg) for arg in args if isinstance(arg, (str, Path)))])
             act(index, "before", call)
+            done = 0
+            if name == "write":
+                file, data = args
+                done = real(file, memoryview(data)[: len(data) // 2])
+                args = file, memoryview(data)[done:]
+            act(index, "within", call)
             result = real(*args, **kwargs)
             act(index, "after", call)
-            return result
+            return result + done if name == "write" else result
 
         return function
 
@@ -195,14 +202,15 @@ def test_a_full_disk_is_an_oserror_and_frees_what_was_half_written(report: dict[
 # Failures and orders (in pytest's process)
 
 
-def test_an_error_at_every_touch_of_the_disk_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_an_error_at_every_touch_of_the_disk_leaves_a_whole_checkpoint(tmp_path: Path, code: int) -> None:
     save(tmp_path, 0)
     saved, failures = 0, 0
     for moment in moments():
 
         def fail(index: int, when: str, call: str, moment: tuple[int, str] = moment) -> None:
             if (index, when) == moment:
-                raise OSError(28, f"no space left, says the test, {when} {call}")
+                raise OSError(code, f"{os.strerror(code)}, says the test, {when} {call}")
 
         with pytest.MonkeyPatch.context() as patch:
             at_every_touch(lambda owner, name, value: patch.setattr(owner, name, value, raising=False), fail)
