@@ -1,7 +1,7 @@
 """A save that is killed, fails or loses power at any instant leaves the old checkpoint or the new one, whole.
 
-The kills happen in a process of their own (this file, run as a script: FOLDER COUNT SEED), which forks its victims: they
-inherit an imported torch, so that a kill costs milliseconds, and no thread of pytest's is there to be forked along.
+The kills happen in a process of their own (this file, run as a script: FOLDER COUNT SEED), which forks its victims:
+they inherit an imported torch, so that a kill costs milliseconds, and no thread of pytest is forked along.
 """
 
 from __future__ import annotations
