@@ -1,6 +1,7 @@
 # make demo    environment, install, and the main job: a ViT trained one block at a time, beside end to end
 # make test    environment, install, all tests
 # make test-triton36    the Triton kernels' tests with the oldest Triton that is supported
+# make sanitize         the C++ kernels under the address sanitizer, by random cases (FUZZ_SECONDS=3600 for long)
 #
 # With a CUDA build of torch already in PYTHON's packages, keep it:
 #   make demo PYTHON=python3 VENV_FLAGS=--system-site-packages CONSTRAINTS=
@@ -12,6 +13,7 @@ TORCH ?= torch
 PYTEST_FLAGS ?= -n 2 -q
 RUN_FLAGS ?=
 OLD_TRITON ?= 3.6.0
+FUZZ_SECONDS ?= 60
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
@@ -19,7 +21,7 @@ PINNED := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 OLD_TRITON_AT := $(VENV)/triton-$(OLD_TRITON)
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
 
-.PHONY: demo test test-triton36 check clean
+.PHONY: demo test test-triton36 sanitize check clean
 
 # torch and the build tools go in first, and the package is built against them: an isolated build would fetch torch again.
 $(VENV)/.ready: $(CONSTRAINTS)
@@ -54,6 +56,14 @@ $(OLD_TRITON_AT): $(VENV)/.ready
 test-triton36: $(VENV)/.tested $(OLD_TRITON_AT)
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(abspath $(OLD_TRITON_AT))" TRITON_WANTED=$(OLD_TRITON) \
 		$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu" --thin 5 tests/kernels/*triton*.py tests/kernels/test_launch.py
+
+# Built aside: the library in place stays as it is. Python itself isn't sanitized, so the runtime is loaded before it.
+sanitize: $(VENV)/.tested
+	CFLAGS="-fsanitize=address -fno-omit-frame-pointer -g1" LDFLAGS="-fsanitize=address" \
+		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py build --build-base build/sanitize
+	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH="$$(echo $(CURDIR)/build/sanitize/lib*)" \
+		$(BIN)/python tests/kernels/fuzz.py --seconds $(FUZZ_SECONDS)
 
 check: $(VENV)/.tested
 	$(BIN)/ruff check .
