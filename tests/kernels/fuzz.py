@@ -150,7 +150,7 @@ def results(op, given, upstream):
     if not trained:
         return outs
     ups = [upstream(t.shape).to(t.dtype) for t in trained]
-    return outs + [
+    return [t.detach() for t in outs] + [
         g for g in torch.autograd.grad(trained, list(leaves.values()), ups, allow_unused=True) if g is not None
     ]
 
