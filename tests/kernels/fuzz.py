@@ -119,10 +119,64 @@ def embedding(draw, dtype):
     return torch.no_grad()(dk.softmax_embedding), given | {"table": tensor(draw, count, 5, dtype=dtype)}
 
 
-OPS = (norm, norm, gated, edm_loss, inject_noise, inject_rows, two_streams, decode, attention, cross_entropy, embedding)
+def address(draw):
+    return {"seed": draw.getrandbits(64), "offset": draw.getrandbits(32)}
+
+
+def uniforms(draw, dtype):
+    shape = [draw.choice([0, 1, 3, 17]) for _ in range(draw.randint(0, 3))]
+    return draw.choice([dk.philox_uniform, dk.philox_normal]), {"shape": tuple(shape), **address(draw)}
+
+
+def levels(draw, dtype):
+    low = draw.uniform(0.01, 1.0)
+    given = {"block_range": (low, low * draw.uniform(1.5, 20)), "shape": (draw.choice([0, 1, 50]),), **address(draw)}
+    return dk.sample_sigma, given
+
+
+def masks(draw, dtype):
+    alpha = draw.choice([draw.random(), tensor(draw, 3).abs().clamp(max=1)])
+    return dk.mask_tokens, {
+        "tokens": words(draw, 9, 3, draw.choice([0, 5])),
+        "alpha": alpha,
+        "mask_id": 9,
+        **address(draw),
+    }
+
+
+def optimizer(draw, dtype):
+    shape, wide = (draw.choice([0, 1, 5]), 7), torch.float64 if dtype == torch.float64 else torch.float32
+    given = {n: tensor(draw, *shape, dtype=dtype) for n in ("p", "g")}
+    given |= {n: tensor(draw, *shape, dtype=wide).abs() for n in ("m", "v", "e")}
+
+    def step(p, g, m, v, e):
+        lists = [[p.clone(), torch.ones_like(p[:1])]] + [[t.clone(), torch.ones_like(t[:1])] for t in (g, m, v, e)]
+        options = {"weight_decay": 0.1, "max_norm": 0.5, "ema_decay": 0.9}
+        norm = dk.adamw_ema_step(*lists, step=3, lr=0.1, **options)
+        return norm, lists[0][0], lists[2][0], lists[3][0], lists[4][0]
+
+    return torch.no_grad()(step), given
+
+
+DRAWING = (uniforms, levels, masks)
+OPS = (
+    norm,
+    norm,
+    gated,
+    edm_loss,
+    inject_noise,
+    inject_rows,
+    two_streams,
+    decode,
+    attention,
+    cross_entropy,
+    embedding,
+    *DRAWING,
+    optimizer,
+)
 FIXED = ("sigma", "row_weight")  # that take no gradient
 # Normals are float32 numbers that kernels draw to two units in the last place, whatever the dtype
-FLOOR = {inject_noise: 4e-6, inject_rows: 4e-6, edm_loss: 4e-5}
+FLOOR = {**dict.fromkeys(DRAWING, 4e-6), inject_noise: 4e-6, inject_rows: 4e-6, edm_loss: 4e-5}
 IN_INTERPRETER = (norm, gated, edm_loss, inject_noise, inject_rows)  # ops whose launchers take a CPU's tensors there
 
 
@@ -177,10 +231,12 @@ def case(seed, number):
     for kind, found in (("kernel", ours), ("definition", defined)):
         assert len(found) == len(exact), f"{kind} of {where}"
         for i, (a, b) in enumerate(zip(found, exact, strict=True)):
-            size = b.abs().max().nan_to_num() if b.numel() else 0
+            size = b.double().abs().max().nan_to_num() if b.numel() else 0
             band = max(TOLERANCE[dtype], FLOOR.get(make, 0.0)) * (1 + float(size))
             words_ = f"{kind}, result {i} of {where}"
-            torch.testing.assert_close(a.double(), b, rtol=0, atol=band, equal_nan=True, msg=lambda m, w=words_: w + m)
+            torch.testing.assert_close(
+                a.double(), b.double(), rtol=0, atol=band, equal_nan=True, msg=lambda m, w=words_: w + m
+            )
     for n, t in tensors.items():
         assert torch.equal(t, before[n]), f"{where} changed {n}"
 
