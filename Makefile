@@ -31,7 +31,7 @@ $(VENV)/.ready: $(CONSTRAINTS)
 
 # --editable: Python edits need no reinstall; C++ edits rebuild, since the sources are listed above.
 $(VENV)/.installed: $(VENV)/.ready $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install $(PINNED) --no-build-isolation --editable .
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install $(PINNED) --no-build-isolation --editable ".[experiments]"
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.ready $(SOURCES)

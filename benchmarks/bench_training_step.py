@@ -13,10 +13,10 @@ import torch.nn.functional as functional
 from timing import Call
 
 import dbkernels
-from diffusionblocks.adapters.vit import vit_blocks
-from diffusionblocks.memory import SavedTensors
-from diffusionblocks.models import ViTConfig
-from diffusionblocks.optim import PartOptimizer, clip_gradients
+from diffusionblocks.experiments.models import ViTConfig
+from diffusionblocks.experiments.tasks.vit import vit_blocks
+from diffusionblocks.training.memory import SavedTensors
+from diffusionblocks.training.optimizer import PartOptimizer, clip_gradients
 
 QUICK = {"tiny": (ViTConfig(dim=16, layers=3, heads=2, mlp=16, cond=8), 3, 4)}
 CASES = {

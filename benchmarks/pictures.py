@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rows import Document
 
-from diffusionblocks.axes import GREY, INK, block_colours, caption, new_figure
+from diffusionblocks.experiments.plotting.axes import GREY, INK, block_colours, caption, new_figure
 
 
 def draw(document: Document, path: Path) -> None:

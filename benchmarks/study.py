@@ -20,13 +20,14 @@ import torch
 import tyro
 from variants import COMPARED, STUDIES, choices
 
-from diffusionblocks import baselines, jobs
-from diffusionblocks.adapters import adapter_of
-from diffusionblocks.adapters.base import Adapter
-from diffusionblocks.adapters.causal_lm import WRITTEN, CausalLMAdapter
-from diffusionblocks.config import TrainConfig, to_dict
-from diffusionblocks.runs import RUNS
-from diffusionblocks.training import Session, train
+from diffusionblocks.experiments import commands as jobs
+from diffusionblocks.experiments.baselines import end_to_end as baselines
+from diffusionblocks.experiments.config import TrainConfig, to_dict
+from diffusionblocks.experiments.presets import RUNS
+from diffusionblocks.experiments.session import Session, train
+from diffusionblocks.experiments.tasks import adapter_of
+from diffusionblocks.experiments.tasks.base import Adapter
+from diffusionblocks.experiments.tasks.causal_lm import WRITTEN, CausalLMAdapter
 
 Row = dict[str, Any]
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ import harness
 import torch
 from rows import Row
 
-from diffusionblocks.adapters.dit import DiTAdapter, DiTRun
-from diffusionblocks.models.dit import DiTConfig
-from diffusionblocks.training import Session, train
+from diffusionblocks.experiments.models.dit import DiTConfig
+from diffusionblocks.experiments.session import Session, train
+from diffusionblocks.experiments.tasks.dit import DiTAdapter, DiTRun
 
 LARGE = DiTConfig(dim=1024, layers=24, heads=16, mlp=4096, image_size=32, patch=2)
 TINY = DiTConfig(dim=16, layers=6, heads=2, mlp=32, cond=8, image_size=8, patch=4)

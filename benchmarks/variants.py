@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from diffusionblocks.config import TrainConfig
-from diffusionblocks.recipes import Recipe
+from diffusionblocks.experiments.config import TrainConfig
+from diffusionblocks.experiments.recipes import Recipe
 
 # With six layers in three blocks there is no remainder; with a fixed codebook of unit vectors "raw" changes nothing.
 SWITCHES = [field.name for field in dataclasses.fields(Recipe) if field.name not in ("remainder", "estimate")]

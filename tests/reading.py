@@ -1,6 +1,6 @@
 """What a test's session has learnt, to be read."""
 
-from diffusionblocks.evaluation import Walker
+from diffusionblocks.sampling.sampler import Walker
 
 
 def reader(session) -> Walker:

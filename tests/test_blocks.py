@@ -13,11 +13,12 @@ from torch import nn
 import dbkernels
 from diffusionblocks.blocks import SHARING, DiffusionBlocks
 from diffusionblocks.denoiser import Ends
-from diffusionblocks.density import LogNormal
-from diffusionblocks.models.vit import ViT, ViTConfig
-from diffusionblocks.partition import make_partition
-from diffusionblocks.rng import stream
-from diffusionblocks.targets import ClassTarget, ContinuousTarget, spread_codebook
+from diffusionblocks.experiments.models.vit import ViT, ViTConfig
+from diffusionblocks.noise.density import LogNormal
+from diffusionblocks.noise.partition import make_partition
+from diffusionblocks.noise.rng import stream
+from diffusionblocks.targets.continuous import ContinuousTarget
+from diffusionblocks.targets.labels import ClassTarget, spread_codebook
 
 CONFIG = ViTConfig(image_size=4, channels=1, classes=5, patch=2, dim=8, layers=5, heads=2, mlp=16, cond=4)
 B = 3

@@ -12,10 +12,10 @@ from torch import nn
 
 from diffusionblocks.blocks import DiffusionBlocks
 from diffusionblocks.denoiser import Ends
-from diffusionblocks.density import LogNormal
-from diffusionblocks.models.vit import ViT, ViTConfig
-from diffusionblocks.partition import make_partition
-from diffusionblocks.targets import ClassTarget, spread_codebook
+from diffusionblocks.experiments.models.vit import ViT, ViTConfig
+from diffusionblocks.noise.density import LogNormal
+from diffusionblocks.noise.partition import make_partition
+from diffusionblocks.targets.labels import ClassTarget, spread_codebook
 
 CONFIG = ViTConfig(image_size=4, channels=1, classes=5, patch=2, dim=8, layers=5, heads=2, mlp=16, cond=4)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-PACKAGE = ROOT / "python" / "diffusionblocks"
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]+)(#[^)\s]+)?\)")
 
@@ -49,34 +47,3 @@ def anchors(page: Path) -> set[str]:
     """A page's headings as GitHub names them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def layers() -> dict[str, int]:
-    """For each module or folder of the package, its row in docs/architecture.md's table, from the top."""
-    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
-    return {name: i for i, row in enumerate(rows) for name in re.findall(r"`(\w+)(?:\.py|/)`", row)}
-
-
-def imported(module: Path) -> set[str]:
-    """What a file of the package imports of the package: names of modules and folders right below it."""
-    above = len(module.relative_to(PACKAGE).parts) - 1
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(module.read_text())):
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        path = node.module.split(".") if node.module else []
-        if node.level == above + 1:
-            path = ["diffusionblocks", *path]
-        if path[:1] == ["diffusionblocks"]:
-            names |= {path[1]} if len(path) > 1 else {alias.name for alias in node.names}
-    return names
-
-
-@pytest.mark.parametrize("module", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
-def test_imports_run_down_the_table_of_the_architecture(module):
-    rows, name = layers(), module.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if name == "__init__":
-        return
-    assert name in rows, f"docs/architecture.md's table doesn't say what {name} holds"
-    up = [other for other in imported(module) if rows.get(other, len(rows)) < rows[name]]
-    assert not up, f"{name} imports {up}, which stand above it in docs/architecture.md"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionblocks.adapters.vit import ViTAdapter, ViTRun
-from diffusionblocks.models import ViTConfig
-from diffusionblocks.training import Session
+from diffusionblocks.experiments.models import ViTConfig
+from diffusionblocks.experiments.session import Session
+from diffusionblocks.experiments.tasks.vit import ViTAdapter, ViTRun
 
 MODEL = ViTConfig(dim=16, layers=3, heads=2, mlp=32, cond=8, patch=4)
 CONFIG = ViTRun(model=MODEL, steps=12, visit=3, batch_size=16, checkpoint_every=7, baseline=(), walk_steps=4, ema=0.9)

@@ -12,13 +12,13 @@ import torch
 import tiny
 import tiny_dit
 import tiny_lm
-from diffusionblocks.adapters import ADAPTERS, Adapter, adapter_of
-from diffusionblocks.adapters.masked_lm import MaskedLMRun
-from diffusionblocks.adapters.recurrent import RecurrentRun
-from diffusionblocks.config import TrainConfig
-from diffusionblocks.models.masked_lm import MaskedLMConfig
-from diffusionblocks.models.recurrent import RecurrentConfig
-from diffusionblocks.training import Session, train
+from diffusionblocks.experiments.config import TrainConfig
+from diffusionblocks.experiments.models.masked_lm import MaskedLMConfig
+from diffusionblocks.experiments.models.recurrent import RecurrentConfig
+from diffusionblocks.experiments.session import Session, train
+from diffusionblocks.experiments.tasks import ADAPTERS, Adapter, adapter_of
+from diffusionblocks.experiments.tasks.masked_lm import MaskedLMRun
+from diffusionblocks.experiments.tasks.recurrent import RecurrentRun
 
 SYMBOLS = 64  # of the embedded text
 COMMON = dict(batch_size=8, baseline=(), visit=3, checkpoint_every=7, ema=0.9, lr=2e-3, warmup=0.2, store="host")

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from diffusionblocks.adapters.dit import DiTAdapter, DiTRun
-from diffusionblocks.models.dit import DiTConfig
+from diffusionblocks.experiments.models.dit import DiTConfig
+from diffusionblocks.experiments.tasks.dit import DiTAdapter, DiTRun
 
 MODEL = DiTConfig(dim=16, layers=3, heads=2, mlp=24, cond=8, patch=4)
 CONFIG = DiTRun(model=MODEL, steps=6, visit=2, batch_size=8, walk_steps=6, baseline=(), ema=0.9, lr=1e-2, guidance=2.0)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusionblocks.adapters.causal_lm import CausalLMAdapter, CausalLMRun
-from diffusionblocks.models.causal_lm import CausalLMConfig
+from diffusionblocks.experiments.models.causal_lm import CausalLMConfig
+from diffusionblocks.experiments.tasks.causal_lm import CausalLMAdapter, CausalLMRun
 
 MODEL = CausalLMConfig(dim=16, layers=3, heads=2, mlp=24, cond=8, symbols=12)
 KINDS = {

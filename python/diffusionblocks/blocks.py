@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 import dbkernels
 
-from . import edm
 from .denoiser import Block, Ends, mean_with
-from .density import NoiseDensity
-from .devices import on_host
-from .partition import Partition, make_partition
-from .rng import stream
-from .targets import Output, Target
+from .noise import edm
+from .noise.density import NoiseDensity
+from .noise.partition import Partition, make_partition
+from .noise.rng import stream
+from .targets.base import Output, Target
+from .targets.devices import on_host
 
 SHARING = ("shared", "per_block", "frozen")
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .targets import Target
+from .targets.base import Target
 
 
 class Features(NamedTuple):

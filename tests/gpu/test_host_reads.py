@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny_all
-from diffusionblocks import training
-from diffusionblocks.devices import check_labels, on_host, send
+from diffusionblocks.experiments import session as training
+from diffusionblocks.targets.devices import check_labels, on_host, send
 
 META = torch.device("meta")
 FIRST, LAST = 3, 9  # steps that are watched, all of one visit: activating a block may wait, and so may a round's report

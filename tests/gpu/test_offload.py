@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tiny_all
-from diffusionblocks.evaluation import Walker
-from diffusionblocks.memory import count_bytes
+from diffusionblocks.sampling.sampler import Walker
+from diffusionblocks.training.memory import count_bytes
 
 stores = pytest.mark.parametrize("store", ["host", "disk"])
 

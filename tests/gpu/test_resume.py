@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import tiny_all
-from diffusionblocks import jobs, snapshots
-from diffusionblocks.adapters import adapter_of
+from diffusionblocks.experiments import commands as jobs
+from diffusionblocks.experiments import snapshots
+from diffusionblocks.experiments.tasks import adapter_of
 
 CPU = torch.device("cpu")
 MIDDLE, END = 7, 14  # in the middle of a visit of three steps

@@ -9,12 +9,13 @@ import torch
 
 import tiny_all
 import tiny_lm
-from diffusionblocks import masked_diffusion
-from diffusionblocks.classification import walk
-from diffusionblocks.evaluation import Walker, held_out_loss
-from diffusionblocks.generation import Generator
-from diffusionblocks.partition import step_levels
-from diffusionblocks.residency import Residency
+from diffusionblocks.experiments.metrics import masked_diffusion
+from diffusionblocks.experiments.metrics.bound import held_out_loss
+from diffusionblocks.experiments.metrics.classification import walk
+from diffusionblocks.experiments.models.generation import Generator
+from diffusionblocks.noise.partition import step_levels
+from diffusionblocks.sampling.sampler import Walker
+from diffusionblocks.training.offload import Residency
 
 CPU = torch.device("cpu")
 

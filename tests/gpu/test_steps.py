@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tiny_all
-from diffusionblocks.optim import PartOptimizer
-from diffusionblocks.training import train
+from diffusionblocks.experiments.session import train
+from diffusionblocks.training.optimizer import PartOptimizer
 
 CPU = torch.device("cpu")
 STEPS = 12  # every block has its turn: visits are of three steps

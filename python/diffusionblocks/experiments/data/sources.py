@@ -1,0 +1,186 @@
+"""Where each dataset comes from: its training and test images as tensors; stratified splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ...noise.rng import stream
+from . import hub, idx
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
+GREY, COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}  # Pillow's modes of at most 8 bits
+DIGITS_TEST_SIZE = 360  # a fifth of the 1,797
+
+Pair = tuple[Tensor, Tensor]  # images (N, C, H, W) uint8, labels (N,) int64
+Reader = Callable[[Path | None], dict[str, Pair]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The shape (C, H, W) and number of classes of a dataset, and what reads its "train" and "test"."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    read: Reader
+
+
+def _digits(folder: Path | None) -> dict[str, Pair]:
+    if folder is not None:
+        raise ValueError(f"digits comes with scikit-learn and takes no folder, got {folder}")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images)[:, None]  # (1797, 1, 8, 8), values 0..16
+    images, labels = (images * (255 / 16)).round().to(torch.uint8), torch.from_numpy(digits.target).long()
+    test, train = stratified(labels, DIGITS_TEST_SIZE, stream(0, "digits", "test"))
+    return {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
+
+
+def _fashion_mnist(folder: Path | None) -> dict[str, Pair]:
+    folder = DEBIAN_FASHION_MNIST if folder is None else folder
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no folder {folder} with Fashion-MNIST; apt-get install dataset-fashion-mnist, or pass folder="
+        )
+    return {part: _idx_pair(folder, prefix) for part, prefix in (("train", "train"), ("test", "t10k"))}
+
+
+def _idx_pair(folder: Path, prefix: str) -> Pair:
+    images = idx.read(_plain_or_gz(folder / f"{prefix}-images-idx3-ubyte"))
+    labels = idx.read(_plain_or_gz(folder / f"{prefix}-labels-idx1-ubyte"))
+    return images.unsqueeze(1), labels.long()
+
+
+def _plain_or_gz(path: Path) -> Path:
+    for candidate in (path, path.with_name(path.name + ".gz")):
+        if candidate.is_file():
+            return candidate
+    raise FileNotFoundError(f"neither {path} nor {path.name}.gz exists; put the four files of Fashion-MNIST there")
+
+
+SOURCES = {
+    "digits": Source((1, 8, 8), 10, _digits),
+    "fashion-mnist": Source((1, 28, 28), 10, _fashion_mnist),
+    "cifar100": Source((3, 32, 32), 100, partial(hub.read, hub.CIFAR100)),
+    "tiny-imagenet": Source((3, 64, 64), 200, partial(hub.read, hub.TINY_IMAGENET)),
+}
+
+
+def image_folder(folder: Path | None) -> Source:
+    """A source of one's own: a folder of square image files of one size, its sub-folders (if any) the classes.
+
+    A tenth of each class is the test split, the same one every time.
+    Raises: FileNotFoundError on a missing folder, ValueError on none or foreign files, or two sizes.
+    """
+    if folder is None or not folder.is_dir():
+        raise FileNotFoundError(f"data='folder' needs folder= with image files, got {folder}")
+    kinds = [kind for kind in _seen(folder) if kind.is_dir() and any(p.is_file() for p in _seen(kind))] or [folder]
+    files = [(path, label) for label, kind in enumerate(kinds) for path in _seen(kind) if path.is_file()]
+    if not files:
+        raise ValueError(f"{folder} holds no image files, and no sub-folders with any")
+    modes, widths, _ = zip(*(_header(path) for path, _ in files), strict=True)
+    channels, size = 1 if set(modes) <= GREY else 3, widths[0]
+    images = torch.stack([read_image(path, channels, size) for path, _ in files])
+    labels = torch.tensor([label for _, label in files])
+    test, train = stratified(labels, len(labels) // 10, stream(0, "folder", "test"))
+    pairs = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
+    return Source((channels, size, size), len(kinds), lambda _: pairs)
+
+
+def _seen(folder: Path) -> list[Path]:
+    """What is in a folder, in order, but for hidden files."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def idx_folder(folder: Path | None) -> Source:
+    """A source of one's own: a folder of four IDX files, gzipped or not, named as MNIST's and its kin's are, perhaps
+    with more in front (emnist-letters-train-images-idx3-ubyte.gz). Classes are the labels that occur, in order.
+
+    Raises: FileNotFoundError on a missing folder or file, ValueError on foreign files or two that would do.
+    """
+    if folder is None or not folder.is_dir():
+        raise FileNotFoundError(f"data='idx' needs folder= with four IDX files, got {folder}")
+    pairs = {}
+    for part, names in (("train", ("train",)), ("test", ("t10k", "test"))):
+        images, labels = (idx.read(_only(folder, [f"{n}-{kind}" for n in names])) for kind in ("images", "labels"))
+        pairs[part] = (images.unsqueeze(1), labels.long())
+    kinds = pairs["train"][1].unique()
+    if not bool(torch.isin(pairs["test"][1], kinds).all()):
+        raise ValueError(f"{folder} has labels in its test split that its training split lacks")
+    known = {part: (images, torch.searchsorted(kinds, labels)) for part, (images, labels) in pairs.items()}
+    size = pairs["train"][0].shape[-1]
+    return Source((1, size, size), len(kinds), lambda _: known)
+
+
+def _only(folder: Path, names: list[str]) -> Path:
+    found = [path for path in _seen(folder) if any(name in path.name for name in names)]
+    if not found:
+        raise FileNotFoundError(f"{folder} has no file with {' or '.join(names)} in its name")
+    if len(found) > 1:
+        raise ValueError(f"{folder} has {' and '.join(path.name for path in found)}: keep one of them there")
+    return found[0]
+
+
+def hub_images(name: str, folder: Path | None) -> Source:
+    """A source by the name of a dataset of the hub, or of a folder with a copy of one; its classes are its labels'."""
+    local = Path(name).expanduser()
+    where = folder or (local if local.is_dir() else None)
+    source = hub.found(name, where)
+    pairs = hub.read(source, where)
+    classes = int(pairs["train"][1].max()) + 1
+    return Source((3, source.size, source.size), classes, lambda _: pairs)
+
+
+def read_image(path: Path, channels: int, size: int) -> Tensor:
+    """An image file as (C, S, S) uint8. Raises: ValueError if it can't be read or has another size."""
+    _, width, height = _header(path)
+    if (width, height) != (size, size):
+        raise ValueError(f"{path} is {width}x{height}, not {size}x{size}; resize it first")
+    try:
+        with Image.open(path) as image:
+            pixels = numpy.array(image.convert("L" if channels == 1 else "RGB"))
+    except OSError as error:
+        raise ValueError(f"{path} can't be read to its end ({error}); put back the whole file") from error
+    return torch.from_numpy(pixels).reshape(size, size, channels).permute(2, 0, 1).contiguous()
+
+
+def _header(path: Path) -> tuple[str, int, int]:
+    """An image file's mode, width and height."""
+    try:
+        with Image.open(path) as image:
+            mode, (width, height) = image.mode, image.size
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image file") from error
+    if mode not in GREY | COLOUR:
+        raise ValueError(f"{path} has pixels of Pillow's mode {mode!r}, not of 8 bits a channel; convert it first")
+    return mode, width, height
+
+
+def stratified(labels: Tensor, count: int, key: int) -> tuple[Tensor, Tensor]:
+    """`count` of the samples with each class in proportion, and the others: rising indices, int64.
+
+    labels: (N,) int64 >= 0, N >= count. key: chooses samples of a class, never how many of each class.
+    """
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(key))
+    quota = _quota(torch.bincount(labels), count)
+    members = [shuffled[labels[shuffled] == c][:q] for c, q in enumerate(quota)]
+    taken = torch.zeros(len(labels), dtype=torch.bool)
+    taken[torch.cat(members)] = True
+    return taken.nonzero().flatten(), (~taken).nonzero().flatten()
+
+
+def _quota(sizes: Tensor, count: int) -> list[int]:
+    """How many of each class: the proportional share rounded down; the largest remainders get the rest."""
+    total = int(sizes.sum())
+    shares = [divmod(size * count, total) for size in sizes.tolist()]
+    by_remainder = sorted(range(len(shares)), key=lambda c: -shares[c][1])
+    extra = set(by_remainder[: count - sum(whole for whole, _ in shares)])
+    return [whole + (c in extra) for c, (whole, _) in enumerate(shares)]

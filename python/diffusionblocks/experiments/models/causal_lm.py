@@ -1,0 +1,244 @@
+"""A small Llama-style language model, in one stream of clean tokens or with a second, noisy one beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+import dbkernels
+
+from ...convert.conditioning import NoiseEmbedding
+from .layers import ConditionedConfig, Modulation, check_rotary, rotary
+
+
+@dataclass(frozen=True)
+class CausalLMConfig(ConditionedConfig):
+    """Sizes of a causal language model.
+
+    symbols: of the vocabulary. group_size: tokens denoised together. sees_z: whether the network sees the noised tokens
+    of its group. One token alone learns nothing from its own z that the posterior readout doesn't know, so without it
+    one stream of clean tokens is enough.
+    """
+
+    layers: int = 4
+    mlp: int = 176
+    symbols: int = 64
+    group_size: int = 1
+    sees_z: bool = False
+    z_gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_rotary(self)
+        if self.symbols < 2:
+            raise ValueError(f"symbols={self.symbols} must be at least 2: of one there is nothing to predict")
+        if self.group_size > 1 and not self.sees_z:
+            raise ValueError(f"group_size={self.group_size} needs sees_z: its tokens would not know of each other")
+
+
+class Streams(NamedTuple):
+    """Clean and noisy tokens, both (B, N, D)."""
+
+    clean: Tensor
+    noisy: Tensor
+
+
+class Cache:
+    """Keys and values (B, H, L, C) of a layer's clean tokens, as far as they are known."""
+
+    def __init__(self) -> None:
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def add(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append; returns all keys and values."""
+        self.k = k if self.k is None else torch.cat([self.k, k], 2)
+        self.v = v if self.v is None else torch.cat([self.v, v], 2)
+        return self.k, self.v
+
+    @property
+    def length(self) -> int:
+        """Tokens that it holds."""
+        return 0 if self.k is None else self.k.shape[2]
+
+
+class CausalLayer(nn.Module):
+    """Attention and a gated MLP, each with a residual. Noisy tokens go through the same weights, modulated by their
+    noise; clean ones know of none."""
+
+    def __init__(self, config: CausalLMConfig):
+        super().__init__()
+        d = config.dim
+        self.heads, self.group_size, self.gate_start = config.heads, config.group_size, config.gate_start
+        self.eps = config.norm_eps
+        self.norm1, self.norm2 = nn.Parameter(torch.ones(d)), nn.Parameter(torch.ones(d))
+        self.qkv, self.proj = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.gate_up, self.down = nn.Linear(d, 2 * config.mlp, bias=False), nn.Linear(config.mlp, d, bias=False)
+        self.modulation = Modulation(config.cond, d, 6, config.silu_after) if config.sees_z else None
+
+    def forward(self, h: Tensor | Streams, cond: Tensor | None) -> Tensor | Streams:
+        if isinstance(h, Tensor):
+            q, k, v = self.queries_keys_values(self.norm(h, self.norm1), 0)
+            h = h + self.proj(merge(functional.scaled_dot_product_attention(q, k, v, is_causal=True)))
+            return h + self.mlp(self.norm(h, self.norm2))
+        return self.two_streams(h.clean, h.noisy, cond)
+
+    def two_streams(self, clean: Tensor, noisy: Tensor, cond: Tensor | None) -> Streams:
+        """Both streams through the layer; noisy tokens attend as dbkernels.two_stream_attention says."""
+        N = clean.shape[1]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(cond)
+        normed = self.norm(clean, self.norm1), self.norm(noisy, self.norm1, shift1, scale1)
+        streams = [self.queries_keys_values(part, 0) for part in normed]
+        outs = dbkernels.two_stream_attention(*streams[0], *streams[1], group_size=self.group_size)
+        out, out_noisy = self.proj(torch.cat([merge(part) for part in outs], 1)).split(N, 1)
+        clean = clean + out
+        noisy, normed_noisy = self.gated(noisy, out_noisy, gate1, shift2, scale2)
+        mixed, mixed_noisy = self.mlp(torch.cat([self.norm(clean, self.norm2), normed_noisy], 1)).split(N, 1)
+        return Streams(clean + mixed, torch.addcmul(noisy, gate2, mixed_noisy))
+
+    def extend(self, h: Tensor, cache: Cache) -> Tensor:
+        """The next clean tokens (B, n, D), after those of the cache, which grows by them."""
+        first, n = cache.length, h.shape[1]
+        q, k, v = self.queries_keys_values(self.norm(h, self.norm1), first)
+        k, v = cache.add(k, v)
+        seen = torch.ones(n, first + n, dtype=torch.bool, device=h.device).tril(first)
+        h = h + self.proj(merge(functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)))
+        return h + self.mlp(self.norm(h, self.norm2))
+
+    def decode(self, noisy: Tensor, cond: Tensor, cache: Cache) -> Tensor:
+        """A group of noisy tokens (B, g, D) behind the clean ones of the cache, which stays as it is."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(cond)
+        q, k, v = self.queries_keys_values(self.norm(noisy, self.norm1, shift1, scale1), cache.length)
+        before = (k[:, :, :0], v[:, :, :0]) if cache.k is None else (cache.k, cache.v)
+        out = self.proj(merge(dbkernels.two_stream_decode(q, k, v, *before)))
+        noisy, normed = self.gated(noisy, out, gate1, shift2, scale2)
+        return torch.addcmul(noisy, gate2, self.mlp(normed))
+
+    def modulate(self, cond: Tensor | None) -> tuple[Tensor, ...]:
+        """shift, scale, gate of attention and of the MLP."""
+        assert self.modulation is not None and cond is not None
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond)
+        return shift1, scale1, self.gate_start + gate1, shift2, scale2, self.gate_start + gate2
+
+    def queries_keys_values(self, h: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) -> three of (B, H, N, C), the first two turned by their positions first, first + 1, ..."""
+        B, N, _ = h.shape
+        q, k, v = self.qkv(h).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return rotary(q, first), rotary(k, first), v
+
+    def norm(self, h: Tensor, weight: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        return dbkernels.ada_rms_norm(h, shift, scale, weight=weight, eps=self.eps)
+
+    def gated(self, h: Tensor, out: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return dbkernels.gated_residual_norm(h, out, gate, shift, scale, weight=self.norm2, eps=self.eps, norm="rms")
+
+    def mlp(self, h: Tensor) -> Tensor:
+        gate, up = self.gate_up(h).chunk(2, -1)
+        return self.down(functional.silu(gate) * up)
+
+
+def merge(heads: Tensor) -> Tensor:
+    """(B, H, N, C) -> (B, N, H C)."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+class CausalStem(nn.Module):
+    """Tokens (B, N) -> what the layers take, and the conditioning.
+
+    In one stream token i - 1 stands at place i, a learned start at place 0: what leaves place i knows the tokens before
+    i. With z (B, N, e) the clean tokens stand at their places and the noisy ones beside them.
+    """
+
+    def __init__(self, config: CausalLMConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.symbols + 1, config.dim)  # the last is the start, or what is asked for
+        nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
+        self.noise = NoiseEmbedding(config.cond) if config.sees_z else None
+        self.look = nn.Linear(config.dim, config.dim, bias=False) if config.sees_z else None
+
+    def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor | Streams, Tensor | None]:
+        if not self.sees_z:
+            return self.clean(x), None
+        noisy, cond = self.noised(z, c_noise)
+        return Streams(self.clean(x), noisy), cond
+
+    def clean(self, x: Tensor) -> Tensor:
+        """The clean tokens (B, N, D), each at its place; in one stream one place later, behind the start."""
+        return self.embedding(x if self.sees_z else torch.cat([self.start(x), x[:, :-1]], 1))
+
+    @property
+    def sees_z(self) -> bool:
+        """Whether noisy tokens go through the layers, too."""
+        return self.noise is not None
+
+    def start(self, x: Tensor) -> Tensor:
+        """The token that stands before the first: (B, 1)."""
+        return torch.full_like(x[:, :1] if x.shape[1] else x.new_empty(len(x), 1), self.config.symbols)
+
+    def noised(self, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy tokens (B, N, D) and their conditioning (B, N, C), from c_in z and c_noise (B, N)."""
+        assert self.noise is not None and self.look is not None
+        start = self.embedding.weight[self.config.symbols]
+        return start + self.config.z_gain * self.look(z.to(start.dtype)), self.noise(c_noise)
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless `x` is a non-empty batch of tokens."""
+        if x.dim() != 2 or x.dtype != torch.int64 or x.numel() == 0:
+            raise ValueError(f"tokens must be a non-empty (B, N) int64, got {tuple(x.shape)} {x.dtype}")
+
+
+class Carry(nn.Module):
+    """What the blocks before made of the clean tokens, added to them: normalised, through a map that starts as 1."""
+
+    def __init__(self, config: CausalLMConfig):
+        super().__init__()
+        self.eps, self.linear = config.norm_eps, nn.Linear(config.dim, config.dim, bias=False)
+        nn.init.eye_(self.linear.weight)
+
+    def forward(self, h: Tensor | Streams, before: Tensor) -> Tensor | Streams:
+        added = self.linear(dbkernels.ada_rms_norm(before, eps=self.eps))
+        return h + added if isinstance(h, Tensor) else Streams(h.clean + added, h.noisy)
+
+
+class CausalHead(nn.Module):
+    """The final norm (`features`), and logits over the vocabulary."""
+
+    def __init__(self, config: CausalLMConfig):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.norm = nn.Parameter(torch.ones(config.dim))
+        self.linear = nn.Linear(config.dim, config.symbols)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def features(self, h: Tensor | Streams) -> Tensor:
+        read = h if isinstance(h, Tensor) else h.noisy
+        return dbkernels.ada_rms_norm(read, weight=self.norm, eps=self.eps)
+
+    def forward(self, h: Tensor, cond: Tensor | None) -> Tensor:
+        return self.linear(h)
+
+
+class CausalLM(nn.Module):
+    """The ordinary language model: one stream, all layers."""
+
+    def __init__(self, config: CausalLMConfig):
+        super().__init__()
+        self.stem, self.head = CausalStem(config), CausalHead(config)
+        self.layers = nn.ModuleList(CausalLayer(config) for _ in range(config.layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N) -> logits (B, N, V) of each from those before it."""
+        h, cond = self.stem(x, x, x)
+        for layer in self.layers:
+            h = layer(h, cond)
+        return self.head(self.head.features(h), cond)
+
+    def loss(self, x: Tensor, y: Tensor, *, seed: int, step: int) -> Tensor:
+        """Mean cross-entropy, in nats a token; nothing is drawn."""
+        return functional.cross_entropy(self(x).flatten(0, 1).float(), y.flatten())

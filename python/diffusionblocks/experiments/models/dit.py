@@ -1,0 +1,96 @@
+"""A small Diffusion Transformer: labels and noised images in, F of the image's shape out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import dbkernels
+
+from ...convert.conditioning import NoiseEmbedding
+from ...targets.devices import check_labels
+from .layers import ConditionedConfig, Modulation
+
+
+@dataclass(frozen=True)
+class DiTConfig(ConditionedConfig):
+    """Sizes of a Diffusion Transformer."""
+
+    cond: int = 64
+    image_size: int = 8
+    channels: int = 1
+    classes: int = 10
+    patch: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size % self.patch:
+            raise ValueError(f"patch={self.patch} must divide image_size={self.image_size}")
+
+
+class DiTStem(nn.Module):
+    """Labels (B,) and c_in z (B, C, S, S) -> tokens (B, N, D) and the conditioning (B, cond): noise plus class.
+
+    The label after the last class is no class: what guidance compares with.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        self.patch = nn.Linear(config.channels * config.patch**2, config.dim)
+        # as large as an embedded patch: from a start near zero, where a patch lies is learnt late
+        self.position = nn.Parameter(torch.randn(1, (config.image_size // config.patch) ** 2, config.dim) * 0.5)
+        self.noise = NoiseEmbedding(config.cond)
+        self.label = nn.Embedding(config.classes + 1, config.cond)
+
+    def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (self.config.channels, self.config.image_size, self.config.image_size)
+        if tuple(z.shape[1:]) != shape:
+            raise ValueError(f"images must be (B, {', '.join(map(str, shape))}), got {tuple(z.shape)}")
+        patches = patchify(z.to(self.patch.weight.dtype), self.config.patch)
+        return self.patch(patches) + self.position, self.noise(c_noise) + self.label(x)
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless `x` is (B,) labels in [0, classes], `classes` being none; on a device their values
+        aren't read."""
+        if x.dim() != 1 or x.dtype not in (torch.int64, torch.int32) or len(x) == 0:
+            raise ValueError(f"labels must be a non-empty 1-d integer tensor, got {tuple(x.shape)} {x.dtype}")
+        none = self.config.classes
+        check_labels("labels", x, none + 1, f"[0, {none}], {none} for no class")
+
+
+class DiTHead(nn.Module):
+    """Tokens (B, N, D) -> F (B, C, S, S): a modulated norm and a linear map that starts at zero."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        self.modulation = Modulation(config.cond, config.dim, 2, config.silu_after)
+        self.linear = nn.Linear(config.dim, config.channels * config.patch**2)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def features(self, h: Tensor) -> Tensor:
+        return h
+
+    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
+        shift, scale = self.modulation(cond)
+        h = dbkernels.ada_layer_norm(h, shift, scale, eps=self.config.norm_eps)
+        return unpatchify(self.linear(h), self.config.patch)
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """(B, C, S, S) -> (B, N, C P P), patches in reading order."""
+    B, C, S, _ = images.shape
+    parts = images.reshape(B, C, S // patch, patch, S // patch, patch)
+    return parts.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch**2)
+
+
+def unpatchify(patches: Tensor, patch: int) -> Tensor:
+    """(B, N, C P P) -> (B, C, S, S), the inverse of `patchify`."""
+    B, N, width = patches.shape
+    side, C = round(N**0.5), width // patch**2
+    parts = patches.view(B, side, side, C, patch, patch)
+    return parts.permute(0, 3, 1, 4, 2, 5).reshape(B, C, side * patch, side * patch)

@@ -1,0 +1,90 @@
+"""A finished run's folder, read back: the rows of metrics.jsonl and summary.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..noise import density
+from ..noise.partition import Partition
+
+BLOCKWISE = "block-wise"
+_NEEDED = (
+    *(f"partition.{name}" for name in ("density", "edges", "layers", "overlap")),
+    *(f"results.{BLOCKWISE}.{name}" for name in ("test", "memory")),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as it was written: the rows of metrics.jsonl by run and step, and summary.json."""
+
+    rows: dict[str, list[dict[str, Any]]]
+    summary: dict[str, Any]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What summary.json says of each run, block-wise and baselines."""
+        return self.summary["results"]
+
+    @property
+    def test(self) -> dict[str, Any]:
+        """The block-wise model on the test split."""
+        return self.results[BLOCKWISE]["test"]
+
+    @property
+    def level(self) -> str:
+        """What a noise level is called: "sigma", or masked diffusion's "t"."""
+        return self.summary.get("level", "sigma")
+
+    @property
+    def partition(self) -> Partition:
+        """Who owns which noise."""
+        cut = self.summary["partition"]
+        noise = density.from_dict(cut["density"])
+        return Partition(noise, tuple(cut["edges"]), tuple(cut["layers"]), cut["overlap"])
+
+
+def read_run(folder: Path) -> Run:
+    """The run in `folder`. A row logged twice (a run resumed from before it) counts once, as logged last.
+
+    Raises: ValueError if it isn't the folder of a finished run, saying what is missing.
+    """
+    unfinished = f"{folder} is not a finished run:"
+    for name in ("metrics.jsonl", "summary.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{unfinished} {name} is missing; train or resume it first")
+    rows = _read_rows(folder / "metrics.jsonl")
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{unfinished} summary.json is no JSON ({error}); evaluate it again") from error
+    for path in _NEEDED:
+        if not _has(summary, path):
+            raise ValueError(f"{unfinished} summary.json has no {path}; train or resume it first")
+    if not rows.get(BLOCKWISE):
+        raise ValueError(f"{unfinished} metrics.jsonl has no {BLOCKWISE} rows; train or resume it first")
+    return Run(rows, summary)
+
+
+def _read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    whole, newline, _being_written = path.read_text().rpartition("\n")  # a training may be at work
+    for number, line in enumerate((whole + newline).splitlines(), 1):
+        try:
+            row = json.loads(line)
+            found.setdefault(row["run"], {})[row["step"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            fault = f"{path}, line {number} is no row of metrics ({error!r}); remove that line"
+            raise ValueError(fault) from error
+    return {run: [rows[step] for step in sorted(rows)] for run, rows in found.items()}
+
+
+def _has(values: Any, path: str) -> bool:
+    for key in path.split("."):
+        if not isinstance(values, dict) or key not in values:
+            return False
+        values = values[key]
+    return values is not None and values != []

@@ -1,0 +1,145 @@
+"""Masked diffusion language models: whole windows of text are denoised at once, from all masks to none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...blocks import DiffusionBlocks
+from ...denoiser import Ends
+from ...noise import mask_schedule as masking
+from ...noise.density import Uniform
+from ...noise.partition import Partition, make_partition, step_levels
+from ...noise.rng import stream
+from ...sampling.sampler import Walker
+from ...targets.masked import T_MIN, MaskedTarget
+from ..config import TrainConfig, check_at_least
+from ..data.text import TextData, Windows, encode, load, rows
+from ..metrics import masked_diffusion
+from ..metrics.language import TextOptions, write_texts
+from ..models.masked_lm import Head, MaskedLMConfig, Stem, layers
+from ..session import Batches
+from .base import Adapter, Metric, Row, taken
+
+MASK = "\u2591"  # how a mask is shown, and written in a prompt
+
+
+@dataclass(frozen=True)
+class MaskedLMRun(TrainConfig):
+    """A masked diffusion model of text, by characters."""
+
+    architecture: ClassVar[str] = "masked_lm"
+
+    text: str = "topics"
+    """"topics" (Python's own help), a text file, a folder of .txt files, or hub:NAME."""
+    length: int = 64
+    """Characters of a window."""
+    out: Path = Path("runs/mdlm-text")
+    overlap: float = 0.0
+    batch_size: int = 16
+    lr: float = 1e-2
+    walk_steps: int = 64
+    levels: int = 12
+    """Times that a window is read at for the bound."""
+    tune_lr: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
+    tune_warmup: tuple[float, ...] = (0.2,)
+    model: MaskedLMConfig = field(default_factory=MaskedLMConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 2, "length")
+        if self.overlap:
+            raise ValueError(f"overlap={self.overlap} must be 0: widening by logarithms means nothing near t = 0")
+        if self.levels < self.blocks:
+            raise ValueError(f"levels={self.levels} must be at least blocks={self.blocks}: every block must be read")
+
+    def in_blocks(self, blocks: int, **changes: Any) -> TrainConfig:
+        return super().in_blocks(blocks, **{"levels": max(blocks, self.levels), **changes})
+
+
+class UnconditionalWindows(Windows):
+    """Windows of a text as targets, nothing given: x is (batch_size, 0)."""
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        _, y = super().batch(step)
+        return masked_diffusion.given(y), y
+
+
+class MaskedLMAdapter(Adapter):
+    """x: nothing, (B, 0). y: windows of text, (B, N)."""
+
+    metric = Metric("bits", "bits a character", higher=False)
+    config: MaskedLMRun
+
+    @cached_property
+    def data(self) -> TextData:
+        """The splits."""
+        return load(self.config.text, symbols=self.config.model.symbols)
+
+    def batches(self, device: torch.device) -> Batches:
+        c = self.config
+        self.data.check_windows(c.length, 2)
+        return UnconditionalWindows(self.data.train, c.length, c.batch_size, seed=c.seed, device=device)
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        y = torch.zeros(self.config.batch_size, self.config.length, dtype=torch.int64)
+        return masked_diffusion.given(y), y
+
+    def blocks(self, partition: Partition | None = None) -> DiffusionBlocks:
+        c = self.config
+        torch.manual_seed(stream(c.seed, "init") % 2**63)
+        copies = [Ends(Stem(c.model), Head(c.model)) for _ in range(c.blocks if c.shared == "per_block" else 1)]
+        if c.shared == "frozen":
+            nn.init.xavier_normal_(copies[0].head.weight)  # a head of zeros would pass no gradient to the layers
+        edges = [*masking.edges(c.blocks)[:-1], T_MIN]
+        partition = partition or make_partition(Uniform(T_MIN, 1.0), c.layer_counts, edges=edges, overlap=c.overlap)
+        target = MaskedTarget(c.model.symbols)
+        return DiffusionBlocks(copies, layers(c.model), target, partition, shared=c.shared)
+
+    def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
+        """The bound, and what a model of single characters reaches. steps: times a window is read at."""
+        tokens = self.windows(split).to(walker.device)
+        found = masked_diffusion.bound(walker, tokens, levels=steps or self.config.levels, seed=self.config.seed)
+        unigram = masked_diffusion.unigram_bits(self.data.train, self.windows(split), self.config.model.symbols)
+        return {**found, "unigram": unigram}
+
+    def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
+        """samples.txt, judge.json about them, and trajectory.txt: the first as each block leaves it.
+
+        options: TextOptions', where the prompt stays but for its masks and the length, a window's by default, counts
+        it.
+        """
+        how = taken(TextOptions, {"length": self.config.length} | options, "texts")
+        levels = step_levels(walker.model.partition, how.steps or self.config.walk_steps, kind="probability")
+        start = self.start(how.prompt, how.length).to(walker.device).expand(count, -1)
+        walk = list(masked_diffusion.generate(walker, levels, start, seed=seed, keep=how.keep))
+        left = {step.block: step for step in walk}  # the last of each block
+        drafts = [f"after block {b}, its last step from t = {s.t:.2f}\n{self.show(s.z[0])}" for b, s in left.items()]
+        trajectory = folder / "trajectory.txt"
+        trajectory.write_text("\n\n".join(drafts) + "\n", encoding="utf-8")
+        return [*write_texts(folder, self.data, walk[-1].z, how.judge), trajectory]
+
+    def windows(self, split: str) -> Tensor:
+        """A whole split in windows that don't overlap."""
+        return rows(getattr(self.data, split), self.config.length)
+
+    def start(self, prompt: str, length: int) -> Tensor:
+        """Tokens (N,) of a prompt, each MASK in it a place to fill, and masks behind it.
+
+        Raises: ValueError if the prompt is longer than that.
+        """
+        if len(prompt) > length:
+            raise ValueError(f"the prompt's {len(prompt)} characters don't fit in length={length}; give more")
+        tokens, mask_id = encode(prompt, self.data.alphabet), self.config.model.symbols
+        gaps = torch.tensor([symbol == MASK for symbol in prompt], dtype=torch.bool)
+        return torch.cat([tokens.masked_fill(gaps, mask_id), torch.full((length - len(prompt),), mask_id)])
+
+    def show(self, tokens: Tensor) -> str:
+        """The text of tokens with masks, (N,)."""
+        alphabet = self.data.alphabet + MASK
+        return "".join(alphabet[i] for i in tokens.tolist())

@@ -1,0 +1,215 @@
+"""Vision Transformers as diffusion blocks: the label's embedding is denoised at the [CLS] token."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...blocks import DiffusionBlocks
+from ...denoiser import Ends
+from ...noise.density import LogNormal, NoiseDensity
+from ...noise.information import closed_form_density
+from ...noise.partition import Partition, make_partition, spread_layers
+from ...noise.rng import stream
+from ...sampling.sampler import Walker
+from ...targets.labels import ClassTarget, spread_codebook
+from ..config import TrainConfig
+from ..data.images import ImageData, Loader, check_model, load, prepare
+from ..metrics import classification
+from ..models.vit import Head, Stem, ViT, ViTConfig
+from ..recipes import CORRECTED, Recipe, resolve
+from ..session import Batches
+from .base import Adapter, Metric, Row
+
+OF_RECIPE = {name: getattr(CORRECTED, name) for name in ("gate_start", "z_gain", "silu_after")}
+Baseline = Literal["end-to-end", "checkpointing", "shallow", "forward-forward", "noprop"]
+
+
+@dataclass(frozen=True)
+class ViTRun(TrainConfig):
+    """A Vision Transformer that learns to label images."""
+
+    architecture: ClassVar[str] = "vit"
+
+    data: str = "digits"
+    """"digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder" or "idx" for files of one's own, or "hub:ID"."""
+    folder: Path | None = None
+    """Where the data's files are; None: found or fetched by name."""
+    out: Path = Path("runs/vit-digits")
+    recipe: Literal["corrected", "published"] = "corrected"
+    switch: tuple[str, ...] = ()
+    """Fields of the recipe to take from the other one (ablation)."""
+    sampler: Literal["euler", "heun", "dpmpp_2m"] = "euler"
+    augment: bool = False
+    """Random crops and flips."""
+    baseline: tuple[Baseline, ...] = ("end-to-end",)  # type: ignore[assignment]  # more than others have
+    model: ViTConfig = field(default_factory=ViTConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.accumulate > 1 and self.votes:
+            raise ValueError(f"accumulate={self.accumulate} needs --switch block_choice: batches may vote differently")
+        others = {"forward-forward", "noprop"} & set(self.baseline)
+        if others and (self.accumulate, self.precision) != (1, "float32"):
+            raise ValueError(f"{' and '.join(sorted(others))} know no accumulate and no bfloat16: leave them out")
+        if self.model != replace(self.model, **OF_RECIPE):
+            raise ValueError(f"{', '.join(OF_RECIPE)} of the model come with the recipe: choose them by --switch")
+        if self.shared != "shared" and self.method.codebook == "learned":
+            raise ValueError(f"shared={self.shared!r} needs a fixed codebook: add --switch codebook")
+
+    @property
+    def method(self) -> Recipe:
+        """The recipe with its switches."""
+        return resolve(self.recipe, self.switch)
+
+    @property
+    def votes(self) -> bool:
+        return self.method.block_choice == "vote"
+
+    @property
+    def layers(self) -> int:
+        return sum(layers_of_blocks(self.model.layers, self.blocks, self.method))
+
+    def resolved(self) -> dict[str, Any]:
+        return {"method": dataclasses.asdict(self.method)}
+
+
+class ViTAdapter(Adapter):
+    """x: images. y: labels."""
+
+    metric = Metric("accuracy", "accuracy %")
+    config: ViTRun
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The splits. Raises: ValueError if the model is for other images."""
+        data = load(self.config.data, folder=self.config.folder, seed=self.config.seed)
+        check_model(data, self.config.model)
+        return data
+
+    def batches(self, device: torch.device) -> Batches:
+        config, data = self.config, self.data
+        augment: Row = {"pad": max(1, data.image_size // 8), "flip": config.data != "digits"} if config.augment else {}
+        return Loader(data.train, data, config.batch_size, seed=config.seed, device=device, **augment)
+
+    def example(self) -> tuple[Tensor, Tensor]:
+        config, size = self.config, self.config.model.image_size
+        x = torch.empty(config.batch_size, config.model.channels, size, size)
+        return x, torch.zeros(config.batch_size, dtype=torch.int64)
+
+    def blocks(self, partition: Partition | None = None) -> DiffusionBlocks:
+        c = self.config
+        return vit_blocks(
+            c.model,
+            c.split or c.blocks,
+            recipe=c.method,
+            shared=c.shared,
+            overlap=c.overlap,
+            seed=c.seed,
+            partition=partition,
+        )
+
+    def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
+        x, labels = self.inputs(split, walker.device)
+        return classification.evaluate(walker, x, labels, steps=steps or self.config.walk_steps, **self.walk())
+
+    def walk(self) -> Row:
+        """How the recipe walks: what `classification.walk` takes."""
+        method = self.config.method
+        return {
+            "levels": method.levels,
+            "start": method.walk_start,
+            "sampler": self.config.sampler,
+            "seed": self.config.seed,
+        }
+
+    def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
+        raise ValueError("a classifier makes no samples; for labels of images use `dblocks predict`")
+
+    def network(self) -> nn.Module:
+        """The ordinary ViT: [CLS], affine LayerNorm, no noise."""
+        torch.manual_seed(stream(self.config.seed, "init") % 2**63)
+        return ViT(self.config.model, conditioned=False)
+
+    def score(self, network: nn.Module, split: str, device: torch.device) -> Row:
+        return {"accuracy": classification.score(network, *self.inputs(split, device))}
+
+    def inputs(self, split: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A whole split, normalised: images and labels."""
+        part = getattr(self.data, split)
+        x = prepare(part.images, self.data.mean, self.data.std, device=device)
+        return x, part.labels.to(device)
+
+
+def vit_blocks(
+    config: ViTConfig,
+    blocks: int | tuple[int, ...],
+    *,
+    recipe: Recipe = CORRECTED,
+    shared: str = "shared",
+    overlap: float = 0.05,
+    seed: int = 0,
+    partition: Partition | None = None,
+) -> DiffusionBlocks:
+    """The reference ViT as `blocks` denoisers, initialised from `seed`; noise by the recipe, or by `partition`.
+
+    blocks: how many, or the layers of each.
+    Raises: ValueError if blocks exceeds the layers, or independent blocks get a learned codebook.
+    """
+    config = replace(config, gate_start=recipe.gate_start, z_gain=recipe.z_gain, silu_after=recipe.silu_after)
+    counts = blocks if isinstance(blocks, tuple) else layers_of_blocks(config.layers, blocks, recipe)
+    torch.manual_seed(stream(seed, "init") % 2**63)
+    norm_eps = 1e-12 if recipe.readout == "edm" else None
+    network = ViT(config, conditioned=True, head_norm_eps=norm_eps)
+    ends: Ends | list[Ends] = Ends(network.stem, network.head)
+    if shared == "per_block":
+        ends = [Ends(Stem(config, True), Head(config, True, norm_eps)) for _ in counts]
+    if shared == "frozen":
+        nn.init.xavier_normal_(network.head.linear.weight)  # a head of zeros would pass no gradient to the layers
+    target = class_target(codebook(config.classes, config.dim, recipe), recipe)
+    partition = partition or make_partition(noise_density(target, recipe), counts, overlap=overlap)
+    return DiffusionBlocks(
+        ends,
+        list(network.layers)[: sum(counts)],
+        target,
+        partition,
+        shared=shared,
+        context=recipe.context,
+        weighting=recipe.weighting,
+    )
+
+
+def layers_of_blocks(layers: int, blocks: int, recipe: Recipe = CORRECTED) -> tuple[int, ...]:
+    """Layers of each block: spread evenly, or the remainder dropped."""
+    return spread_layers(layers - layers % blocks if recipe.remainder == "dropped" else layers, blocks)
+
+
+def codebook(classes: int, dim: int, recipe: Recipe = CORRECTED) -> Tensor:
+    """Where a recipe's label embeddings start: fixed and spread out, or small random rows to learn."""
+    return torch.randn(classes, dim) * 0.02 if recipe.codebook == "learned" else spread_codebook(classes, dim)
+
+
+def class_target(table: Tensor, recipe: Recipe = CORRECTED) -> ClassTarget:
+    """The label space of a recipe over the codebook `table` (K, d)."""
+    learned = recipe.codebook == "learned"
+    return ClassTarget(
+        table,
+        sigma_data=recipe.sigma_data or None,
+        readout=recipe.readout,
+        trainable=learned,
+        normalize=learned,
+        raw_estimate=recipe.estimate == "raw",
+    )
+
+
+def noise_density(target: ClassTarget, recipe: Recipe = CORRECTED) -> NoiseDensity:
+    """Where a recipe draws its noise at the start."""
+    if recipe.noise == "log_normal":
+        return LogNormal()
+    return closed_form_density(target.embeddings())

@@ -1,0 +1,209 @@
+"""Resuming is bit-exact: after SIGKILL at random points the run ends with the same weights, metrics and noise."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+import tiny_all
+from diffusionblocks.checkpoint import files as checkpoint
+from diffusionblocks.checkpoint.files import CheckpointError
+from diffusionblocks.experiments import commands as jobs
+from diffusionblocks.experiments import snapshots
+from diffusionblocks.experiments.tasks import adapter_of
+
+HERE = Path(__file__).parents[1]
+KILLS = int(os.environ.get("KILLS", "5"))  # of a run
+# Forks trainings from one process, so that a restart costs no import of torch. A line on stdin starts a child that
+# trains; its pid is printed, and its exit status once it ends.
+SERVER = """
+import os, sys
+import torch, tiny_all
+from diffusionblocks import jobs
+import pathlib
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+        sys.stdout = open(os.devnull, "w")
+        name, folder = line.split()
+        folder = pathlib.Path(folder)
+        changes = {"vit": dict(branch=0.3), "recurrent": dict(steps=80)}.get(name, {})
+        config = tiny_all.config(name, folder, **dict(store="disk", steps=20, checkpoint_every=4) | changes)
+        jobs.resume(folder) if (folder / "config.yaml").exists() else jobs.start(config)
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    yield process
+    process.stdin.close()
+    process.wait()
+
+
+def run(server, name, folder, kill_after=None):
+    """Train until done or killed; returns the exit status."""
+    server.stdin.write(f"{name} {folder}\n")
+    server.stdin.flush()
+    pid = int(server.stdout.readline())
+    if kill_after is not None:
+        time.sleep(kill_after)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return int(server.stdout.readline())
+
+
+def everything(folder):
+    """All that a finished run holds: tensors by part, state, metrics without clocks, results without clocks."""
+    manifest = checkpoint.read_state(folder / "checkpoint")
+    tensors = {part: checkpoint.load_part(folder / "checkpoint", part) for part in manifest.parts}
+    state = {k: v for k, v in manifest.state.items() if k != "seconds"}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "reserved")} for row in rows]
+    result = json.loads((folder / "results/block-wise.json").read_text())
+    return tensors, state, rows, without_clocks(result)
+
+
+def without_clocks(result):
+    """A result less all that tells how long something took."""
+    if not isinstance(result, dict):
+        return result
+    return {k: without_clocks(v) for k, v in result.items() if "second" not in k}
+
+
+def killed_often(server, name, folder, whole_run):
+    """A run in spite of kills at random points of its time: how many, and the steps of the checkpoints they met."""
+    dice, kills, steps = random.Random(name), 0, set()
+    wait = None
+    while run(server, name, folder, kill_after=wait if kills else 0.3 * whole_run) != 0:
+        kills += 1
+        wait = dice.uniform(0.05, 0.5) * whole_run if kills < KILLS else None
+        if (folder / "checkpoint/manifest.json").exists():
+            steps.add(checkpoint.read_state(folder / "checkpoint").state["step"])
+    return kills, steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny_all.CONFIGS)
+def test_killed_at_random_points_a_run_ends_with_the_same_bits(name, server, tmp_path):
+    """`KILLS=40 pytest tests/test_resume.py -k random` is the long form: 200 kills over all architectures."""
+    began = time.perf_counter()
+    assert run(server, name, tmp_path / "whole") == 0
+    whole_run = time.perf_counter() - began
+    expected = everything(tmp_path / "whole")
+    for attempt in range(4):  # a machine that has grown faster since needs shorter waits
+        folder = tmp_path / f"killed{attempt}"
+        kills, steps = killed_often(server, name, folder, whole_run / 2**attempt)
+        if kills >= 3 and steps:
+            break
+    assert kills >= 3, "the run ended before it could be killed often enough to mean anything"
+    assert steps, "no kill met a checkpoint"
+    tensors, state, rows, result = everything(folder)
+    assert state == expected[1] and rows == expected[2] and result == expected[3]
+    for part, ours in tensors.items():
+        for key, t in ours.items():
+            assert torch.equal(t, expected[0][part][key]), f"{part} {key}"
+
+
+def interrupted(folder, stop_at, **changes):
+    """A run that stopped after `stop_at` steps, at its last checkpoint."""
+    config = tiny.config(folder, **changes)
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs.write(folder / "config.yaml", jobs.to_yaml(config))
+    session = jobs.open_session(adapter_of(config))
+
+    class Stop(Exception):
+        pass
+
+    original = snapshots.save
+
+    def stop_after(session, *args, **kwargs):
+        original(session, *args, **kwargs)
+        if session.step >= stop_at:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshots, "save", stop_after)
+        with pytest.raises(Stop):
+            jobs._block_wise(adapter_of(config), session, lambda row: None)
+    return session
+
+
+@pytest.mark.parametrize("shared", ["shared", "per_block"])
+def test_resumes_in_the_middle_of_a_visit(tmp_path, shared):
+    left = interrupted(tmp_path / "a", stop_at=7, shared=shared)  # visits are 3 steps long
+    assert left.step == 7 and left.step % left.config.visit != 0
+    back = jobs.open_session(adapter_of(left.config))
+    assert back.step == 7 and back.model.partition == left.model.partition
+    for part in left.residency.parts:
+        ours, theirs = left.residency.tensors(part), back.residency.tensors(part)
+        assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
+    assert torch.equal(left.meter.sums, back.meter.sums)
+    assert {p: o.steps for p, o in left.optimizers.items()} == {p: o.steps for p, o in back.optimizers.items()}
+
+
+def test_only_changed_blocks_are_written_again(tmp_path):
+    session = interrupted(tmp_path / "a", stop_at=7)
+    first = {p: f.file for p, f in checkpoint.read_state(tmp_path / "a/checkpoint").parts.items()}
+    session.changed = {"shared", "block_1"}
+    snapshots.save(session, tmp_path / "a/checkpoint", seconds=1.0)
+    second = {p: f.file for p, f in checkpoint.read_state(tmp_path / "a/checkpoint").parts.items()}
+    assert {p for p in first if first[p] != second[p]} == {"shared", "block_1", "noise"}
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path):
+    interrupted(tmp_path / "a", stop_at=7)
+    other = tiny.config(tmp_path / "a", lr=1e-2)
+    with pytest.raises(CheckpointError, match="another config"):
+        jobs.open_session(adapter_of(other))
+    same_elsewhere = tiny.config(tmp_path / "a", store="host", checkpoint_every=100)
+    assert jobs.open_session(adapter_of(same_elsewhere)).step == 7
+    read_otherwise = tiny.config(tmp_path / "a", walk_steps=9, sampler="heun")
+    assert jobs.open_session(adapter_of(read_otherwise)).step == 7
+
+
+def test_a_bad_loss_leaves_the_last_checkpoint_as_it_was(tmp_path):
+    session = interrupted(tmp_path / "a", stop_at=7)
+    before = checkpoint.read_state(tmp_path / "a/checkpoint")
+    session.first_bad.fill_(9)
+    with pytest.raises(RuntimeError, match="last checkpoint is intact"):
+        snapshots.save(session, tmp_path / "a/checkpoint", seconds=1.0)
+    assert checkpoint.read_state(tmp_path / "a/checkpoint") == before
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
+    session = interrupted(tmp_path / "a", stop_at=7)
+    manifest = checkpoint.read_state(tmp_path / "a/checkpoint")
+    path = tmp_path / "a/checkpoint" / manifest.parts["block_1"].file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=path.name):
+        jobs.open_session(adapter_of(session.config))
+
+
+def test_a_run_is_not_started_over_another(tmp_path):
+    interrupted(tmp_path / "a", stop_at=7)
+    with pytest.raises(ValueError, match="already holds a run"):
+        jobs.start(tiny.config(tmp_path / "a"))
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        jobs.resume(tmp_path / "empty")
