@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY_IMPL(dbkernels, CPU, m) {
   m.impl("ada_norm_backward", TORCH_BOX(&dbk::ada_norm_backward_cpu));
   m.impl("gated_residual_norm", TORCH_BOX(&dbk::gated_residual_norm_cpu));
   m.impl("gated_residual_norm_backward", TORCH_BOX(&dbk::gated_residual_norm_backward_cpu));
+  m.impl("total_norm", TORCH_BOX(&dbk::total_norm_cpu));
   m.impl("adamw_ema_step", TORCH_BOX(&dbk::adamw_ema_step_cpu));
   m.impl("cross_entropy_rows", TORCH_BOX(&dbk::cross_entropy_rows_cpu));
 }
@@ -28,8 +29,8 @@ namespace dbk {
 constexpr const char* kOps =
     "inject_noise,inject_noise_table,inject_noise_table_grad,philox_uniform,sample_sigma,"
     "edm_loss,edm_loss_scale_,"
-    "ada_norm,ada_norm_backward,gated_residual_norm,gated_residual_norm_backward,adamw_ema_step,"
-    "cross_entropy_rows";
+    "ada_norm,ada_norm_backward,gated_residual_norm,gated_residual_norm_backward,"
+    "total_norm,adamw_ema_step,cross_entropy_rows";
 
 Facts facts() {
   const char* plain = kPlainFma ? "portable with FMA" : "portable";

@@ -62,27 +62,31 @@ void edm_loss_scale_cpu(Tensor x, const Tensor& by);
 // the gradient goes beside the logits. -> losses (R,)
 Tensor cross_entropy_rows_cpu(Tensor logits, const Tensor& target, std::optional<Tensor> factor, std::optional<Tensor> out);
 
-// All tensors contiguous; params and grads of one dtype, the others float32 (float64 for float64). masters: empty, or one a
-// parameter.
+// Tensors of any floating dtypes and strides, at least one. -> 0-dim, float32 (float64 with any float64)
+Tensor total_norm_cpu(Tensors tensors);
+
+// All tensors contiguous; params and grads of one dtype, the others float32 (float64 for float64). masters: empty, or one per
+// parameter. norm: what to clip by and whether to update, 0-dim, in the moments' dtype; none to take it of grads. -> the norm
 Tensor adamw_ema_step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,
                           int64_t step, double lr, double beta1, double beta2, double eps,
                           std::vector<double> weight_decay, std::optional<double> max_norm,
                           std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding, int64_t seed,
-                          int64_t offset);
+                          int64_t offset, std::optional<Tensor> norm);
 
 Tensor adamw_ema_step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors emas,
                            int64_t step, double lr, double beta1, double beta2, double eps,
                            std::vector<double> weight_decay, std::optional<double> max_norm,
                            std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding, int64_t seed,
-                           int64_t offset);
+                           int64_t offset, std::optional<Tensor> norm);
 
 // The same with numbers that lie on the device where a tensor is given: 0-dim, int64 or float64. The step is advanced.
 Tensor adamw_ema_step_capturable_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
                                       Tensors emas, int64_t step, double lr, double beta1, double beta2, double eps,
                                       std::vector<double> weight_decay, std::optional<double> max_norm,
                                       std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding,
-                                      int64_t seed, int64_t offset, std::optional<Tensor> step_tensor,
-                                      std::optional<Tensor> lr_tensor, std::optional<Tensor> ema_decay_tensor,
-                                      std::optional<Tensor> seed_tensor, std::optional<Tensor> offset_tensor);
+                                      int64_t seed, int64_t offset, std::optional<Tensor> norm,
+                                      std::optional<Tensor> step_tensor, std::optional<Tensor> lr_tensor,
+                                      std::optional<Tensor> ema_decay_tensor, std::optional<Tensor> seed_tensor,
+                                      std::optional<Tensor> offset_tensor);
 
 }  // namespace dbk

@@ -16,6 +16,7 @@ from dbkernels.philox import philox_uniform
 from dbkernels.replace import Replacement, replace
 from dbkernels.sample_sigma import sample_sigma, sample_sigma_reference
 from dbkernels.softmax_embedding import softmax_embedding
+from dbkernels.total_norm import total_norm, total_norm_reference
 from dbkernels.two_stream_attention import TwoStreams, two_stream_attention, two_stream_attention_reference
 from dbkernels.two_stream_choice import TwoStreamChoice, two_stream_choice
 from dbkernels.two_stream_decode import two_stream_decode, two_stream_decode_reference
@@ -52,6 +53,8 @@ __all__ = [
     "sample_sigma",
     "sample_sigma_reference",
     "softmax_embedding",
+    "total_norm",
+    "total_norm_reference",
     "two_stream_attention",
     "two_stream_attention_reference",
     "two_stream_choice",

@@ -1,4 +1,4 @@
-"""What adamw_ema_step refuses, each argument by name."""
+"""Checks of adamw_ema_step's arguments, whose errors name the argument."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_lists(lists: dict[str, Sequence[Tensor]]) -> None:
             raise ValueError(f"{name} has {len(tensors)} tensors and params {len(params)}: pass one for each")
         dtype = given if name in ("params", "grads") else state
         for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
-            # One line where all is well: a block has a hundred tensors, and each step asks.
+            # One expression if all is well: a block has a hundred tensors, checked in each step.
             if not (isinstance(tensor, Tensor) and tensor.dtype is dtype and tensor.shape == shape
                     and tensor.device == device):  # fmt: skip
                 _complain(f"{name}[{i}]", tensor, shape, device, dtype)
@@ -55,11 +55,18 @@ def _check_number(name: str, value: Any, low: float, high: float, bounds: str) -
 def check_scalar(name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     """Raise unless a number given as a tensor is 0-dim, of `dtype`, on the params' device. Its value isn't read."""
     if value.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype} where it is a tensor, got {value.dtype}: pass {name}.to({dtype})")
+        raise TypeError(f"{name} must be {dtype} as a tensor, got {value.dtype}: pass {name}.to({dtype})")
     if value.dim():
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: a number given as a tensor must have none")
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: as a tensor it must be 0-dim")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, params[0] on {device}: move it there")
+
+
+def check_norm(norm: Any, param: Tensor) -> None:
+    """Raise unless the norm is a 0-dim tensor of the dtype of the parameter's moments, on its device."""
+    if not isinstance(norm, Tensor):
+        raise TypeError(f"norm must be a tensor, got {type(norm).__name__}: pass the result of dbkernels.total_norm")
+    check_scalar("norm", norm, state_dtype(param.dtype), param.device)
 
 
 def check_numbers(
@@ -70,7 +77,7 @@ def check_numbers(
     max_norm: float | None,
     ema_decay: float | Tensor | None,
 ) -> None:
-    """Raise unless all numbers are in range; tensors are taken as they are."""
+    """Raise unless all numbers are in range. Tensors aren't checked here."""
     if not isinstance(step, Tensor):
         if isinstance(step, bool) or not isinstance(step, (int, torch.SymInt)):
             raise TypeError(f"step must be an int or an int64 tensor, got {type(step).__name__}")
@@ -94,7 +101,8 @@ def check_rounding(
     seed: int | Tensor | None,
     offset: int | Tensor,
 ) -> None:
-    """Raise unless masters and stochastic rounding are asked for where they make sense, with a seed for the latter."""
+    """Raise unless masters and stochastic rounding suit the params' dtype and each other, and a seed is given for the
+    latter alone."""
     if masters is not None and stochastic:
         raise ValueError("masters and stochastic_rounding exclude each other: a master keeps what rounding would lose")
     if masters is not None and dtype not in (torch.float16, torch.bfloat16):
@@ -107,13 +115,13 @@ def check_rounding(
 
 
 def decays_of(weight_decay: float | Sequence[float], count: int) -> list[float]:
-    """Return a decay for each of `count` tensors. Raises unless they are that many, zero or positive."""
+    """Return a decay for each of `count` tensors. Raise unless they are that many, each zero or positive."""
     if isinstance(weight_decay, (int, float)):
         _check_number("weight_decay", weight_decay, 0.0, math.inf, "[0, inf)")
         return [float(weight_decay)] * count
     decays = list(weight_decay)
     if len(decays) != count:
-        raise ValueError(f"weight_decay has {len(decays)} values for {count} tensors: pass a float or one a tensor")
+        raise ValueError(f"weight_decay has {len(decays)} values for {count} tensors: pass a float or one per tensor")
     for i, decay in enumerate(decays):
         _check_number(f"weight_decay[{i}]", decay, 0.0, math.inf, "[0, inf)")
     return [float(decay) for decay in decays]

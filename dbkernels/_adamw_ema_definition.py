@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dbkernels._pieces import pieces
 from dbkernels.philox import round_stochastically
+from dbkernels.total_norm import total_norm_reference
 
-CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm; so do we, to agree with it
-PIECE = 2**20  # elements worked on at once, a multiple of 8: temporaries are some MiB, however large the tensors
+CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,22 +43,8 @@ def power(base: float, exponent: int | Tensor) -> float | Tensor:
     return product
 
 
-def pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """Return the tensor in views of at most PIECE elements. A compiler fuses, so it gets the whole."""
-    if tensor.numel() <= PIECE or torch.compiler.is_compiling():
-        return (tensor,)
-    return tensor.view(-1).split(PIECE)
-
-
-def global_norm(grads: Sequence[Tensor]) -> Tensor:
-    """Return the 2-norm of all gradients together, 0-dim on their device, summed in float64, rounded to the state's
-    dtype."""
-    norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for grad in grads for piece in pieces(grad)]
-    return torch.linalg.vector_norm(torch.stack(norms)).to(state_dtype(grads[0].dtype))
-
-
 class Rule(NamedTuple):
-    """What an update does to one element; tensors are 0-dim, of the state's dtype."""
+    """The factors of an update, alike for every element; tensors are 0-dim, of the state's dtype."""
 
     skip: Tensor
     clip: Tensor
@@ -70,7 +57,7 @@ class Rule(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Equal stretches of a parameter and of what belongs to it."""
+    """The same elements of a parameter, of its gradient and of its state."""
 
     param: Tensor
     grad: Tensor
@@ -98,20 +85,29 @@ def adamw_ema_step_reference(
     stochastic_rounding: bool = False,
     seed: int | Tensor = 0,
     offset: int | Tensor = 0,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """Update every tensor in place where the norm is finite, and advance `step` if it is a tensor.
 
-    `weight_decay`: one a tensor; `masters`: one a tensor, or none. `step`, `lr`, `ema_decay`, `seed` and `offset`:
-    numbers, or 0-dim tensors on the params' device (int64, float64, float64, int64, int64).
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs: as in `adamw_ema_step`, contiguous.
+        emas, masters: one per parameter, or empty.
+        weight_decay: one per parameter.
+        step, lr, ema_decay, seed, offset: numbers, or 0-dim tensors on the params' device (int64, float64, float64,
+            int64, int64).
+        beta1, beta2, eps, max_norm, stochastic_rounding, norm: as in `adamw_ema_step`.
+
+    Returns:
+        The norm, 0-dim, in the state's dtype.
     """
-    norm = global_norm(grads)
+    norm = total_norm_reference(grads) if norm is None else norm.clone()
 
     def scalar(value: float | Tensor) -> Tensor:
         if isinstance(value, Tensor):
             return value.to(norm.dtype)
         return torch.full((), value, dtype=norm.dtype, device=norm.device)
 
-    clip = torch.ones_like(norm) if max_norm is None else torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
+    clip = torch.ones_like(norm) if max_norm is None else torch.clamp((norm + CLIP_EPS).reciprocal() * max_norm, max=1.0)
     correction = 1 - power(beta2, step)
     rule = Rule(
         ~torch.isfinite(norm), clip, scalar(-(lr / (1 - power(beta1, step)))),
@@ -143,7 +139,7 @@ def _commit(target: Tensor, value: Tensor, rule: Rule) -> None:
 
 
 def _advance(piece: Piece, rule: Rule, factor: Tensor) -> Tensor:
-    """Update the moments. Returns the new parameter, in the state's dtype."""
+    """Update the moments and return the new parameter, in the state's dtype."""
     dtype = piece.exp_avg.dtype
     grad = piece.grad.to(dtype) * rule.clip
     square = (piece.exp_avg_sq * rule.beta2).addcmul_(grad, grad, value=1 - rule.beta2)
@@ -158,7 +154,11 @@ def _advance(piece: Piece, rule: Rule, factor: Tensor) -> Tensor:
 
 
 def _store(piece: Piece, new: Tensor, rule: Rule, address: tuple[int, int | Tensor, int | Tensor] | None) -> None:
-    """Store the new parameter, its master and the average. `address`: first random group, seed and offset, or None."""
+    """Store the new parameter, its master and its average.
+
+    Args:
+        address: first random group, seed and offset of stochastic rounding; None to round to nearest.
+    """
     if address is None:
         stored = new.to(piece.param.dtype)
     else:

@@ -1,5 +1,4 @@
-"""adamw_ema_step: global-norm clipping, AdamW and EMA over a block's whole parameter list, in one call, no
-host sync.
+"""adamw_ema_step: clip by the global norm, AdamW and EMA over a whole list of parameters, in one call, with no host sync.
 
 The op and the public function. The definition is dbkernels/_adamw_ema_definition.py, the kernels are
 csrc/cpu/adamw_ema.cpp, dbkernels/triton/adamw_ema.py and csrc/cuda/adamw_ema.cu.
@@ -16,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbkernels._adamw_ema_checks import check_lists, check_numbers, check_rounding, check_scalar, decays_of
+from dbkernels._adamw_ema_checks import (
+    check_lists,
+    check_norm,
+    check_numbers,
+    check_rounding,
+    check_scalar,
+    decays_of,
+)
 from dbkernels._adamw_ema_definition import adamw_ema_step_reference, state_dtype
 from dbkernels._direct import direct
 from dbkernels._library import backend, compiled, define, lib, register_triton
@@ -32,11 +38,11 @@ def _fake(params: list[Tensor], grads: list[Tensor], *rest: object) -> Tensor:
 _SCHEMA = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] emas, SymInt step, float lr, float beta1, float beta2, float eps, float[] weight_decay, "
-    "float? max_norm, float? ema_decay, Tensor(e!)[] masters, bool stochastic_rounding, SymInt seed, SymInt offset"
+    "float? max_norm, float? ema_decay, Tensor(e!)[] masters, bool stochastic_rounding, SymInt seed, SymInt offset, Tensor? norm"
 )
 define(f"adamw_ema_step{_SCHEMA}) -> Tensor", adamw_ema_step_reference, _fake)
 
-# The same with numbers that lie on the device: a tensor, where it is given, stands in for the number of its name.
+# The same with numbers on the device: a tensor, where it is given, replaces the number of its name.
 _NUMBERS = {"step": 5, "lr": 6, "ema_decay": 12, "seed": 15, "offset": 16}  # places among the arguments
 lib.define(
     f"adamw_ema_step.capturable{_SCHEMA}, Tensor(f!)? step_tensor, Tensor? lr_tensor, Tensor? ema_decay_tensor, "
@@ -58,17 +64,17 @@ def _capturable(*args: Any) -> Tensor:
     params, step = arguments[0], arguments[5]
     if params[0].device.type != "cpu":
         return adamw_ema_step_reference(*arguments)
-    # On the host a number is there to be read.
+    # On the host, reading a number waits for nothing.
     for place in _NUMBERS.values():
         if isinstance(arguments[place], Tensor):
             arguments[place] = arguments[place].item()
     number, lr, beta1, beta2, eps, _, max_norm, ema_decay = arguments[5:13]
     check_numbers(number, lr, (beta1, beta2), eps, max_norm, ema_decay)
     check_address(0, arguments[16])
-    norm = torch.ops.dbkernels.adamw_ema_step(*arguments)
+    result = torch.ops.dbkernels.adamw_ema_step(*arguments)
     if isinstance(step, Tensor):
-        step.add_(torch.isfinite(norm))
-    return norm
+        step.add_(torch.isfinite(result))
+    return result
 
 
 lib.impl("adamw_ema_step.capturable", _capturable, "CompositeExplicitAutograd")
@@ -107,51 +113,56 @@ def adamw_ema_step(
     eps: float = 1e-8,
     weight_decay: float | Sequence[float] = 0.0,
     max_norm: float | None = None,
+    norm: Tensor | None = None,
     ema_decay: float | Tensor | None = None,
     masters: Sequence[Tensor] | None = None,
     stochastic_rounding: bool = False,
     seed: int | Tensor | None = None,
     offset: int | Tensor = 0,
 ) -> Tensor:
-    """Take one optimizer step of a block: clip by the global norm, AdamW with decoupled decay, then EMA, all in place.
+    """Take one optimizer step: clip by the global norm, AdamW with decoupled weight decay, then EMA, all in place.
 
-    The norm never leaves the device: clipping uses it there, and if it isn't finite nothing is updated, which
-    the returned norm says. `grads` are read, not scaled. In float32 the result is that of
+    The norm never leaves the device: clipping uses it there, and a norm that isn't finite skips the update, which the
+    returned norm shows. `grads` are read, not scaled. In float32 the result is that of
     `torch.nn.utils.clip_grad_norm_`, `torch.optim.AdamW(fused=True)` and `ema.lerp_(param, 1 - ema_decay)`.
 
-    Leave out parameters without a gradient, and their state, from every list: they aren't decayed or averaged.
+    Several lists (parts of a network with an optimizer each, or parameters of several dtypes) share one norm by
+    `norm=dbkernels.total_norm(all_grads)`: each call clips by it, and if it isn't finite none is updated.
 
-    `step`, `lr`, `ema_decay`, `seed` and `offset` are Python numbers, or 0-dim tensors on the params' device, to the
-    same bits; a step with tensors can be captured in a CUDA graph and replayed with new values in them. The op adds one
-    to a `step` tensor where the update happened and leaves it where it was skipped, so it numbers the next update
+    Leave parameters without a gradient, and their state, out of every list: they aren't decayed or averaged.
+
+    `step`, `lr`, `ema_decay`, `seed` and `offset` are Python numbers, or 0-dim tensors on the params' device, with the
+    same bits as a result; a step with tensors can be captured in a CUDA graph and replayed with new values in them. The
+    op adds one to a `step` tensor if the update happened and leaves it if it was skipped, so it numbers the next update
     without a host read. The values of tensors on a GPU aren't checked.
 
     Args:
-        params: the parameters, updated in place; float16, bfloat16, float32 or float64, all of one dtype and
-            device.
+        params: the parameters, updated in place; float16, bfloat16, float32 or float64, all of one dtype and device.
         grads: their gradients, same shapes and dtype.
-        exp_avgs, exp_avg_sqs: first and second moments, updated in place; float32 (float64 for float64
-            params).
-        emas: running averages of params, updated in place, the moments' dtype; or None.
+        exp_avgs, exp_avg_sqs: first and second moments, updated in place; float32 (float64 for float64 params).
+        emas: running averages of params, updated in place, in the moments' dtype; or None.
         step: number of this update, from 1 (for the bias correction); a tensor: int64, updated in place.
-        lr: learning rate; a tensor: float64. betas, eps: as in torch.optim.AdamW.
-        weight_decay: a float, or one a tensor (0 for norms and biases; the clipping norm stays global).
-        max_norm: clip the gradients' global 2-norm to this; None for no clipping.
+        lr: learning rate; a tensor: float64.
+        betas, eps: as in torch.optim.AdamW.
+        weight_decay: a float, or one per parameter (0 for norms and biases; the clipping norm stays global).
+        max_norm: clip the gradients to this global 2-norm, by min(1, max_norm / (norm + 1e-6)); None for no clipping.
+        norm: the norm to clip by and to skip the update by if it isn't finite, 0-dim, in the moments' dtype, on the
+            device; None to compute that of `grads`. Not-finite gradients under a finite norm aren't noticed.
         ema_decay: ema = ema_decay·ema + (1 - ema_decay)·param; needs emas; a tensor: float64.
-        masters: float32 copies of float16 or bfloat16 params, updated in place of them; params become the masters
+        masters: float32 copies of float16 or bfloat16 params, updated in their place; params become the masters
             rounded, and emas average the masters. An update smaller than a half type's last place isn't lost.
-        stochastic_rounding: round the new bfloat16 params up or down by chance, right on average: a master's effect
-            without its memory. The same bits on every device for the same (seed, offset) and list.
-        seed: in [0, 2^64), needed for stochastic_rounding; a tensor: its 64 bits as int64. offset: in [0, 2^32), for
-            example the step; a tensor: int64.
+        stochastic_rounding: round the new bfloat16 params up or down at random, unbiased: a master's effect without its
+            memory. The same bits on every device for the same (seed, offset) and list.
+        seed: in [0, 2^64), needed for stochastic_rounding; a tensor: its 64 bits as int64.
+        offset: in [0, 2^32), for example the step; a tensor: int64.
 
     Returns:
-        The gradients' global norm before clipping: 0-dim, the moments' dtype, on the device; NaN or inf if
-        the step was skipped.
+        The global norm before clipping (a copy of `norm` if it is given): 0-dim, in the moments' dtype, on the device;
+        NaN or inf if the update was skipped.
 
     Raises:
         TypeError: an argument's type or dtype is wrong.
-        ValueError: lists differ in length, shapes or device; a number is out of range; emas without
+        ValueError: lists or `norm` differ in length, shape or device; a number is out of range; emas without
             ema_decay; masters or stochastic_rounding with each other or with params of another dtype;
             stochastic_rounding without a seed.
 
@@ -174,26 +185,28 @@ def adamw_ema_step(
     fixed = *betas, eps, max_norm
     varying = step, lr, ema_decay, 0 if seed is None else seed if isinstance(seed, Tensor) else signed(seed), offset
     plan = None
-    if len(params) and isinstance(params[0], Tensor) and direct(params[0]) and _triton_serves():
-        # An empty list isn't none: it is refused below.
+    if len(params) and isinstance(params[0], Tensor) and direct(params[0], norm) and _triton_serves():
+        # An empty list isn't None: it is refused below.
         if all(x is None or len(x) == len(params) for x in (emas, masters)):
             plan = _plan(lists, weight_decay, stochastic_rounding, decays)
     if plan is None:
         each = decays()
     _check_tensors(varying, params[0].device)
+    if norm is not None:
+        check_norm(norm, params[0])
     check_rounding(params[0].dtype, masters, stochastic_rounding, seed, offset)
     if plan is None:
         with torch.no_grad():
-            return _run(lists, each, fixed, varying, stochastic_rounding)
-    norm = plan.step(*varying[:2], *fixed, *varying[2:])
+            return _run(lists, each, fixed, varying, stochastic_rounding, norm)
+    result = plan.step(*varying[:2], *fixed, *varying[2:], norm)
     torch.autograd.graph.increment_version(_changed(lists, step))
-    return norm
+    return result
 
 
 def _plan(
     lists: Sequence[Sequence[Tensor]], weight_decay: float | Sequence[float], stochastic: bool, decays: Any
 ) -> Any:
-    """Return the lists' plan where all tensors are plain and contiguous, so that kernels can be launched at once."""
+    """Return the lists' plan if all tensors are plain and contiguous, so that kernels can be launched directly."""
     if not set(map(type, itertools.chain(*lists))) <= _PLAIN:
         return None
     from dbkernels.triton.adamw_ema_list import plan_for
@@ -216,7 +229,7 @@ def _changed(lists: Sequence[Sequence[Tensor]], step: int | Tensor | None) -> li
 
 def _run(
     lists: Sequence[Sequence[Tensor]], decays: list[float], fixed: tuple[Any, ...], varying: tuple[Any, ...],
-    stochastic: bool,
+    stochastic: bool, norm: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Call the op on contiguous tensors; strided ones go through copies."""
     dense = [[tensor.contiguous() for tensor in tensors] for tensors in lists]
@@ -228,20 +241,19 @@ def _run(
     step, lr, ema_decay, seed, offset = varying
     beta1, beta2, eps, max_norm = fixed
     arguments = (
-        *dense[:5], step, lr, beta1, beta2, eps, decays, max_norm, ema_decay, dense[5], stochastic, seed, offset,
+        *dense[:5], step, lr, beta1, beta2, eps, decays, max_norm, ema_decay, dense[5], stochastic, seed, offset, norm,
     )  # fmt: skip
     if backend() == "reference":
-        norm = adamw_ema_step_reference(*(_with_tensors(*arguments, *tensors) if captured else arguments))
+        result = adamw_ema_step_reference(*(_with_tensors(*arguments, *tensors) if captured else arguments))
     elif captured:
-        norm = torch.ops.dbkernels.adamw_ema_step.capturable(*arguments, *tensors)
+        result = torch.ops.dbkernels.adamw_ema_step.capturable(*arguments, *tensors)
     else:
-        norm = torch.ops.dbkernels.adamw_ema_step(*arguments)
+        result = torch.ops.dbkernels.adamw_ema_step(*arguments)
     for i, given in enumerate(lists):
         for tensor, copy in zip(given, dense[i], strict=True):
             if copy is not tensor and i != 1:  # gradients stay
                 tensor.copy_(copy)
     if not torch.compiler.is_compiling():
-        # An op that is only registered doesn't tell autograd that its arguments changed; a stale saved tensor
-        # must fail.
+        # An op without an autograd kernel leaves versions as they are; backward must notice a stale saved tensor.
         torch.autograd.graph.increment_version(_changed(dense, tensors[0]))
-    return norm
+    return result

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <type_traits>
 
 #include <torch/csrc/stable/ops.h>
@@ -10,6 +9,7 @@
 
 #include "adamw_ema.h"
 #include "cpu/draw.h"
+#include "cpu/multi_tensor.h"
 #include "cpu/simd.h"
 #include "ops.h"
 #include "rounding.h"
@@ -33,36 +33,6 @@ struct Settings {
   uint32_t offset;
 };
 
-// The tensors behind each other as one index. Each begins at a multiple of eight, so that the eight elements that share a
-// block of random words lie in one tensor. Work is cut into units of fixed size whatever the tensors and the threads: so
-// the norm's sum has one order, its bits repeat, and threads get equal shares.
-class Index {
- public:
-  static constexpr int64_t kUnit = 8192;
-
-  explicit Index(const Tensors& tensors) : starts_(1) {
-    for (const Tensor& tensor : tensors) {
-      numels_.push_back(tensor.numel());
-      starts_.push_back(starts_.back() + (tensor.numel() + 7) / 8 * 8);
-    }
-  }
-
-  int64_t units() const { return (starts_.back() + kUnit - 1) / kUnit; }
-  int64_t start(size_t tensor) const { return starts_[tensor]; }
-
-  // each(tensor, begin, end): the pieces of a unit.
-  template <typename Each>
-  void pieces(int64_t unit, const Each& each) const {
-    int64_t at = unit * kUnit;
-    const int64_t stop = std::min(at + kUnit, starts_.back());
-    size_t t = std::upper_bound(starts_.begin(), starts_.end(), at) - starts_.begin() - 1;
-    for (; at < stop; at = starts_[++t]) each(t, at - starts_[t], std::min(stop - starts_[t], numels_[t]));
-  }
-
- private:
-  std::vector<int64_t> starts_, numels_;
-};
-
 // What a step does to one element; C is the arithmetic's type.
 template <typename C>
 struct Rule {
@@ -80,24 +50,6 @@ struct Span {
   C keep;          // 1 - lr·weight_decay
   uint64_t group;  // of the random words of the first eight elements
 };
-
-template <typename T, typename C>
-DBK_INLINE double squares(const T* grad, int64_t count) {
-  // Eight running sums: the loop vectorises, and float64 keeps a billion squares exact to far below float32's last bit.
-  double sums[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    for (int k = 0; k < 8; ++k) {
-      const double g = load_as<C>(grad[i + k]);
-      sums[k] += g * g;
-    }
-  }
-  for (; i < count; ++i) {
-    const double g = load_as<C>(grad[i]);
-    sums[i % 8] += g * g;
-  }
-  return std::accumulate(sums, sums + 8, 0.0);
-}
 
 // Products and sums are fused where torch's fused AdamW and lerp fuse them, so that float32 agrees to the last bits.
 // random: 16 bits for each element from `begin` on.
@@ -147,16 +99,6 @@ DBK_INLINE void update_piece(const Span<T, C>& s, const Rule<C>& r) {
   }
 }
 
-template <typename T, typename C>
-DBK_AVX2 double squares_avx2(const T* grad, int64_t count) {
-  return squares<T, C>(grad, count);
-}
-
-template <typename T, typename C>
-double squares_portable(const T* grad, int64_t count) {
-  return squares<T, C>(grad, count);
-}
-
 template <bool kEma, Store kStore, typename T, typename C>
 DBK_AVX2 void update_avx2(const Span<T, C>& s, const Rule<C>& r) {
   update_piece<true, kEma, kStore>(s, r);
@@ -192,33 +134,19 @@ T* data(const Tensor& tensor, int64_t at) {
   return static_cast<T*>(tensor.data_ptr()) + at;
 }
 
-template <typename T, typename C>
-double norm_of(const Tensors& grads, const Index& index) {
-  std::vector<double> partial(index.units());
-  const auto sum = use_avx2() ? squares_avx2<T, C> : squares_portable<T, C>;
-  torch::stable::parallel_for(0, index.units(), 2, [&](int64_t begin, int64_t end) {
-    for (int64_t unit = begin; unit < end; ++unit) {
-      index.pieces(unit, [&](size_t t, int64_t first, int64_t last) {
-        partial[unit] += sum(data<const T>(grads[t], first), last - first);
-      });
-    }
-  });
-  return std::sqrt(std::accumulate(partial.begin(), partial.end(), 0.0));
-}
-
 template <typename C>
 Rule<C> rule_of(const Settings& s, C norm) {
-  // clip_grad_norm_'s arithmetic: the coefficient is rounded to the gradients' compute type.
-  const C clip = s.max_norm ? std::min<C>(C(1), C(*s.max_norm) / (norm + C(1e-6))) : C(1);
+  // clip_grads_with_norm_'s arithmetic and roundings: a reciprocal, then a product.
+  const C clip = s.max_norm ? std::min<C>(C(1), C(1) / (norm + C(1e-6)) * C(*s.max_norm)) : C(1);
   const double correction1 = 1 - power(s.beta1, s.step), correction2 = 1 - power(s.beta2, s.step);
   return {clip,   C(s.beta2), C(1 - s.beta1), C(1 - s.beta2), C(-s.lr / correction1), C(std::sqrt(correction2)),
           C(s.eps), C(1 - s.ema_decay.value_or(1.0)), s.seed, s.offset};
 }
 
 template <typename T, typename C>
-Tensor run(const Lists& l, const Settings& s) {
+Tensor run(const Lists& l, const Settings& s, const std::optional<Tensor>& given) {
   const Index index(l.params);
-  const C norm = static_cast<C>(norm_of<T, C>(l.grads, index));
+  const C norm = given ? *data<const C>(*given, 0) : static_cast<C>(norm_of(l.grads, index));
   Tensor result = torch::stable::new_empty(l.exp_avgs[0], {});
   *data<C>(result, 0) = norm;
   if (!std::isfinite(norm)) return result;
@@ -248,16 +176,16 @@ Tensor adamw_ema_step_cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tenso
                           int64_t step, double lr, double beta1, double beta2, double eps,
                           std::vector<double> weight_decay, std::optional<double> max_norm,
                           std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding, int64_t seed,
-                          int64_t offset) {
+                          int64_t offset, std::optional<Tensor> norm) {
   const Lists lists{params, grads, exp_avgs, exp_avg_sqs, emas, masters, weight_decay};
   const Settings settings{step,     lr,        beta1,     beta2,
                           eps,      max_norm,  ema_decay, stochastic_rounding,
                           static_cast<uint64_t>(seed), static_cast<uint32_t>(offset)};
   switch (params[0].scalar_type()) {
-    case ScalarType::Float: return run<float, float>(lists, settings);
-    case ScalarType::Double: return run<double, double>(lists, settings);
-    case ScalarType::BFloat16: return run<BFloat16, float>(lists, settings);
-    case ScalarType::Half: return run<Half, float>(lists, settings);
+    case ScalarType::Float: return run<float, float>(lists, settings, norm);
+    case ScalarType::Double: return run<double, double>(lists, settings, norm);
+    case ScalarType::BFloat16: return run<BFloat16, float>(lists, settings, norm);
+    case ScalarType::Half: return run<Half, float>(lists, settings, norm);
     default: STD_TORCH_CHECK(false, "adamw_ema_step: params must be float16, bfloat16, float32 or float64");
   }
 }

@@ -2,7 +2,8 @@
 // dbkernels/_adamw_ema_definition.py.
 //
 // Three kernels: squares of each chunk of the gradients, one block that adds them up in a fixed order (so the norm's bits
-// repeat), decides and works out the step's factors, and the update, which reads them from device memory.
+// repeat), decides and works out the step's factors, and the update, which reads them from device memory. A norm that is
+// given takes the place of the first and of the sum.
 
 #include <cmath>
 #include <type_traits>
@@ -88,14 +89,15 @@ __global__ void __launch_bounds__(kThreads) squares(const __grid_constant__ Batc
   if (threadIdx.x == 0) partial[batch.first + blockIdx.x] = sum;
 }
 
+// given: the norm, or null to take it of `count` partial sums.
 template <typename C>
-__global__ void __launch_bounds__(kThreads) decide(const double* partial, int count, const Numbers n, C* norm_out,
-                                                   Rule<C>* rule) {
+__global__ void __launch_bounds__(kThreads) decide(const double* partial, int count, const C* given, const Numbers n,
+                                                   C* norm_out, Rule<C>* rule) {
   double sum = 0.0;
   for (int i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
   sum = block_sum(sum);
   if (threadIdx.x != 0) return;
-  const C norm = static_cast<C>(sqrt(sum));
+  const C norm = given == nullptr ? static_cast<C>(sqrt(sum)) : *given;
   *norm_out = norm;
   const int64_t step = value_of(n.step);
   const double lr = value_of(n.lr);
@@ -103,8 +105,8 @@ __global__ void __launch_bounds__(kThreads) decide(const double* partial, int co
   r.update = isfinite(norm);
   // A skipped update doesn't count.
   if (n.step.at != nullptr) *n.step.at = step + r.update;
-  // 1e-6 as in torch.nn.utils.clip_grad_norm_.
-  r.clip = n.max_norm < 0 ? C(1) : min(C(1), C(n.max_norm) / (norm + C(1e-6)));
+  // 1e-6 and the roundings of torch.nn.utils.clip_grads_with_norm_: a reciprocal, then a product.
+  r.clip = n.max_norm < 0 ? C(1) : min(C(1), C(1) / (norm + C(1e-6)) * C(n.max_norm));
   r.beta2 = C(n.beta2);
   r.one_minus_beta1 = C(1 - n.beta1);
   r.one_minus_beta2 = C(1 - n.beta2);
@@ -213,8 +215,14 @@ Update<T, C> update_for(Store store) {
   return update<T, C, kEma, Store::kNearest>;
 }
 
+template <typename T>
+T* place(const std::optional<Tensor>& number) {
+  return number ? static_cast<T*>(number->data_ptr()) : nullptr;
+}
+
 template <typename T, typename C>
-Tensor run(const Lists& lists, const Numbers& numbers, bool ema, Store store, ScalarType wide) {
+Tensor run(const Lists& lists, const Numbers& numbers, const std::optional<Tensor>& given, bool ema, Store store,
+           ScalarType wide) {
   const torch::stable::accelerator::DeviceGuard guard(lists.params[0].get_device_index());
   const cudaStream_t stream = current_stream(lists.params[0]);
   const std::vector<Batch> work = batches(lists);
@@ -225,11 +233,14 @@ Tensor run(const Lists& lists, const Numbers& numbers, bool ema, Store store, Sc
   Tensor scratch = torch::stable::new_empty(lists.exp_avgs[0], {chunks + kRule}, ScalarType::Double);
   double* partial = static_cast<double*>(scratch.data_ptr());
   auto* rule = reinterpret_cast<Rule<C>*>(partial + chunks);
-  for (const Batch& batch : work) {
-    squares<T, C><<<batch.blocks, kThreads, 0, stream>>>(batch, partial);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (!given) {
+    for (const Batch& batch : work) {
+      squares<T, C><<<batch.blocks, kThreads, 0, stream>>>(batch, partial);
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    }
   }
-  decide<C><<<1, kThreads, 0, stream>>>(partial, chunks, numbers, static_cast<C*>(norm.data_ptr()), rule);
+  decide<C><<<1, kThreads, 0, stream>>>(partial, given ? 0 : chunks, place<const C>(given), numbers,
+                                        static_cast<C*>(norm.data_ptr()), rule);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   const Update<T, C> kernel = ema ? update_for<T, C, true>(store) : update_for<T, C, false>(store);
   for (const Batch& batch : work) {
@@ -239,20 +250,16 @@ Tensor run(const Lists& lists, const Numbers& numbers, bool ema, Store store, Sc
   return norm;
 }
 
-template <typename T>
-T* place(const std::optional<Tensor>& number) {
-  return number ? static_cast<T*>(number->data_ptr()) : nullptr;
-}
-
 }  // namespace
 
 Tensor adamw_ema_step_capturable_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs,
                                       Tensors emas, int64_t step, double lr, double beta1, double beta2, double eps,
                                       std::vector<double> weight_decay, std::optional<double> max_norm,
                                       std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding,
-                                      int64_t seed, int64_t offset, std::optional<Tensor> step_tensor,
-                                      std::optional<Tensor> lr_tensor, std::optional<Tensor> ema_decay_tensor,
-                                      std::optional<Tensor> seed_tensor, std::optional<Tensor> offset_tensor) {
+                                      int64_t seed, int64_t offset, std::optional<Tensor> norm,
+                                      std::optional<Tensor> step_tensor, std::optional<Tensor> lr_tensor,
+                                      std::optional<Tensor> ema_decay_tensor, std::optional<Tensor> seed_tensor,
+                                      std::optional<Tensor> offset_tensor) {
   const Lists lists{params, grads, exp_avgs, exp_avg_sqs, emas, masters, weight_decay};
   const Numbers numbers{{step, place<int64_t>(step_tensor)},
                         {lr, place<double>(lr_tensor)},
@@ -266,7 +273,7 @@ Tensor adamw_ema_step_capturable_cuda(Tensors params, Tensors grads, Tensors exp
   const bool ema = ema_decay.has_value() && !emas.empty();
   const Store store = !masters.empty() ? Store::kMaster : stochastic_rounding ? Store::kStochastic : Store::kNearest;
   const auto call = [&](auto stored, auto zero, ScalarType wide) {
-    return run<decltype(stored), decltype(zero)>(lists, numbers, ema, store, wide);
+    return run<decltype(stored), decltype(zero)>(lists, numbers, norm, ema, store, wide);
   };
   switch (params[0].scalar_type()) {
     case ScalarType::Float: return call(float{}, 0.0f, ScalarType::Float);
@@ -281,10 +288,10 @@ Tensor adamw_ema_step_cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tens
                            int64_t step, double lr, double beta1, double beta2, double eps,
                            std::vector<double> weight_decay, std::optional<double> max_norm,
                            std::optional<double> ema_decay, Tensors masters, bool stochastic_rounding, int64_t seed,
-                           int64_t offset) {
+                           int64_t offset, std::optional<Tensor> norm) {
   return adamw_ema_step_capturable_cuda(params, grads, exp_avgs, exp_avg_sqs, emas, step, lr, beta1, beta2, eps,
                                         weight_decay, max_norm, ema_decay, masters, stochastic_rounding, seed, offset,
-                                        {}, {}, {}, {}, {});
+                                        norm, {}, {}, {}, {}, {});
 }
 
 }  // namespace dbk

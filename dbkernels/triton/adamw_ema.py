@@ -1,24 +1,21 @@
-"""Clipping by the global norm, AdamW and EMA over a list of tensors in Triton. Definition: dbkernels/adamw_ema.py.
+"""Clip by the global norm, AdamW and EMA over a list of tensors in Triton. Definition: dbkernels/_adamw_ema_definition.py.
 
-Three kernels: the squares of each chunk of the gradients; one program that adds them up in a fixed order (so the norm's
-bits repeat), decides and works out the step's factors; and the update, which reads both from device memory. Tensors are
-found in a table of addresses (dbkernels/triton/adamw_ema_list.py), so that a list of any length is one launch.
+Three kernels: the squares of each chunk of the gradients (dbkernels/triton/total_norm.py; not where a norm is given);
+one program that adds them up, decides and works out the step's factors; and the update, which reads those from device
+memory. Tensors are found in a table of addresses (dbkernels/triton/adamw_ema_list.py), so that a list of any length is
+one launch.
 """
 
 import triton
 import triton.language as tl
 
 from dbkernels.triton.philox import in_element_order, words_of_groups
+from dbkernels.triton.total_norm import locate, root_of_sum
 
-CHUNK = 8192  # elements a program takes
-BLOCK = 1024  # elements it works on at once: 8 a thread, two loads of 16 bytes in float32 and one in a half type
-LOOK = tl.constexpr(256)  # rows of the table looked at together
-
-# Rows of the table, one number a tensor. The last is the master's address, or the group of the random words of the
-# tensor's first eight elements.
-START, NUMEL, DECAY, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, EMA, MASTER = (tl.constexpr(row) for row in range(9))
-ROWS = 9
-# Places in the step's scratch memory: what `decide` leaves for the update, then a factor a tensor, then the sums.
+# Rows of the table after START and NUMEL, one number per tensor; GRAD is ADDRESS to the norm's kernel. The last is the
+# master's address, or the group of the random words of the tensor's first eight elements.
+GRAD, DECAY, PARAM, EXP_AVG, EXP_AVG_SQ, EMA, MASTER = (tl.constexpr(row) for row in range(2, 9))
+# Places in the step's scratch memory: what `decide` leaves for the update, then a factor per tensor.
 (CLIP, APPLIED, MINUS_STEP_SIZE, ROOT, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, EPS, ONE_MINUS_EMA, SEED, OFFSET,
  FACTORS) = (tl.constexpr(place) for place in range(12))  # fmt: skip
 # Where the new parameter goes: rounded to its tensor; to its float32 master and rounded from there; rounded up or down
@@ -27,53 +24,8 @@ NEAREST, WITH_MASTER, STOCHASTIC = (tl.constexpr(way) for way in range(3))
 
 
 @triton.jit
-def locate(table_ptr, tensors, chunk, CHUNK: tl.constexpr):
-    """Return the tensor a chunk lies in, the chunk's first element there, and how many elements it has."""
-    found = tl.full((), -1, tl.int32)
-    for at in range(0, tensors, LOOK):
-        look = at + tl.arange(0, LOOK)
-        starts = tl.load(table_ptr + START * tensors + look, mask=look < tensors, other=2**62)
-        found += tl.sum((starts <= chunk).to(tl.int32))
-    first = (chunk - tl.load(table_ptr + START * tensors + found)) * CHUNK
-    return found, first, tl.minimum(tl.load(table_ptr + NUMEL * tensors + found) - first, CHUNK).to(tl.int32)
-
-
-@triton.jit
-def square_sum(grad_ptr, total, left, WHOLE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Add the squares of a block, the first `left` elements of it unless WHOLE."""
-    at = tl.arange(0, BLOCK)
-    if WHOLE:
-        grad = tl.load(grad_ptr + at)
-    else:
-        grad = tl.load(grad_ptr + at, mask=at < left, other=0.0)
-    grad = grad.to(WIDE).to(tl.float64)
-    return total + grad * grad
-
-
-@triton.jit(do_not_specialize=["tensors"])
-def squares_kernel(
-    table_ptr, scratch_ptr, tensors,
-    TYPE: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program: the sum of a chunk's squares, in float64."""
-    chunk = tl.program_id(0).to(tl.int64)
-    tensor, first, count = locate(table_ptr, tensors, chunk, CHUNK)
-    address = tl.load(table_ptr + GRAD * tensors + tensor)
-    grad_ptr = tl.multiple_of(address.to(tl.pointer_type(TYPE)), 16) + first
-    # Blocks in the middle of an aligned tensor move 16 bytes at a time; the hint above is for them alone.
-    whole = tl.where(address % 16 == 0, count // BLOCK * BLOCK, 0)
-    total = tl.zeros((BLOCK,), tl.float64)
-    for at in range(0, whole, BLOCK):
-        total = square_sum(grad_ptr + at, total, count - at, True, WIDE, BLOCK)
-    grad_ptr = address.to(tl.pointer_type(TYPE)) + first
-    for at in range(whole, count, BLOCK):
-        total = square_sum(grad_ptr + at, total, count - at, False, WIDE, BLOCK)
-    tl.store(scratch_ptr + FACTORS + tensors + chunk, tl.sum(total))
-
-
-@triton.jit
 def power(base, exponent):
-    """base^exponent by squaring, as dbkernels/_adamw_ema_definition.py has it."""
+    """Return base^exponent by squaring, as dbkernels/_adamw_ema_definition.py has it."""
     result = tl.full((), 1.0, tl.float64)
     while exponent > 0:
         result = tl.where((exponent & 1) == 1, result * base, result)
@@ -84,7 +36,7 @@ def power(base, exponent):
 
 @triton.jit
 def quotient(a, b):
-    """a / b, rounded once: what `/` of float32 isn't."""
+    """Return a / b, rounded once: `/` of float32 isn't."""
     if a.dtype == tl.float32:
         result = tl.div_rn(a, b)
     else:
@@ -94,7 +46,7 @@ def quotient(a, b):
 
 @triton.jit
 def root_of(a):
-    """sqrt(a), rounded once."""
+    """Return sqrt(a), rounded once."""
     if a.dtype == tl.float32:
         result = tl.sqrt_rn(a)
     else:
@@ -105,20 +57,19 @@ def root_of(a):
 # Compiled without fusing products into sums: factors have the bits that Python's arithmetic gives them.
 @triton.jit(do_not_specialize=["step", "seed", "offset", "chunks", "tensors"])
 def decide_kernel(
-    table_ptr, scratch_ptr, norm_ptr, step_ptr, lr_ptr, ema_decay_ptr, seed_ptr, offset_ptr,
+    table_ptr, scratch_ptr, sums_ptr, norm_ptr, given_ptr, step_ptr, lr_ptr, ema_decay_ptr, seed_ptr, offset_ptr,
     step: tl.int64, lr: tl.float64, ema_decay: tl.float64, seed: tl.int64, offset: tl.int64,
     chunks, tensors, beta1: tl.float64, beta2: tl.float64, eps: tl.float64, max_norm: tl.float64,
     STEP: tl.constexpr, LR: tl.constexpr, EMA_DECAY: tl.constexpr, SEEDED: tl.constexpr, MOVED: tl.constexpr,
-    CLIPPED: tl.constexpr, BLOCK: tl.constexpr,
+    GIVEN: tl.constexpr, CLIPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the norm, whether to update, and the factors. STEP, LR, EMA_DECAY, SEEDED, MOVED: whether step, lr,
-    ema_decay, seed and offset are read from memory."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for at in range(0, chunks, BLOCK):
-        look = at + tl.arange(0, BLOCK)
-        total += tl.load(scratch_ptr + FACTORS + tensors + look, mask=look < chunks, other=0.0)
+    """Store the norm, whether to update, and the factors. One program. STEP, LR, EMA_DECAY, SEEDED, MOVED, GIVEN:
+    whether step, lr, ema_decay, seed, offset and the norm are read from memory."""
     wide: tl.constexpr = norm_ptr.dtype.element_ty
-    norm = tl.sqrt(tl.sum(total)).to(wide)
+    if GIVEN:
+        norm = tl.load(given_ptr)
+    else:
+        norm = root_of_sum(sums_ptr, chunks, BLOCK).to(wide)
     tl.store(norm_ptr, norm)
     applied = tl.abs(norm) < float("inf")
     if STEP:
@@ -134,8 +85,9 @@ def decide_kernel(
         offset = tl.load(offset_ptr)
     clip = tl.full((), 1.0, wide)
     if CLIPPED:
-        # 1e-6 and the order of roundings as in torch.nn.utils.clip_grad_norm_.
-        clip = tl.minimum(clip, quotient(tl.full((), max_norm, wide), norm + tl.full((), 1e-6, wide)))
+        # 1e-6 and the roundings of torch.nn.utils.clip_grads_with_norm_: a reciprocal, then a product.
+        inverse = quotient(tl.full((), 1.0, wide), norm + tl.full((), 1e-6, wide))
+        clip = tl.minimum(clip, inverse * tl.full((), max_norm, wide))
     tl.store(scratch_ptr + CLIP, clip.to(tl.float64))
     tl.store(scratch_ptr + APPLIED, applied.to(tl.float64))
     tl.store(scratch_ptr + MINUS_STEP_SIZE, -(lr / (1.0 - power(beta1, step))))
@@ -217,8 +169,8 @@ def update_kernel(
     TYPE: tl.constexpr, WIDE: tl.constexpr, AVERAGED: tl.constexpr, STORE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: a chunk's update, if `decide` allows it. Backwards: the gradients that the norm read last are still
-    in the cache."""
+    """Update a chunk if `decide` allows it, one chunk per program. Backwards: the gradients that the norm read last are
+    still in the cache."""
     chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     tensor, first, count = locate(table_ptr, tensors, chunk, CHUNK)
     row = table_ptr + tensor

@@ -69,16 +69,21 @@ gpu.launches()
 step, lr = torch.tensor(3), torch.tensor(1e-3, dtype=torch.float64)
 dbkernels.adamw_ema_step(*lists, step=step, **{**OPTIONS, "lr": lr})
 assert gpu.launches() == 3
-decide = plan._decide((step, lr, 0.99, 0, 0), (0.9, 0.95), 1e-8, 1.0)
+decide = plan._decide((step, lr, 0.99, 0, 0), (0.9, 0.95), 1e-8, 1.0, None)
 assert decide.compiled is not None and decide.constants["STEP"] and decide.constants["LR"]
 assert not decide.constants["EMA_DECAY"]
 
+# A norm that is given: the gradients' squares aren't computed
+norm = torch.tensor(2.0)
+assert dbkernels.adamw_ema_step(*lists, step=2, norm=norm, **OPTIONS) is not norm
+assert gpu.launches() == 2
+
 # In a capture a table is the graph's own, and isn't kept
-adamw_ema_list._capturing = lambda device: True
+adamw_ema_list.capturing = lambda device: True
 kept = dict(adamw_ema_list._plans)
 dbkernels.adamw_ema_step(*lists, step=step, **{**OPTIONS, "lr": lr})
 assert adamw_ema_list._plans == kept and gpu.launches() == 3
-adamw_ema_list._capturing = lambda device: False
+adamw_ema_list.capturing = lambda device: False
 
 
 def ours():

@@ -6,8 +6,9 @@ import torch
 
 from dbkernels import adamw_ema_step_reference
 from dbkernels.triton import adamw_ema_list
-from dbkernels.triton.adamw_ema import BLOCK, CHUNK, GRAD, NUMEL, PARAM, START
+from dbkernels.triton.adamw_ema import GRAD, PARAM
 from dbkernels.triton.adamw_ema_list import Plan, plan_for, rows_of, step
+from dbkernels.triton.total_norm import BLOCK, CHUNK, NUMEL, START
 from numerics import EPSILON
 
 SEED, OFFSET = 2**63 + 5, 2**32 - 1
@@ -40,11 +41,13 @@ def equal(lists, others):
     return all(torch.equal(a, b) for a, b in zip(itertools.chain(*lists), itertools.chain(*others), strict=True))
 
 
-def call(function, lists, decays, way, *, number=3, lr=2.0**-7, max_norm=1.0, ema=0.875, seed=SIGNED, offset=OFFSET):
+def call(
+    function, lists, decays, way, *, number=3, lr=2.0**-7, max_norm=1.0, ema=0.875, seed=SIGNED, offset=OFFSET, norm=None
+):
     """The interpreter takes Python floats for float32: these lose nothing by it."""
     return function(
         *lists[:5], number, lr, 0.875, 0.9375, 2.0**-27, decays, max_norm, ema if lists[4] else None, lists[5],
-        way == "stochastic", seed, offset,
+        way == "stochastic", seed, offset, norm,
     )  # fmt: skip
 
 
@@ -123,6 +126,24 @@ def skipped():
             assert torch.equal(a.nan_to_num(), b.nan_to_num()), (value, way)
 
 
+def given_norm():
+    """The update is by the norm that is given, whatever the gradients' own: the definition's, and none if not finite."""
+    for way, dtypes in WAYS.items():
+        for dtype, max_norm in itertools.product(dtypes, (0.75, None)):
+            lists = lists_of(SHAPES, dtype, way)
+            norm = torch.tensor(3.0, dtype=lists[2][0].dtype)
+            twin = copies(lists)
+            for f, x in ((step, lists), (adamw_ema_step_reference, twin)):
+                result = call(f, x, [0.1] * len(SHAPES), way, max_norm=max_norm, norm=norm)
+                assert torch.equal(result, norm) and result.data_ptr() != norm.data_ptr()
+            assert_close(lists, twin, dtype, (way, dtype, max_norm))
+    for value in (float("inf"), float("nan")):
+        lists, number = lists_of(SHAPES, torch.bfloat16, "masters"), torch.tensor(3)
+        before = copies(lists)
+        norm = call(step, lists, [0.1] * len(SHAPES), "masters", number=number, norm=torch.tensor(value))
+        assert not norm.isfinite() and number == 3 and equal(lists, before)
+
+
 def tensors_for_numbers():
     """The same bits as Python numbers, and the step advanced; numbers that take many products too."""
     lr, ema = 9 * 2.0**-13, 1 - 2.0**-9
@@ -184,6 +205,7 @@ unaligned()
 many()
 nothing()
 skipped()
+given_norm()
 tensors_for_numbers()
 flat()
 tables()

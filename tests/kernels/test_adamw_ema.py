@@ -235,7 +235,8 @@ def test_opcheck():
     shapes = [(4, 3), (5,)]
     lists = [random_list(shapes), random_list(shapes), *state_of(random_list(shapes))]
     arguments = (*lists, 2, 1e-3, 0.9, 0.99, 1e-8, [0.1, 0.0], 1.0, 0.9, [], False, 0, 0)
-    torch.library.opcheck(torch.ops.dbkernels.adamw_ema_step.default, arguments)
+    for norm in (None, torch.tensor(7.0)):
+        torch.library.opcheck(torch.ops.dbkernels.adamw_ema_step.default, (*arguments, norm))
 
 
 def test_compiles_whole():

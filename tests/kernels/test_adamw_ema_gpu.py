@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dbkernels
-from dbkernels import _adamw_ema_definition as definition
+from dbkernels import _pieces
 from numerics import EPSILON
 from test_adamw_ema import SETTINGS, SHAPES, copies, random_list, state_of
 from test_adamw_ema_numbers import equal, flat, numbers, run
@@ -117,7 +117,7 @@ def test_new_gradients_and_other_streams():
 
 def test_needs_less_memory_than_a_tensor():
     """Kernels take some kilobytes; the definition a few pieces."""
-    shapes = [(5, definition.PIECE), (3,)]
+    shapes = [(5, _pieces.PIECE), (3,)]
     params = random_list(shapes, torch.float32, "cuda")
     lists = [params, random_list(shapes, torch.float32, "cuda"), *state_of(params)]
     torch.cuda.synchronize()
@@ -126,4 +126,4 @@ def test_needs_less_memory_than_a_tensor():
     dbkernels.adamw_ema_step(*lists, **TOGETHER, **SETTINGS)
     peak = torch.cuda.max_memory_allocated() - before
     kernels = dbkernels.kernels()["adamw_ema_step"]["CUDA"]
-    assert peak < (5 * definition.PIECE * 4 if "PyTorch" in kernels else 2**20), (kernels, peak)
+    assert peak < (5 * _pieces.PIECE * 4 if "PyTorch" in kernels else 2**20), (kernels, peak)

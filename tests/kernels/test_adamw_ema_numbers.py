@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import dbkernels
 from dbkernels import _adamw_ema_definition as definition
+from dbkernels import _pieces
 from test_adamw_ema import SETTINGS, SHAPES, copies, random_list, state_of
 
 SEED = 2**63 + 11
@@ -126,7 +127,7 @@ def test_compiles_once_over_changing_tensors():
 def test_opcheck():
     params = random_list([(4, 3), (5,)], torch.bfloat16)
     lists = [params, random_list([(4, 3), (5,)], torch.bfloat16), *state_of(params)]
-    plain = (1, 0.0, 0.9, 0.99, 1e-8, [0.1, 0.0], 1.0, 1.0, [], True, 0, 0)
+    plain = (1, 0.0, 0.9, 0.99, 1e-8, [0.1, 0.0], 1.0, 1.0, [], True, 0, 0, torch.tensor(7.0))
     for given in (tuple(numbers(3)[1].values()), (torch.tensor(2), None, None, None, None)):
         torch.library.opcheck(torch.ops.dbkernels.adamw_ema_step.capturable, (*lists, *plain, *given))
 
@@ -179,7 +180,7 @@ def test_the_definition_needs_no_more_than_a_tensor(dtype, masters):
     """Four pieces in the state's dtype, whatever the list's length and the tensors' sizes."""
     if masters and dtype not in (torch.float16, torch.bfloat16):
         return
-    count = 5 * definition.PIECE
+    count = 5 * _pieces.PIECE
     params = [torch.zeros(count, dtype=dtype) for _ in range(2)]
     lists = [params, [torch.ones_like(p) for p in params], *state_of(params)]
     copies_of = [p.float() for p in params] if masters else []
@@ -187,7 +188,7 @@ def test_the_definition_needs_no_more_than_a_tensor(dtype, masters):
         lambda: dbkernels.adamw_ema_step_reference(*lists, 1, 0.1, 0.9, 0.95, 1e-8, [0.1, 0.0], 1.0, 0.9, copies_of)
     )
     state = lists[2][0]
-    assert definition.PIECE * state.element_size() < peak < state.numel() * state.element_size(), peak
+    assert _pieces.PIECE * state.element_size() < peak < state.numel() * state.element_size(), peak
 
 
 def test_pieces_do_not_change_the_bits(monkeypatch):
@@ -196,7 +197,7 @@ def test_pieces_do_not_change_the_bits(monkeypatch):
     start = [random_list(shapes, torch.bfloat16), random_list(shapes, torch.bfloat16)]
     start += state_of(start[0])
     for piece in (2**20, 64, 1024):
-        monkeypatch.setattr(definition, "PIECE", piece)
+        monkeypatch.setattr(_pieces, "PIECE", piece)
         lists = copies(start)
         outcomes.append([by_definition(lists, **numbers(3)[0]), *flat(lists)])
     for other in outcomes[1:]:

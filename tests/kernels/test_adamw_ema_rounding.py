@@ -185,7 +185,7 @@ def test_opcheck(kind):
     params, grads = random_list([(4, 3), (5,)], torch.bfloat16), random_list([(4, 3), (5,)], torch.bfloat16)
     masters = [p.float() for p in params] if kind == "masters" else []
     arguments = (params, grads, *state_of(params), 2, 1e-3, 0.9, 0.99, 1e-8, [0.1, 0.0], 1.0, 0.9, masters,
-                 kind == "stochastic", 7, 1)  # fmt: skip
+                 kind == "stochastic", 7, 1, None)  # fmt: skip
     torch.library.opcheck(torch.ops.dbkernels.adamw_ema_step.default, arguments)
 
 

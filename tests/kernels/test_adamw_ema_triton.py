@@ -9,16 +9,8 @@ pytest.importorskip("triton")
 import triton.language as tl
 
 import aot
-from dbkernels.triton.adamw_ema import (
-    BLOCK,
-    CHUNK,
-    NEAREST,
-    STOCHASTIC,
-    WITH_MASTER,
-    decide_kernel,
-    squares_kernel,
-    update_kernel,
-)
+from dbkernels.triton.adamw_ema import NEAREST, STOCHASTIC, WITH_MASTER, decide_kernel, update_kernel
+from dbkernels.triton.total_norm import BLOCK, CHUNK
 from fake_gpu import run_faked
 from interpreter import run_interpreted
 
@@ -59,19 +51,13 @@ def test_update_compiles_to_wide_accesses(dtype, averaged, store, loads, stores,
     assert len(re.findall(r"STG\.E\.128", report.sass)) == stores
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype,loads", [("fp32", 2), ("bf16", 1)])
-def test_squares_compile(dtype, loads, arch):
-    constants = dict(TYPE=TYPES[dtype], WIDE=wide(dtype), CHUNK=CHUNK, BLOCK=BLOCK)
-    report = aot.report(squares_kernel, LISTS, constants, arch, stages=1)
-    assert report.spilled_bytes == 0 and report.registers <= 96 and SHORTEST < report.instructions < 800
-    assert len(re.findall(r"LDG\.E\.128", report.sass)) % loads == 0 and "LDG.E.128" in report.sass
-
-
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("state", ["fp32", "fp64"])
-def test_decide_compiles(state):
-    pointers = ["*i64:16", "*fp64:16", f"*{state}:16", "*i64", "*fp64", "*fp64", "*i64", "*i64"]
+def test_decide_compiles(state, given):
+    norms = [f"*{state}:16", f"*{state}:16"]
+    pointers = ["*i64:16", "*fp64:16", "*fp64:16", *norms, "*i64", "*fp64", "*fp64", "*i64", "*i64"]
     numbers = ["i64", "fp64", "fp64", "i64", "i64", "i32", "i32", *["fp64"] * 4]
-    given = dict.fromkeys(("STEP", "LR", "EMA_DECAY", "SEEDED", "MOVED"), True)
-    report = aot.report(decide_kernel, pointers + numbers, dict(**given, CLIPPED=True, BLOCK=1024), 90, stages=1)
+    switches = dict.fromkeys(("STEP", "LR", "EMA_DECAY", "SEEDED", "MOVED"), True)
+    constants = dict(**switches, GIVEN=given, CLIPPED=True, BLOCK=1024)
+    report = aot.report(decide_kernel, pointers + numbers, constants, 90, stages=1)
     assert report.spilled_bytes == 0 and SHORTEST < report.instructions < 1000
