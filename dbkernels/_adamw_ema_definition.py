@@ -107,7 +107,8 @@ def adamw_ema_step_reference(
             return value.to(norm.dtype)
         return torch.full((), value, dtype=norm.dtype, device=norm.device)
 
-    clip = torch.ones_like(norm) if max_norm is None else torch.clamp((norm + CLIP_EPS).reciprocal() * max_norm, max=1.0)
+    inverse = (norm + CLIP_EPS).reciprocal()
+    clip = torch.ones_like(norm) if max_norm is None else torch.clamp(inverse * max_norm, max=1.0)
     correction = 1 - power(beta2, step)
     rule = Rule(
         ~torch.isfinite(norm), clip, scalar(-(lr / (1 - power(beta1, step)))),

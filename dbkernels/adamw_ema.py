@@ -1,4 +1,4 @@
-"""adamw_ema_step: clip by the global norm, AdamW and EMA over a whole list of parameters, in one call, with no host sync.
+"""adamw_ema_step: clipping by the global norm, AdamW and EMA over a list of parameters, in one call, with no host sync.
 
 The op and the public function. The definition is dbkernels/_adamw_ema_definition.py, the kernels are
 csrc/cpu/adamw_ema.cpp, dbkernels/triton/adamw_ema.py and csrc/cuda/adamw_ema.cu.
@@ -38,7 +38,8 @@ def _fake(params: list[Tensor], grads: list[Tensor], *rest: object) -> Tensor:
 _SCHEMA = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] emas, SymInt step, float lr, float beta1, float beta2, float eps, float[] weight_decay, "
-    "float? max_norm, float? ema_decay, Tensor(e!)[] masters, bool stochastic_rounding, SymInt seed, SymInt offset, Tensor? norm"
+    "float? max_norm, float? ema_decay, Tensor(e!)[] masters, bool stochastic_rounding, SymInt seed, SymInt offset, "
+    "Tensor? norm"
 )
 define(f"adamw_ema_step{_SCHEMA}) -> Tensor", adamw_ema_step_reference, _fake)
 

@@ -6,7 +6,6 @@ dbkernels/triton/total_norm.py; the latter serves every GPU, beside the CUDA lib
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,6 @@ from dbkernels._library import backend, define, register_triton
 from dbkernels._pieces import pieces
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -72,7 +70,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     _check(tensors)
-    if _TRITON and direct(*tensors):
+    if direct(*tensors):
         return _triton_kernel(tensors)
     if backend() == "reference":
         return total_norm_reference(tensors)

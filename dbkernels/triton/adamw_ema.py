@@ -1,9 +1,9 @@
-"""Clip by the global norm, AdamW and EMA over a list of tensors in Triton. Definition: dbkernels/_adamw_ema_definition.py.
+"""Clipping by the global norm, AdamW and EMA over a list of tensors in Triton.
 
-Three kernels: the squares of each chunk of the gradients (dbkernels/triton/total_norm.py; not where a norm is given);
-one program that adds them up, decides and works out the step's factors; and the update, which reads those from device
-memory. Tensors are found in a table of addresses (dbkernels/triton/adamw_ema_list.py), so that a list of any length is
-one launch.
+Definition: dbkernels/_adamw_ema_definition.py. Three kernels: the squares of each chunk of the gradients
+(dbkernels/triton/total_norm.py; left out if a norm is given); one program that adds them up, decides and works out the
+step's factors; and the update, which reads those from device memory. Tensors are found in a table of addresses
+(dbkernels/triton/adamw_ema_list.py), so that a list of any length is one launch.
 """
 
 import triton

@@ -108,9 +108,7 @@ def starts_of(numels: Sequence[int]) -> list[int]:
     return [0, *itertools.accumulate(-(-numel // CHUNK) for numel in numels)]
 
 
-def launch_of(
-    kernel: Any, device: int, programs: int, numbers: tuple[Any, ...], **constants: Any
-) -> Launch:
+def launch_of(kernel: Any, device: int, programs: int, numbers: tuple[Any, ...], **constants: Any) -> Launch:
     """Return the launch of a kernel with 4 warps, prepared once for its numbers and constants."""
     kind = kernel, device, programs, numbers, *constants.values()
     return _launches.get(kind) or _launches.keep(

@@ -148,10 +148,13 @@ def optimizer(draw, dtype):
     shape, wide = (draw.choice([0, 1, 5]), 7), torch.float64 if dtype == torch.float64 else torch.float32
     given = {n: tensor(draw, *shape, dtype=dtype) for n in ("p", "g")}
     given |= {n: tensor(draw, *shape, dtype=wide).abs() for n in ("m", "v", "e")}
+    joint = draw.random() < 0.5
 
     def step(p, g, m, v, e):
         lists = [[p.clone(), torch.ones_like(p[:1])]] + [[t.clone(), torch.ones_like(t[:1])] for t in (g, m, v, e)]
         options = {"weight_decay": 0.1, "max_norm": 0.5, "ema_decay": 0.9}
+        if joint:
+            options["norm"] = dk.total_norm([p, m, *lists[1]]).to(m.dtype)
         norm = dk.adamw_ema_step(*lists, step=3, lr=0.1, **options)
         return norm, lists[0][0], lists[2][0], lists[3][0], lists[4][0]
 

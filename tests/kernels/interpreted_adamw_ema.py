@@ -42,8 +42,9 @@ def equal(lists, others):
 
 
 def call(
-    function, lists, decays, way, *, number=3, lr=2.0**-7, max_norm=1.0, ema=0.875, seed=SIGNED, offset=OFFSET, norm=None
-):
+    function, lists, decays, way, *, number=3, lr=2.0**-7, max_norm=1.0, norm=None, ema=0.875, seed=SIGNED,
+    offset=OFFSET,
+):  # fmt: skip
     """The interpreter takes Python floats for float32: these lose nothing by it."""
     return function(
         *lists[:5], number, lr, 0.875, 0.9375, 2.0**-27, decays, max_norm, ema if lists[4] else None, lists[5],
@@ -127,7 +128,7 @@ def skipped():
 
 
 def given_norm():
-    """The update is by the norm that is given, whatever the gradients' own: the definition's, and none if not finite."""
+    """The definition's update by the norm that is given, whatever the gradients' own, and none if it isn't finite."""
     for way, dtypes in WAYS.items():
         for dtype, max_norm in itertools.product(dtypes, (0.75, None)):
             lists = lists_of(SHAPES, dtype, way)

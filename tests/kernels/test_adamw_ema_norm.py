@@ -1,4 +1,4 @@
-"""adamw_ema_step by a norm that it is given: that of several lists together, which clips and holds back all of them."""
+"""adamw_ema_step by a given norm: that of several lists together, which clips and holds back all of them."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_halves_are_scaled_in_float32(dtype):
 @pytest.mark.parametrize("form", [dbkernels.adamw_ema_step, "reference"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_against_float64(dtype, form):
-    """A part of a joint norm of 3, whatever its own gradients' norm is: as if clipped to a third of that, in float64."""
+    """By a joint norm of 3 and max_norm 0.5, gradients are a sixth of themselves, whatever their own norm."""
     lists = part(SHAPES, dtype)
     own = torch.stack([g.double().square().sum() for g in lists[1]]).sum().sqrt().item()
     exact = by_hand(*lists, 2, 0.1, own / 6, 0.9)

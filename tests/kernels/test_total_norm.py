@@ -1,4 +1,4 @@
-"""total_norm: against float64, by every backend; layouts, repeatable bits, not-finite values, torch.library's checks."""
+"""total_norm by every backend: against float64, layouts, repeatable bits, not-finite values, torch.library's checks."""
 
 import math
 import shutil
@@ -83,9 +83,9 @@ def test_squares_may_overflow_float32(form):
 
 
 def test_repeats_bit_for_bit_whatever_the_threads():
-    tensors, threads = [torch.randn(300, 700), torch.randn(5).double(), torch.randn(9999).half()], torch.get_num_threads()
+    tensors = [torch.randn(300, 700), torch.randn(5).double(), torch.randn(9999).half()]
+    threads, norms = torch.get_num_threads(), []
     try:
-        norms = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             norms.append(dbkernels.total_norm(tensors))
