@@ -1,6 +1,9 @@
 """adamw_ema_step: clip_grad_norm_ + fused AdamW + lerp (eager), torch.compile of the definition, ours, on one block.
 In bfloat16 the optimizer works on float32 masters of the parameters.
 
+Two parts, a block and a stem with a head, are clipped by their joint norm: total_norm and a step of each part (ours),
+against get_total_norm and clip_grads_with_norm_ before the steps (clip apart).
+
 python benchmarks/bench_adamw_ema.py [--device cuda] [--quick] [--out FOLDER]; --help names the rest
 """
 
@@ -25,6 +28,7 @@ CPU_CASES = {"digits 64x2": block_shapes(64, 2), "ViT-S 384x4": block_shapes(384
              "Llama-768 x2": block_shapes(768, 2)}  # fmt: skip
 GPU_CASES = {"DiT-L 1024x8": block_shapes(1024, 8)}
 TINY = block_shapes(16, 1)
+STEM_HEAD = [(384, 768), (384,), (1000, 384), (1000,)]
 
 
 def make(shapes, dtype, device):
@@ -64,6 +68,40 @@ def our_step(lists, masters):
     return step
 
 
+def in_two(lists, masters):
+    """Return (lists, masters) of the block and of the stem with the head, whose tensors are the last."""
+    cut = -len(STEM_HEAD)
+    return [([x[span] for x in lists], masters and masters[span]) for span in (slice(None, cut), slice(cut, None))]
+
+
+def joint_step(lists, masters):
+    parts = in_two(lists, masters)
+
+    def step():
+        norm = dbkernels.total_norm(lists[1])
+        for part, wide in parts:
+            dbkernels.adamw_ema_step(*part, step=1, max_norm=1.0, norm=norm, ema_decay=0.99, masters=wide, **OPTIONS)
+        return tuple(masters or lists[0])
+
+    return step
+
+
+def apart_step(lists, masters):
+    parts = in_two(lists, masters)
+    leaves = [torch.nn.Parameter(p) for p in lists[0]]
+    for leaf, grad in zip(leaves, lists[1], strict=True):
+        leaf.grad = grad
+
+    def step():
+        norm = torch.nn.utils.get_total_norm(lists[1])
+        torch.nn.utils.clip_grads_with_norm_(leaves, 1.0, norm)
+        for part, wide in parts:
+            dbkernels.adamw_ema_step(*part, step=1, ema_decay=0.99, masters=wide, **OPTIONS)
+        return tuple(masters or lists[0])
+
+    return step
+
+
 def triton_step(lists, masters):
     """Our Triton kernels, where the CUDA library serves the op."""
     from dbkernels.triton.adamw_ema_list import step as launch
@@ -90,14 +128,22 @@ def compiled_step(op):
     return of
 
 
-def case(shapes, dtype, bench):
-    device = bench.device
+def one_part(dtype, bench):
     ops = {"eager": torch_step, "ours": our_step}
-    if device.type == "cuda" and dbkernels.compiled("_C_cuda") is not None:
+    if bench.device.type == "cuda" and dbkernels.compiled("_C_cuda") is not None:
         ops["ours, Triton"] = triton_step
-    if device.type == "cpu" or dtype == torch.float32:  # it takes minutes on a GPU
+    if bench.device.type == "cpu" or dtype == torch.float32:  # it takes minutes on a GPU
         compiled = bench.compiled(dbkernels.adamw_ema_step_reference)
         ops |= {name: compiled_step(op) for name, op in compiled.items() if name == "compile"}
+    return ops
+
+
+def two_parts(dtype, bench):
+    return {"eager": torch_step, "clip apart": apart_step, "ours": joint_step}
+
+
+def case(shapes, dtype, bench, ops_of=one_part):
+    device, ops = bench.device, ops_of(dtype, bench)
     contenders = {name: lambda op=op: Call(op(*make(shapes, dtype, device))) for name, op in ops.items()}
 
     def exact():
@@ -126,6 +172,10 @@ def main(arguments=None):
     for name, shapes in bench.pick(cpu=CPU_CASES, gpu=GPU_CASES, quick={"tiny": TINY}).items():
         for dtype in dtypes:
             bench.kernels(name, dtype, lambda s=shapes, d=dtype: case(s, d, bench))
+    pairs = {"ViT-S 384x4, stem and head": block_shapes(384, 4) + STEM_HEAD}
+    for name, shapes in bench.pick(cpu=pairs, gpu=pairs, quick={"tiny, stem and head": TINY + STEM_HEAD}).items():
+        for dtype in dtypes:
+            bench.kernels(name, dtype, lambda s=shapes, d=dtype: case(s, d, bench, two_parts))
     bench.host("tiny 16x1", torch.float32, lambda: case(TINY, torch.float32, bench))
     bench.finish()
 
