@@ -239,6 +239,13 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.dbkernels.adamw_ema_step.default, (*arguments, norm))
 
 
+def assert_compiled_alike(lists, others):
+    """To the bit; a compiler that sees the definition decomposes its addcmul, which then rounds twice."""
+    rounding = EPSILON[torch.float32] if dbkernels.backend() == "reference" else 0.0
+    for a, b in zip(sum(lists, []), sum(others, []), strict=True):
+        torch.testing.assert_close(a, b, rtol=2 * rounding, atol=rounding)
+
+
 def test_compiles_whole():
     def step(params, grads, exp_avgs, exp_avg_sqs, emas):
         return dbkernels.adamw_ema_step(
@@ -249,7 +256,7 @@ def test_compiles_whole():
     twin = copies(lists)
     norm = torch.compile(step, fullgraph=True, backend="aot_eager")(*lists)
     assert torch.equal(norm, step(*twin))
-    assert all(torch.equal(a, b) for a, b in zip(sum(lists, []), sum(twin, []), strict=True))
+    assert_compiled_alike(lists, twin)
 
 
 @pytest.mark.gpu
