@@ -1,4 +1,4 @@
-// What the CPU's and the GPU's adamw_ema_step share. Definition: dbkernels/_adamw_ema_definition.py.
+// Shared by the CPU's and the GPU's adamw_ema_step. Definition: dbkernels/_adamw_ema_definition.py.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace dbk {
 
-// Where the new parameter goes: rounded to its tensor; to its float32 master and rounded from there; rounded up or down by
-// chance.
+// How a new parameter is stored: rounded to nearest; in its float32 master, and rounded from there; rounded up or down at
+// random.
 enum class Store { kNearest, kMaster, kStochastic };
 
 // A product that no compiler fuses into a sum.

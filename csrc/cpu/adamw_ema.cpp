@@ -33,7 +33,7 @@ struct Settings {
   uint32_t offset;
 };
 
-// What a step does to one element; C is the arithmetic's type.
+// The factors of an update, alike for every element; C is the arithmetic's type.
 template <typename C>
 struct Rule {
   C clip, beta2, one_minus_beta1, one_minus_beta2, minus_step_size, root, eps, one_minus_ema;

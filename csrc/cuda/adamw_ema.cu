@@ -27,7 +27,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// A number of the step: its value, or where it lies on the device.
+// A number of the step: its value, or its address on the device.
 template <typename T>
 struct Number {
   T value;
@@ -46,7 +46,7 @@ struct Numbers {
   double beta1, beta2, eps, max_norm;  // max_norm < 0: no clipping
 };
 
-// What an update does to one element, if it is to happen: written by `decide`.
+// The factors of an update, alike for every element, and whether to make it: written by `decide`.
 template <typename C>
 struct Rule {
   C clip, beta2, one_minus_beta1, one_minus_beta2, minus_step_size, root, eps, one_minus_ema;

@@ -15,11 +15,11 @@ from dbkernels.triton.total_norm import locate, root_of_sum
 # Rows of the table after START and NUMEL, one number per tensor; GRAD is ADDRESS to the norm's kernel. The last is the
 # master's address, or the group of the random words of the tensor's first eight elements.
 GRAD, DECAY, PARAM, EXP_AVG, EXP_AVG_SQ, EMA, MASTER = (tl.constexpr(row) for row in range(2, 9))
-# Places in the step's scratch memory: what `decide` leaves for the update, then a factor per tensor.
+# Places in the step's scratch memory: the results of `decide` for the update, then a factor per tensor.
 (CLIP, APPLIED, MINUS_STEP_SIZE, ROOT, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, EPS, ONE_MINUS_EMA, SEED, OFFSET,
  FACTORS) = (tl.constexpr(place) for place in range(12))  # fmt: skip
-# Where the new parameter goes: rounded to its tensor; to its float32 master and rounded from there; rounded up or down
-# by chance.
+# How a new parameter is stored: rounded to nearest; in its float32 master, and rounded from there; rounded up or down
+# at random.
 NEAREST, WITH_MASTER, STOCHASTIC = (tl.constexpr(way) for way in range(3))
 
 

@@ -74,7 +74,7 @@ class Plan:
     Args:
         lists: params, grads, exp_avgs, exp_avg_sqs, emas, masters; contiguous, the last two may be empty.
         decays: weight decay of each tensor.
-        stochastic: whether bfloat16 params are rounded by chance.
+        stochastic: whether bfloat16 params are rounded at random.
     """
 
     def __init__(self, lists: Sequence[Sequence[Tensor]], decays: Sequence[float], stochastic: bool):
