@@ -40,3 +40,12 @@ def _thin(config, items, step):
 def _seeded():
     torch.set_num_threads(1)  # whatever the test before has set
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def compile_counter():
+    """Return a torch.compile backend that counts its graphs (`frame_count`), with nothing compiled yet."""
+    from torch._dynamo.testing import CompileCounterWithBackend  # two seconds, which collection need not wait for
+
+    torch._dynamo.reset()
+    return CompileCounterWithBackend("aot_eager")

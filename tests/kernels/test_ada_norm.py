@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -219,10 +218,8 @@ def test_opcheck(dtype, rms):
     torch.library.opcheck(torch.ops.dbkernels.ada_norm_backward.default, (x, x, scale, weight, mean, rstd))
 
 
-def test_compiles_whole_and_once():
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda *t: dbkernels.ada_layer_norm(*t).square(), fullgraph=True, backend=counter)
+def test_compiles_whole_and_once(compile_counter):
+    compiled = torch.compile(lambda *t: dbkernels.ada_layer_norm(*t).square(), fullgraph=True, backend=compile_counter)
     for _ in range(4):
         x, shift, scale, _, _ = example((4, 5, 8), torch.float32)
         leaves = [t.requires_grad_() for t in (x, shift, scale)]
@@ -232,7 +229,7 @@ def test_compiles_whole_and_once():
             torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
         ):
             assert torch.equal(a, b)
-    assert counter.frame_count == 1
+    assert compile_counter.frame_count == 1
 
 
 def test_meta():

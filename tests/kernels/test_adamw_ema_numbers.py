@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch._dynamo.testing
 from torch.profiler import ProfilerActivity, profile
 
 import dbkernels
@@ -104,14 +103,12 @@ def test_a_skipped_update_does_not_count(form):
     torch.testing.assert_close(lists[4][0], torch.full((4,), -0.001))
 
 
-def test_compiles_once_over_changing_tensors():
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+def test_compiles_once_over_changing_tensors(compile_counter):
     lists = [random_list(SHAPES, torch.bfloat16), random_list(SHAPES, torch.bfloat16)]
     lists += state_of(lists[0])
     twin = copies(lists)
     given = numbers(1)[1]
-    compiled = torch.compile(lambda lists, given: run(lists, given), fullgraph=True, backend=counter)
+    compiled = torch.compile(lambda lists, given: run(lists, given), fullgraph=True, backend=compile_counter)
     for step in range(1, 6):
         plain, tensors = numbers(step)
         assert given["step"] == step  # advanced by the step before
@@ -120,8 +117,8 @@ def test_compiles_once_over_changing_tensors():
                 tensor.copy_(tensors[name])
         assert torch.equal(compiled(lists, given), run(twin, plain)) and equal(lists, twin)
         if step == 1:
-            first = counter.frame_count
-    assert counter.frame_count == first
+            first = compile_counter.frame_count
+    assert compile_counter.frame_count == first
 
 
 def test_opcheck():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,24 +188,21 @@ def test_opcheck(kind):
     torch.library.opcheck(torch.ops.dbkernels.adamw_ema_step.default, arguments)
 
 
-def test_compiles_whole_and_once_over_changing_offsets():
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-
+def test_compiles_whole_and_once_over_changing_offsets(compile_counter):
     def step(params, grads, exp_avgs, exp_avg_sqs, offset):
         return dbkernels.adamw_ema_step(
             params, grads, exp_avgs, exp_avg_sqs, None, step=4, stochastic_rounding=True, seed=2**63, offset=offset,
             **SETTINGS,
         )  # fmt: skip
 
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    compiled = torch.compile(step, fullgraph=True, backend=compile_counter)
     for offset in range(2, 6):
         params = random_list(SHAPES, torch.bfloat16)
         lists = [params, random_list(SHAPES, torch.bfloat16), *state_of(params)[:2]]
         twin = copies(lists)
         assert torch.equal(compiled(*lists, offset), step(*twin, offset))
         assert all(torch.equal(a, b) for a, b in zip(flat(lists), flat(twin), strict=True))
-    assert counter.frame_count <= 2
+    assert compile_counter.frame_count <= 2
 
 
 BF16, FP16 = [torch.ones(3, dtype=torch.bfloat16)], [torch.ones(3, dtype=torch.float16)]

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-import torch._dynamo.testing
 
 import dbkernels
 from dbkernels import edm_loss, inject_noise, philox
@@ -98,15 +97,13 @@ def test_seven_rounds_are_other_noise(draw):
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_compiles_whole_and_once_over_changing_addresses(draw):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+def test_compiles_whole_and_once_over_changing_addresses(draw, compile_counter):
     plain = {dense: _dense_plain, rows: _rows_plain, loss: _loss_plain}.get(draw, draw)
-    compiled = torch.compile(lambda seed, offset: plain(seed, offset, "cpu"), fullgraph=True, backend=counter)
+    compiled = torch.compile(lambda seed, offset: plain(seed, offset, "cpu"), fullgraph=True, backend=compile_counter)
     for step in range(4):
         ours = compiled(torch.tensor(-3), torch.tensor(step))
         assert same(ours, plain(SEED, step, "cpu"))
-    assert counter.frame_count == 1
+    assert compile_counter.frame_count == 1
 
 
 def _dense_plain(seed, offset, device):

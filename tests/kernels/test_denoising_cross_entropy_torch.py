@@ -4,21 +4,17 @@ import sys
 
 import pytest
 import torch
-import torch._dynamo.testing
 
 from dbkernels import denoising_cross_entropy
 from test_denoising_cross_entropy import example
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_whole_and_once(reduction):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-
+def test_compiles_whole_and_once(reduction, compile_counter):
     def step(h, weight, target):
         return denoising_cross_entropy(h * 2, weight, target, reduction=reduction).sum()
 
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    compiled = torch.compile(step, fullgraph=True, backend=compile_counter)
     for _ in range(3):
         target, _, leaves = example()
         given = [leaves[name].requires_grad_() for name in ("h", "weight")]
@@ -26,7 +22,7 @@ def test_compiles_whole_and_once(reduction):
         assert all(
             torch.equal(a, b) for a, b in zip(ours, torch.autograd.grad(step(*given, target), given), strict=True)
         )
-    assert counter.frame_count == 1
+    assert compile_counter.frame_count == 1
 
 
 def test_opcheck():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels import edm_loss
@@ -47,14 +46,11 @@ def test_no_gradient_is_taken_where_none_is_wanted():
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_compiles_whole_and_once_over_changing_sigma(reduction):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-
+def test_compiles_whole_and_once_over_changing_sigma(reduction, compile_counter):
     def step(F, z, y, sigma):
         return edm_loss(F * 2, z, y, sigma, sigma_data=S, reduction=reduction).sum() * 3
 
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    compiled = torch.compile(step, fullgraph=True, backend=compile_counter)
     for _ in range(4):
         F, z, y, sigma = example((6, 5, 4), (6,), torch.bfloat16)
         ours, plain = (F.clone().requires_grad_() for _ in range(2))
@@ -62,7 +58,7 @@ def test_compiles_whole_and_once_over_changing_sigma(reduction):
             run(leaf, z, y, sigma).backward()
         torch.testing.assert_close(ours.grad, plain.grad, rtol=2 * EPSILON[torch.bfloat16], atol=0)
         assert torch.equal(compiled(F, z, y, sigma), step(F, z, y, sigma))
-    assert counter.frame_count <= 2  # with and without a gradient
+    assert compile_counter.frame_count <= 2  # with and without a gradient
 
 
 def test_inductor_compiles_it_with_the_layer_around_it():

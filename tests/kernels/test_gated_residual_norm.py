@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -201,16 +200,14 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.dbkernels.gated_residual_norm_backward.default, arguments)
 
 
-def test_compiles_whole_and_once():
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda *t: sum(dbkernels.gated_residual_norm(*t)), fullgraph=True, backend=counter)
+def test_compiles_whole_and_once(compile_counter):
+    compiled = torch.compile(lambda *t: sum(dbkernels.gated_residual_norm(*t)), fullgraph=True, backend=compile_counter)
     for _ in range(4):
         leaves = [t.requires_grad_() for t in example((4, 5, 8), torch.float32)[:5]]
         ours, expected = compiled(*leaves), sum(dbkernels.gated_residual_norm(*leaves))
         pairs = zip(torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True)
         assert torch.equal(ours, expected) and all(torch.equal(a, b) for a, b in pairs)
-    assert counter.frame_count == 1
+    assert compile_counter.frame_count == 1
 
 
 def test_meta():

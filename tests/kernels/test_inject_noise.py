@@ -171,20 +171,18 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.dbkernels.philox_uniform.default, (torch.empty(3, 4), 7, 1))
 
 
-def test_compiles_whole_and_once_over_changing_sigma():
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+def test_compiles_whole_and_once_over_changing_sigma(compile_counter):
     compiled = torch.compile(
         lambda y, s, step: dbkernels.inject_noise(y, s, sigma_data=0.5, seed=2**63 + 1, offset=step).square(),
         fullgraph=True,
-        backend=counter,
+        backend=compile_counter,
     )
     y = torch.randn(6, 5, 4, requires_grad=True)
     for step in range(2, 9):
         sigma = torch.rand(6) + 0.1
         expected = dbkernels.inject_noise(y, sigma, sigma_data=0.5, seed=2**63 + 1, offset=step).square()
         assert torch.equal(compiled(y, sigma, step), expected)
-    assert counter.frame_count <= 2  # once with the first step as a constant, once with the step as a variable
+    assert compile_counter.frame_count <= 2  # once with the first step as a constant, once with the step as a variable
 
 
 def test_meta_and_fake():

@@ -3,7 +3,6 @@ errors."""
 
 import pytest
 import torch
-import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -195,24 +194,21 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.dbkernels.inject_noise_table_grad.default, grad)
 
 
-def test_compiles_whole_and_once_over_changing_data():
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-
+def test_compiles_whole_and_once_over_changing_data(compile_counter):
     def run(indices, table, sigma, step):
         z, c_noise = dbkernels.inject_noise(
             (indices, table), sigma, sigma_data=0.5, normalize=True, return_c_noise=True, seed=2**63 + 1, offset=step
         )
         return z.square() + c_noise[:, None]
 
-    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    compiled = torch.compile(run, fullgraph=True, backend=compile_counter)
     for step in range(2, 8):
         indices, table, sigma = example((6,), (6,), 5, 4, torch.float32)
         table.requires_grad_()
         ours, expected = compiled(indices, table, sigma, step), run(indices, table, sigma, step)
         assert torch.equal(ours, expected)
         assert torch.equal(*(torch.autograd.grad(z.sum(), table)[0] for z in (ours, expected)))
-    assert counter.frame_count <= 2  # once with the first step as a constant, once with the step as a variable
+    assert compile_counter.frame_count <= 2  # once with the first step as a constant, once with the step as a variable
 
 
 def test_autocast_leaves_the_tables_dtype():

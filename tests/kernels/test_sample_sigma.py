@@ -5,10 +5,8 @@ import math
 
 import pytest
 import torch
-import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 import dbkernels
 from dbkernels.sample_sigma import _packed
@@ -36,6 +34,8 @@ def test_against_the_definition(block_range):
 @pytest.mark.parametrize("block_range", RANGES)
 def test_against_scipy_at_the_same_uniforms(block_range):
     """The definition and the kernel by scipy's own inverse of the truncated normal; 1e-7 is float32's rounding."""
+    from scipy import stats  # a second to import: not at collection
+
     low, high = block_range
     u = dbkernels.philox_uniform(500, seed=5).double().numpy()
     a, b = (math.log(low) + 1.2) / 1.2, (math.log(high) + 1.2) / 1.2
@@ -48,6 +48,8 @@ def test_against_scipy_at_the_same_uniforms(block_range):
                                                       ((0.002, 0.01), -1.2, 1.2), ((1.0, 3.0), -6.0, 0.4)])  # fmt: skip
 def test_kolmogorov_smirnov(block_range, P_mean, P_std):
     """The largest gap to scipy's distribution; 1.95/sqrt(n) is its 99.9 % point."""
+    from scipy import stats
+
     n = 100_000
     a, b = ((math.log(sigma) - P_mean) / P_std for sigma in block_range)
     sigma = dbkernels.sample_sigma(block_range, n, P_mean=P_mean, P_std=P_std, seed=8).double()
@@ -112,18 +114,15 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.dbkernels.sample_sigma_plan.default, (density,))
 
 
-def test_compiles_whole_and_once_over_changing_ranges():
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-
+def test_compiles_whole_and_once_over_changing_ranges(compile_counter):
     def draw(low, high, P_mean, P_std, step):
         return dbkernels.sample_sigma((low, high), (5,), P_mean=P_mean, P_std=P_std, seed=2**63 + 1, offset=step) * 2
 
-    compiled = torch.compile(draw, fullgraph=True, backend=counter)
+    compiled = torch.compile(draw, fullgraph=True, backend=compile_counter)
     for step in range(2, 8):
         given = (0.01 * step, 0.5 * step, -1.0 - 0.1 * step, 1.0 + 0.1 * step, step)
         assert torch.equal(compiled(*given), draw(*given))
-    assert counter.frame_count <= 2  # once with the first numbers as constants, once with them as variables
+    assert compile_counter.frame_count <= 2  # once with the first numbers as constants, once with them as variables
     with pytest.raises(ValueError, match="block_range"):
         compiled(3.0, 2.0, -1.2, 1.2, 3)
 

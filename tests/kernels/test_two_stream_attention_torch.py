@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels import two_stream_attention
@@ -23,21 +22,18 @@ def test_opcheck(dtype, group_size, clean):
 
 
 @pytest.mark.parametrize("group_size", [1, 4])
-def test_compiles_whole_and_once_over_changing_data(group_size):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-
+def test_compiles_whole_and_once_over_changing_data(group_size, compile_counter):
     def step(*streams):
         out, out_noisy = two_stream_attention(*streams, group_size=group_size)
         return (out * 2).sum() + (out_noisy * 3).sum()
 
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    compiled = torch.compile(step, fullgraph=True, backend=compile_counter)
     for _ in range(3):
         streams = example()
         ours = torch.autograd.grad(compiled(*streams), streams)
         plain = torch.autograd.grad(step(*streams), streams)
         assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
-    assert counter.frame_count == 1
+    assert compile_counter.frame_count == 1
 
 
 def test_autocast_casts_as_for_pytorchs_attention():
