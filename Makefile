@@ -1,6 +1,7 @@
 # make demo    environment, install, and the main job: a ViT trained one block at a time, beside end to end
 # make test    environment, install, all tests
 # make test-triton36    the Triton kernels' tests with the oldest Triton that is supported
+# make test-without-library   the CPU kernels' tests again as after an install without a C++ compiler
 # make sanitize         the C++ kernels under the address sanitizer, by random cases (FUZZ_SECONDS=3600 for long)
 #
 # With a CUDA build of torch already in PYTHON's packages, keep it:
@@ -21,7 +22,7 @@ PINNED := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 OLD_TRITON_AT := $(VENV)/triton-$(OLD_TRITON)
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
 
-.PHONY: demo test test-triton36 sanitize check clean
+.PHONY: demo test test-triton36 test-without-library sanitize check clean
 
 # torch and the build tools go in first, and the package is built against them: an isolated build would fetch torch again.
 $(VENV)/.ready: $(CONSTRAINTS)
@@ -56,6 +57,11 @@ $(OLD_TRITON_AT): $(VENV)/.ready
 test-triton36: $(VENV)/.tested $(OLD_TRITON_AT)
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(abspath $(OLD_TRITON_AT))" TRITON_WANTED=$(OLD_TRITON) \
 		$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu" --thin 5 tests/kernels/*triton*.py tests/kernels/test_launch.py
+
+# README promises an install without a compiler. Kernels that need one, or Triton, are left out; one in five as above.
+test-without-library: $(VENV)/.tested
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_FLAGS) --without-library -m "not gpu" --thin 5 \
+		-k "not triton and not cuda and not launch" tests/kernels
 
 # Built aside: the library in place stays as it is. Python itself isn't sanitized, so the runtime is loaded before it.
 sanitize: $(VENV)/.tested

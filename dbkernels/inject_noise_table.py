@@ -47,7 +47,7 @@ def inject_noise_table_reference(
 ) -> Tensor:
     """The definition with y as rows of a table, differentiable in table and sigma: rounded once."""
     z = inject_noise_reference(gather_rows(indices, table, normalize), sigma, sigma_data, seed, offset, rounds)
-    return z.to(table.dtype)
+    return z.to(table.dtype).contiguous()
 
 
 def _fake(indices: Tensor, table: Tensor, *others: Any) -> Tensor:

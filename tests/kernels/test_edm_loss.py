@@ -211,6 +211,7 @@ def bits(reduction="mean"):
     return torch.cat([t.flatten() for t in (loss, *grads)])
 
 
+@pytest.mark.skipif(dbkernels.compiled() is None, reason="torch's own sums depend on the number of threads")
 @pytest.mark.parametrize("reduction", ["mean", "sample"])
 def test_repeats_bit_for_bit_whatever_the_threads(reduction):
     threads, results = torch.get_num_threads(), []
