@@ -49,11 +49,12 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_norm_backward_cpu(
     std::optional<Tensor> scale, std::optional<Tensor> weight, const Tensor& mean, const Tensor& rstd);
 
 // F, z and y alike in shape; sigma in the arithmetic's type, one level for each equal run of elements. z: none to draw it
-// again. -> loss, and the gradients of F, z and y at an upstream gradient of 1, each empty unless wanted
+// again; z_scaled: it is times c_in. -> loss, and the gradients of F, z and y at an upstream gradient of 1, each empty
+// unless wanted
 std::tuple<Tensor, Tensor, Tensor, Tensor> edm_loss_cpu(const Tensor& F, std::optional<Tensor> z, const Tensor& y,
                                                         const Tensor& sigma, double sigma_data, std::string reduction,
-                                                        int64_t seed, int64_t offset, bool want_F, bool want_z,
-                                                        bool want_y);
+                                                        bool z_scaled, int64_t seed, int64_t offset, bool want_F,
+                                                        bool want_z, bool want_y);
 
 // x *= by, in place: a factor for each equal run of elements. x: contiguous.
 void edm_loss_scale_cpu(Tensor x, const Tensor& by);

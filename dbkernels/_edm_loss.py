@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dbkernels._address import SCHEMA, Number, define_at, joined, on_host, tensor_or_none
 from dbkernels._direct import direct
+from dbkernels._inject_noise import c_in
 from dbkernels._levels import broadcast
 from dbkernels._library import define, register_triton
 from dbkernels.philox import ROUNDS, normal_reference
@@ -17,22 +18,33 @@ from dbkernels.philox import ROUNDS, normal_reference
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _coefficients(sigma: Tensor, sigma_data: float, drawn: bool) -> tuple[Tensor, Tensor]:
-    """of_y, of_noise: target = of_y·y − of_noise·n, where n is z − y, or eps where z is drawn again."""
+class _Coefficients(NamedTuple):
+    """target = of_y·y − of_noise·n, where n is z − clean·y, or eps where z is drawn again: clean is 1, c_in, or 0."""
+
+    of_y: Tensor
+    of_noise: Tensor
+    clean: Tensor | float
+
+
+def _coefficients(sigma: Tensor, sigma_data: float, drawn: bool, z_scaled: bool) -> _Coefficients:
     root = torch.hypot(sigma, torch.full_like(sigma, sigma_data))
-    cos = sigma_data / root
-    return sigma / root / sigma_data, cos if drawn else cos / sigma
+    of_y, cos = sigma / root / sigma_data, sigma_data / root
+    if drawn:
+        return _Coefficients(of_y, cos, 0.0)
+    if z_scaled:
+        return _Coefficients(of_y, sigma_data / sigma, c_in(sigma, sigma_data, sigma.dim()))
+    return _Coefficients(of_y, cos / sigma, 1.0)
 
 
 def _residual(
-    F: Tensor, z: Tensor | None, y: Tensor, of_y: Tensor, of_noise: Tensor, seed: Number, offset: Number, rounds: int
+    F: Tensor, z: Tensor | None, y: Tensor, c: _Coefficients, seed: Number, offset: Number, rounds: int
 ) -> Tensor:
-    dtype = of_y.dtype
+    dtype = c.of_y.dtype
     if z is None:
         noise = normal_reference(y.shape, seed=seed, offset=offset, rounds=rounds, device=y.device).to(dtype)
     else:
-        noise = z.to(dtype) - y.to(dtype)
-    return F.to(dtype) - of_y * y.to(dtype) + of_noise * noise
+        noise = z.to(dtype) - c.clean * y.to(dtype)
+    return F.to(dtype) - c.of_y * y.to(dtype) + c.of_noise * noise
 
 
 def _reduce(square: Tensor, reduction: str) -> Tensor:
@@ -44,7 +56,7 @@ def _reduce(square: Tensor, reduction: str) -> Tensor:
 
 
 def mean_over(shape: torch.Size, reduction: str) -> int:
-    """How many elements a mean is taken over; 1 where none is."""
+    """Return how many elements a mean is taken over; 1 where none is."""
     if reduction == "sample":
         return shape[1:].numel()
     return shape.numel() if reduction == "mean" else 1
@@ -61,58 +73,64 @@ def edm_loss_reference(
     offset: Number = 0,
     rounds: int = ROUNDS,
     weight: float = 1.0,
+    z_scaled: bool = False,
 ) -> Tensor:
-    """The definition, differentiable in F, z and y. sigma: (), (B,) or (B, N), in the arithmetic's dtype."""
-    coefficients = _coefficients(broadcast(sigma, F.dim()), sigma_data, z is None)
-    return weight * _reduce(_residual(F, z, y, *coefficients, seed, offset, rounds).square(), reduction)
+    """Compute `edm_loss` by its definition, differentiable in F, z and y.
+
+    Args:
+        sigma: (), (B,) or (B, N), in the arithmetic's dtype. The others: as for `edm_loss`.
+    """
+    coefficients = _coefficients(broadcast(sigma, F.dim()), sigma_data, z is None, z_scaled)
+    return weight * _reduce(_residual(F, z, y, coefficients, seed, offset, rounds).square(), reduction)
 
 
 def empty_gradients(
     F: Tensor, z: Tensor | None, y: Tensor, want_F: bool, want_z: bool, want_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the gradients; nothing where one isn't wanted."""
+    """Allocate the gradients of F, z and y; none of an element where one isn't wanted."""
     return room(F, want_F), room(y if z is None else z, want_z), room(y, want_y)
 
 
 def room(x: Tensor, wanted: bool) -> Tensor:
-    """Memory for the gradient of x; none where it isn't wanted."""
+    """Allocate the gradient of x, contiguous, of x's dtype (float32 for float16); without elements if not wanted."""
     # float16 can't hold a mean's small gradients before a loss scale is applied.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     return torch.empty(x.shape if wanted else (0,), dtype=dtype, device=x.device)
 
 
 def _with_gradients(
-    F: Tensor, z: Tensor | None, y: Tensor, sigma: Tensor, sigma_data: float, reduction: str, seed: Number,
-    offset: Number, rounds: int, weight: float, expected: float, wanted: tuple[bool, bool, bool],
+    F: Tensor, z: Tensor | None, y: Tensor, sigma: Tensor, sigma_data: float, reduction: str, z_scaled: bool,
+    seed: Number, offset: Number, rounds: int, weight: float, expected: float, wanted: tuple[bool, bool, bool],
 ) -> Four:  # fmt: skip
-    of_y, of_noise = _coefficients(broadcast(sigma, F.dim()), sigma_data, z is None)
-    residual = _residual(F, z, y, of_y, of_noise, seed, offset, rounds)
+    c = _coefficients(broadcast(sigma, F.dim()), sigma_data, z is None, z_scaled)
+    residual = _residual(F, z, y, c, seed, offset, rounds)
     slope = 2 * residual / max(1, mean_over(F.shape, reduction)) * (weight * expected)
     loss = (weight * _reduce(residual.square(), reduction)).contiguous()
     grads = empty_gradients(F, z, y, *wanted)
-    at_y = -of_y if z is None else -(of_y + of_noise)
-    for grad, want, factor in zip(grads, wanted, (1, of_noise, at_y), strict=True):
+    factors = 1, c.of_noise, -(c.of_y + c.of_noise * c.clean)
+    for grad, want, factor in zip(grads, wanted, factors, strict=True):
         if want:
             grad.copy_(slope * factor)
     return loss, *grads
 
 
 def _definition(
-    F: Tensor, z: Tensor | None, y: Tensor, sigma: Tensor, sigma_data: float, reduction: str, seed: int, offset: int,
-    want_F: bool, want_z: bool, want_y: bool,
+    F: Tensor, z: Tensor | None, y: Tensor, sigma: Tensor, sigma_data: float, reduction: str, z_scaled: bool,
+    seed: int, offset: int, want_F: bool, want_z: bool, want_y: bool,
 ) -> Four:  # fmt: skip
     wanted = want_F, want_z, want_y
-    return _with_gradients(F, z, y, sigma, sigma_data, reduction, seed, offset, ROUNDS, 1.0, 1.0, wanted)
+    return _with_gradients(F, z, y, sigma, sigma_data, reduction, z_scaled, seed, offset, ROUNDS, 1.0, 1.0, wanted)
 
 
 def _definition_at(
-    F: Tensor, z: Tensor | None, y: Tensor, sigma: Tensor, sigma_data: float, reduction: str, seed_at: Tensor | None,
-    offset_at: Tensor | None, seed: int, offset: int, rounds: int, weight: float, expected: float, *wanted: bool,
+    F: Tensor, z: Tensor | None, y: Tensor, sigma: Tensor, sigma_data: float, reduction: str, z_scaled: bool,
+    seed_at: Tensor | None, offset_at: Tensor | None, seed: int, offset: int, rounds: int, weight: float,
+    expected: float, *wanted: bool,
 ) -> Four:  # fmt: skip
-    address, tensors = joined(seed_at, offset_at, seed, offset), (F, z, y, sigma)
+    address, given = joined(seed_at, offset_at, seed, offset), (F, z, y, sigma, sigma_data, reduction, z_scaled)
     if F.device.type != "cpu" or (z is None and rounds != ROUNDS):
-        return _with_gradients(*tensors, sigma_data, reduction, *address, rounds, weight, expected, wanted)  # type: ignore[arg-type]
-    loss, *grads = torch.ops.dbkernels.edm_loss.default(*tensors, sigma_data, reduction, *on_host(*address), *wanted)
+        return _with_gradients(*given, *address, rounds, weight, expected, wanted)  # type: ignore[arg-type]
+    loss, *grads = torch.ops.dbkernels.edm_loss.default(*given, *on_host(*address), *wanted)
     factor = sigma.new_full((), weight * expected)
     for grad in grads:
         torch.ops.dbkernels.edm_loss_scale_.default(grad, factor)
@@ -125,11 +143,11 @@ def _fake(F: Tensor, z: Tensor | None, y: Tensor, sigma: Tensor, sigma_data: flo
 
 
 def _launch(F: Tensor, z: Tensor | None, y: Tensor, sigma: Tensor, *rest: Any) -> Four:
-    return _launch_at(F, z, y, sigma, *rest[:2], None, None, *rest[2:4], ROUNDS, 1.0, 1.0, *rest[4:])
+    return _launch_at(F, z, y, sigma, *rest[:3], None, None, *rest[3:5], ROUNDS, 1.0, 1.0, *rest[5:])
 
 
 def _address(rest: tuple[Any, ...]) -> Any:
-    return joined(*rest[2:6])
+    return joined(*rest[3:7])
 
 
 def _launch_at(F: Tensor, z: Tensor | None, y: Tensor, sigma: Tensor, *rest: Any) -> Four:
@@ -137,11 +155,11 @@ def _launch_at(F: Tensor, z: Tensor | None, y: Tensor, sigma: Tensor, *rest: Any
         return _definition_at(F, z, y, sigma, *rest)
     from dbkernels.triton.edm_loss import forward
 
-    loss, *grads = forward(F, z, y, sigma, *rest[:2], *_address(rest), *rest[6:])
+    loss, *grads = forward(F, z, y, sigma, *rest[:3], *_address(rest), *rest[7:])
     return loss, *(F.new_empty(0) if grad is None else grad for grad in grads)
 
 
-_ARGUMENTS = "Tensor F, Tensor? z, Tensor y, Tensor sigma, float sigma_data, str reduction"
+_ARGUMENTS = "Tensor F, Tensor? z, Tensor y, Tensor sigma, float sigma_data, str reduction, bool z_scaled"
 _WANTED = "bool want_F, bool want_z, bool want_y) -> (Tensor, Tensor, Tensor, Tensor)"
 define(f"edm_loss({_ARGUMENTS}, SymInt seed, SymInt offset, {_WANTED}", _definition, _fake)
 register_triton("edm_loss", _launch)
@@ -181,15 +199,12 @@ def _float32(number: float) -> float:
 
 
 class EDMLoss(torch.autograd.Function):
-    """The op with its gradients, which are ready before backward asks: it only applies the upstream gradient."""
+    """Compute the gradients with the loss, so that backward has only the upstream gradient to apply."""
 
     @staticmethod
-    def forward(
-        ctx: Any, F: Tensor, z: Tensor | None, y: Tensor, sigma: Any, sigma_data: float, reduction: str, *rest: Any
-    ) -> Tensor:
-        """rest: the address as an overload takes it, rounds, weight, expected."""
-        wanted = ctx.needs_input_grad[:3]
-        loss, *grads = run(F, z, y, sigma, sigma_data, reduction, *rest, *wanted)
+    def forward(ctx: Any, F: Tensor, z: Tensor | None, y: Tensor, sigma: Any, *rest: Any) -> Tensor:
+        """Return the loss. rest: the overload's arguments from sigma_data to expected."""
+        loss, *grads = run(F, z, y, sigma, *rest, *ctx.needs_input_grad[:3])
         ctx.expected = rest[-1]
         ctx.dtypes = F.dtype, y.dtype if z is None else z.dtype, y.dtype
         ctx.save_for_backward(*grads)
@@ -204,25 +219,27 @@ class EDMLoss(torch.autograd.Function):
         for need, kept, dtype in zip(ctx.needs_input_grad[:3], ctx.saved_tensors, ctx.dtypes, strict=True):
             grad = times_upstream(kept, upstream, ctx.expected) if need else None
             grads.append(grad if grad is None or grad.dtype == dtype else grad.to(dtype))
-        return *grads, *[None] * 10
+        return *grads, *[None] * 11
 
 
 def run(F: Tensor, z: Tensor | None, y: Tensor, sigma: Any, *rest: Any) -> Any:
-    """The loss and the gradients that are wanted, by the arguments of the overload `.at`."""
-    (seed_at, offset_at), (rounds, weight, expected) = rest[2:4], rest[6:9]
+    """Compute the loss and the gradients that are wanted. rest: the arguments of the overload `.at`."""
+    (seed_at, offset_at), (rounds, weight, expected) = rest[3:5], rest[7:10]
     if F.numel() and direct(F, z, y, tensor_or_none(sigma)):
         from dbkernels.triton.edm_loss import forward
 
-        return forward(F, z, y, sigma, *rest[:2], *_address(rest), *rest[6:])
+        return forward(F, z, y, sigma, *rest[:3], *_address(rest), *rest[7:])
     if seed_at is None and offset_at is None and (rounds, weight, expected) == (ROUNDS, 1.0, 1.0):
-        return torch.ops.dbkernels.edm_loss.default(F, z, y, sigma, *rest[:2], *rest[4:6], *rest[9:])
+        return torch.ops.dbkernels.edm_loss.default(F, z, y, sigma, *rest[:3], *rest[5:7], *rest[10:])
     return torch.ops.dbkernels.edm_loss.at(F, z, y, sigma, *rest)
 
 
 def times_upstream(kept: Tensor, upstream: Tensor, expected: float = 1.0) -> Tensor:
-    """kept·upstream/expected: in place, without a pass over what is kept where upstream is as expected, if this is the
-    graph's last backward: then nobody needs `kept` any more. Otherwise a copy, as whoever gets the gradient may write
-    into it."""
+    """Return kept·upstream/expected.
+
+    In the graph's last backward, after which nobody needs `kept`, it is scaled in place, without a pass over it where
+    upstream is as expected. In a retained graph a copy is scaled, as whoever gets the gradient may write into it.
+    """
     if torch.compiler.is_compiling():
         return kept * broadcast(upstream if expected == 1.0 else upstream / expected, kept.dim())
     if torch._C._autograd._get_current_graph_task_keep_graph():

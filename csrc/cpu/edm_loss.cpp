@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cpu/draw.h"
+#include "cpu/inject_noise.h"
 #include "cpu/simd.h"
 #include "ops.h"
 
@@ -38,6 +39,7 @@ struct Array {
 template <typename C>
 struct Args {
   Array F, y, z;                    // z.data is null where z is drawn again
+  bool z_scaled;                    // z is c_in·(y + sigma·eps)
   Array grad_F, grad_z, grad_y;     // at an upstream gradient of 1; data is null where it isn't wanted
   int64_t numel, per_level, per_sample;
   C sigma_data;
@@ -49,19 +51,20 @@ struct Args {
   double* partial = nullptr;        // sums of squares, by chunk + sample: a sample's parts lie side by side
 };
 
-// target = of_y·y - of_noise·n, where n is z - y, or eps where z is drawn again.
+// target = of_y·y - of_noise·n, where n is z - clean·y, or eps where z is drawn again: clean is 1, c_in, or 0.
 template <typename C>
 struct Coefficients {
-  C of_y, of_noise;
+  C of_y, of_noise, clean;
 };
 
 // By the angle whose tangent is sigma / sigma_data: no level overflows on the way. A NaN stays one.
 template <typename C>
-DBK_INLINE Coefficients<C> coefficients(C sigma, C sigma_data, bool drawn) {
-  const C larger = std::max(sigma, sigma_data), ratio = std::min(sigma, sigma_data) / larger;
-  const C root = larger * std::sqrt(C(1) + ratio * ratio);
-  const C cosine = sigma_data / root;
-  return {sigma / root / sigma_data, drawn ? cosine : cosine / sigma};
+DBK_INLINE Coefficients<C> coefficients(const Args<C>& a, C sigma) {
+  const C data = a.sigma_data, larger = std::max(sigma, data), ratio = std::min(sigma, data) / larger;
+  const C root = larger * std::sqrt(C(1) + ratio * ratio), of_y = sigma / root / data;
+  if (a.z.data == nullptr) return {of_y, data / root, C(0)};
+  if (a.z_scaled) return {of_y, data / sigma, c_in(sigma, data)};  // inject_noise's bits, or clean·y wouldn't cancel
+  return {of_y, data / root / sigma, C(1)};
 }
 
 template <typename C, typename T>
@@ -117,7 +120,8 @@ DBK_INLINE void residuals(const C* F, const C* y, const C* noise, bool drawn, Co
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      out[i] = fused<kHardware>(c.of_noise, noise[i] - y[i], fused<kHardware>(-c.of_y, y[i], F[i]));
+      const C n = fused<kHardware>(-c.clean, y[i], noise[i]);
+      out[i] = fused<kHardware>(c.of_noise, n, fused<kHardware>(-c.of_y, y[i], F[i]));
     }
   }
 }
@@ -151,7 +155,7 @@ DBK_INLINE const C* draw_chunk(const Args<C>& a, int64_t first, int64_t count, f
 template <typename C>
 DBK_INLINE void write_gradients(const Args<C>& a, const C* residual, int64_t first, int64_t last, Coefficients<C> c) {
   const C at_noise = a.slope * c.of_noise;
-  const C at_y = -a.slope * (a.z.data ? c.of_y + c.of_noise : c.of_y);
+  const C at_y = -a.slope * (c.of_y + c.of_noise * c.clean);
   if (a.grad_z.data) write(residual, at_noise, a.grad_z, first, last - first);
   if (a.grad_y.data) write(residual, at_y, a.grad_y, first, last - first);
 }
@@ -167,7 +171,7 @@ DBK_INLINE void one_chunk(const Args<C>& a, int64_t index) {
 
   for (int64_t from = first; from < last;) {
     const int64_t level = from / a.per_level, to = std::min(last, (level + 1) * a.per_level), i = from - first;
-    const Coefficients<C> c = coefficients(a.sigma[level], a.sigma_data, drawn);
+    const Coefficients<C> c = coefficients(a, a.sigma[level]);
     residuals<kAvx2 || kPlainFma>(F + i, y + i, noise + i, drawn, c, residual + i, to - from);
     write_gradients(a, residual + i, from, to, c);
     from = to;
@@ -239,15 +243,15 @@ Tensor empty_gradient(const Tensor& input, bool wanted) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> edm_loss_cpu(const Tensor& F_in, std::optional<Tensor> z_in,
                                                         const Tensor& y_in, const Tensor& sigma_in, double sigma_data,
-                                                        std::string reduction, int64_t seed, int64_t offset,
-                                                        bool want_F, bool want_z, bool want_y) {
+                                                        std::string reduction, bool z_scaled, int64_t seed,
+                                                        int64_t offset, bool want_F, bool want_z, bool want_y) {
   const Tensor F = torch::stable::contiguous(F_in), y = torch::stable::contiguous(y_in);
   const Tensor z = z_in ? torch::stable::contiguous(*z_in) : y, sigma = torch::stable::contiguous(sigma_in);
   Tensor loss = empty_loss(F, reduction, sigma.scalar_type());
   Tensor grad_F = empty_gradient(F, want_F), grad_z = empty_gradient(z, want_z), grad_y = empty_gradient(y, want_y);
   const auto call = [&](auto zero) {
     using C = decltype(zero);
-    const Args<C> args{Array(F), Array(y), z_in ? Array(z) : Array(),
+    const Args<C> args{Array(F), Array(y), z_in ? Array(z) : Array(), z_scaled,
                        want_F ? Array(grad_F) : Array(), want_z ? Array(grad_z) : Array(),
                        want_y ? Array(grad_y) : Array(), F.numel(), share(F, sigma), share(F, loss),
                        static_cast<C>(sigma_data), static_cast<uint64_t>(seed), static_cast<uint32_t>(offset)};

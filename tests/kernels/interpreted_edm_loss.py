@@ -39,10 +39,10 @@ def poisoned(launch, *arguments):
         torch.empty = empty
 
 
-def exactly(inputs, sigma, reduction, rounds=10):
-    """Loss, and the gradients of its sum, in float64."""
+def exactly(inputs, sigma, reduction, rounds=10, z_scaled=False):
+    """Return the loss, and the gradients of its sum, in float64."""
     leaves = [None if t is None else t.double().requires_grad_() for t in inputs]
-    loss = edm_loss_reference(*leaves, sigma.double(), 0.5, reduction, SEED, OFFSET, rounds)
+    loss = edm_loss_reference(*leaves, sigma.double(), 0.5, reduction, SEED, OFFSET, rounds, z_scaled=z_scaled)
     loss.sum().backward()
     return loss.detach(), [None if t is None else t.grad for t in leaves]
 
@@ -55,7 +55,7 @@ def assert_close(ours, exact, unit, case):
 def losses():
     """Float32 arithmetic over some 2000 terms, and float32 normals even in float64: 2^-18. The interpreter truncates
     where a GPU rounds to bfloat16: a whole unit."""
-    cases = itertools.product(SHAPES.items(), ("read", "drawn"), ("mean", "sum", "none", "sample"))
+    cases = itertools.product(SHAPES.items(), ("read", "scaled", "drawn"), ("mean", "sum", "none", "sample"))
     for index, ((name, (shape, levels)), source, reduction) in enumerate(cases):
         dtype = list(EPSILON)[(index + index // 4) % 4]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -66,10 +66,11 @@ def losses():
         # A power of two weighs the loss and the gradients, exactly; each way to hand over the address, the same bits.
         address = (torch.tensor(SEED - 2**64) if index % 2 else SEED), (torch.tensor(OFFSET) if index % 3 else OFFSET)
         rounds = 7 if index % 7 == 0 and z is None else 10
-        given = (F, z, y, sigma, 0.5, reduction, *address, rounds, 0.25, 2.0, *wanted)
+        scaled = source == "scaled"
+        given = (F, z, y, sigma, 0.5, reduction, scaled, *address, rounds, 0.25, 2.0, *wanted)
         loss, *grads = poisoned(forward, *given)
         loss, grads = 4 * loss, [None if grad is None else 2 * grad for grad in grads]
-        exact, exact_grads = exactly((F, z, y), sigma, reduction, rounds)
+        exact, exact_grads = exactly((F, z, y), sigma, reduction, rounds, scaled)
         case = (name, dtype, source, reduction)
         assert loss.dtype == wide and loss.shape == exact.shape, case
         assert_close(loss, exact, 2.0**-18, case)
@@ -84,7 +85,7 @@ def mixed():
     """F in a half type, z and y in float32."""
     F, y, z = torch.randn(5, 6).bfloat16(), torch.randn(5, 6), torch.randn(5, 6)
     sigma = torch.rand(5) + 0.1
-    loss, *grads = poisoned(forward, F, z, y, sigma, 0.5, "mean", 0, 0, 10, 1.0, 1.0, True, True, True)
+    loss, *grads = poisoned(forward, F, z, y, sigma, 0.5, "mean", False, 0, 0, 10, 1.0, 1.0, True, True, True)
     exact, exact_grads = exactly((F, z, y), sigma, "mean")
     assert_close(loss, exact, 2.0**-18, "mixed")
     for grad, like, expected in zip(grads, (F, z, y), exact_grads, strict=True):
@@ -97,17 +98,28 @@ def numbers():
     F, z, y = torch.randn(3, 4, 6)
     for sigma, reduction in ((0.3, "mean"), (0.3, "sample"), (torch.rand(4, 1) + 0.1, "none"), (S_HALF, "mean")):
         level = torch.full((), sigma) if isinstance(sigma, float) else sigma.squeeze(-1).float()
-        loss, grad, _, _ = poisoned(forward, F, z, y, sigma, 0.5, reduction, 0, 0, 10, 1.0, 1.0, True, False, False)
+        rest = False, 0, 0, 10, 1.0, 1.0, True, False, False
+        loss, grad, _, _ = poisoned(forward, F, z, y, sigma, 0.5, reduction, *rest)
         exact, exact_grads = exactly((F, z, y), level, reduction)
         assert_close(loss, exact, 2.0**-18, reduction)
         assert_close(grad, exact_grads[0], 2.0**-18, reduction)
     edm_loss.MOST_ROWS = 2  # a grid that counts its rows first
     edm_loss._plans.clear()
-    again = forward(F, z, y, S_HALF, 0.5, "mean", 0, 0, 10, 1.0, 1.0, True, False, False)
+    again = forward(F, z, y, S_HALF, 0.5, "mean", *rest)
     edm_loss.MOST_ROWS = 65535
     edm_loss._plans.clear()
     assert torch.equal(loss, again[0]) and torch.equal(grad, again[1])
     assert grid_of(65535, 3) == ((3, 65535), 1) and grid_of(65536, 3) == ((65536, 3), 0)
+
+
+def kinds():
+    """One input with z as it is and as a scaled one: another plan each, whichever came first."""
+    F, z, y = torch.randn(3, 4, 6)
+    edm_loss._plans.clear()
+    for scaled in (False, True, False):
+        loss, *_ = forward(F, z, y, 0.3, 0.5, "sum", scaled, 0, 0, 10, 1.0, 1.0, True, True, True)
+        assert_close(loss, exactly((F, z, y), torch.tensor(0.3), "sum", z_scaled=scaled)[0], 2.0**-18, scaled)
+    assert len(edm_loss._plans) == 2
 
 
 def noise():
@@ -116,7 +128,8 @@ def noise():
     for shape in ((2, BLOCK), (3, 7)):
         zero = torch.zeros(shape)
         sigma = torch.full(shape[:1], 1e-30)
-        _, grad, _, _ = forward(zero, None, zero, sigma, 0.5, "sum", SEED, OFFSET, 10, 1.0, 1.0, True, False, False)
+        rest = False, SEED, OFFSET, 10, 1.0, 1.0, True, False, False
+        _, grad, _, _ = forward(zero, None, zero, sigma, 0.5, "sum", *rest)
         assert ulps(grad / 2, philox_normal(shape, seed=SEED, offset=OFFSET)).max() <= 4
 
 
@@ -168,6 +181,7 @@ def scales():
 losses()
 mixed()
 numbers()
+kinds()
 noise()
 far()
 scales()

@@ -25,11 +25,11 @@ def wide(*dtypes):
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def example(shape, levels, dtype, device="cpu"):
-    """F, z, y as a network, `inject_noise` and the data give them, at levels from .05 to 5."""
+def example(shape, levels, dtype, device="cpu", z_scaled=False):
+    """Return F, z, y, sigma as a network, `inject_noise` and the data give them, at levels from .05 to 5."""
     F, y = torch.randn(2, *shape, device=device).to(dtype)
     sigma = torch.exp(torch.rand(levels, device=device) * 4.6 - 3).to(wide(dtype))
-    return F, dbkernels.inject_noise(y, sigma, seed=7), y, sigma
+    return F, dbkernels.inject_noise(y, sigma, sigma_data=S if z_scaled else None, seed=7), y, sigma
 
 
 def spread(sigma, x):
@@ -43,7 +43,7 @@ def reduced(square, reduction):
 
 
 def eager(F, z, y, sigma, reduction):
-    """As the paper writes it, in float32 (float64 for float64), as one would without a kernel."""
+    """Compute the loss as the paper writes it, in float32 (float64 for float64), as one would without a kernel."""
     dtype, sigma = sigma.dtype, spread(sigma, F)
     total = sigma.square() + S**2
     target = (y.to(dtype) - S**2 / total * z.to(dtype)) / (sigma * S / total.sqrt())
@@ -61,12 +61,18 @@ def graded(op, *inputs):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape,levels", SHAPES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_against_float64(dtype, shape, levels, reduction):
-    """Loss and gradients, at most twice the error of the paper's formula at the same dtype."""
-    F, z, y, sigma = example(shape, levels, dtype)
-    ours = graded(lambda F, z, y: edm_loss(F, z, y, sigma, sigma_data=S, reduction=reduction), F, z, y)
-    theirs = graded(lambda F, z, y: eager(F, z, y, sigma, reduction), F, z, y)
-    exact = graded(lambda *t: eager(*t, sigma.double(), reduction), F.double(), z.double(), y.double())
+@pytest.mark.parametrize("z_scaled", [False, True])
+def test_against_float64(dtype, shape, levels, reduction, z_scaled):
+    """Loss and gradients, at most twice the error of the paper's formula at the same dtype. A scaled z is exact by the
+    c_in that `inject_noise` multiplied by, rounded as it was."""
+    F, z, y, sigma = example(shape, levels, dtype, z_scaled=z_scaled)
+    root = spread((sigma.square() + S**2).sqrt(), F) if z_scaled else torch.ones(())
+    c_in = root.reciprocal().double()
+    options = dict(sigma_data=S, reduction=reduction, z_scaled=z_scaled)
+    ours = graded(lambda F, z, y: edm_loss(F, z, y, sigma, **options), F, z, y)
+    theirs = graded(lambda F, z, y: eager(F, z.to(sigma.dtype) * root, y, sigma, reduction), F, z, y)
+    wide_inputs = F.double(), z.double(), y.double()
+    exact = graded(lambda F, z, y: eager(F, z / c_in, y, sigma.double(), reduction), *wide_inputs)
     assert ours[0].shape == exact[0].shape
     if dtype == torch.float64:
         for a, b in zip((ours[0], *ours[1]), (exact[0], *exact[1]), strict=True):
@@ -142,24 +148,24 @@ def test_the_noise_is_that_of_inject_noise():
     depth=st.integers(0, 2),
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=3, max_size=3),
     reduction=st.sampled_from(REDUCTIONS),
-    drawn=st.booleans(),
+    source=st.sampled_from(["read", "scaled", "drawn"]),
     transposed=st.lists(st.booleans(), min_size=3, max_size=3),
 )
 @settings(max_examples=150, deadline=None)
-def test_any_shape_stride_and_dtype(shape, depth, dtypes, reduction, drawn, transposed):
+def test_any_shape_stride_and_dtype(shape, depth, dtypes, reduction, source, transposed):
     """Each of F, z and y with a dtype and strides of its own, against the definition in float64."""
     tensors = [torch.randn(shape).to(dtype) for dtype in dtypes]
     pairs = zip(tensors, transposed, strict=True)
     tensors = [t.movedim(0, -1).contiguous().movedim(-1, 0) if flip else t for t, flip in pairs]
-    tensors[1] = None if drawn else tensors[1]
+    tensors[1] = None if source == "drawn" else tensors[1]
     used = [t for t in tensors if t is not None]
     sigma = torch.rand(shape[: min(depth, len(shape))]) + 0.1
-    options = dict(seed=5, offset=1) if drawn else {}
+    options = dict(seed=5, offset=1) if source == "drawn" else dict(z_scaled=source == "scaled")
     leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
     loss = edm_loss(*leaves, sigma, sigma_data=0.7, reduction=reduction, **options)
     loss.sum().backward()
     exact = [None if t is None else t.double().requires_grad_() for t in tensors]
-    expected = edm_loss_reference(*exact, sigma.double(), 0.7, reduction, 5, 1)
+    expected = edm_loss_reference(*exact, sigma.double(), 0.7, reduction, 5, 1, z_scaled=source == "scaled")
     expected.sum().backward()
     assert loss.dtype == wide(*(t.dtype for t in used)) and loss.shape == expected.shape
     # A few hundred terms in float32 at most; normals a kernel may have 2 ulp off; a half type's own rounding.
@@ -172,43 +178,51 @@ def test_any_shape_stride_and_dtype(shape, depth, dtypes, reduction, drawn, tran
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,)])
-def test_empty(shape, reduction):
+@pytest.mark.parametrize("z_scaled", [False, True])
+def test_empty(shape, reduction, z_scaled):
     """A mean over nothing is NaN and a sum 0, as torch has it."""
     empty = torch.empty(shape, requires_grad=True)
-    loss = edm_loss(empty, empty, empty, 1.0, sigma_data=S, reduction=reduction)
+    loss = edm_loss(empty, empty, empty, 1.0, sigma_data=S, reduction=reduction, z_scaled=z_scaled)
     expected = reduced(torch.empty(shape), reduction)
     assert torch.equal(loss.isnan(), expected.isnan()) and loss.shape == expected.shape
     loss.sum().backward()
     assert empty.grad.shape == shape
 
 
-def test_sigma_as_float_and_with_trailing_ones():
+@pytest.mark.parametrize("z_scaled", [False, True])
+def test_sigma_as_float_and_with_trailing_ones(z_scaled):
     F, z, y, sigma = example((4, 3, 5), (4,), torch.float32)
-    loss = edm_loss(F, z, y, sigma, sigma_data=S)
-    assert torch.equal(edm_loss(F, z, y, sigma.view(4, 1, 1), sigma_data=S), loss)
-    assert torch.equal(edm_loss(F, z, y, sigma.double(), sigma_data=S), loss)
-    assert torch.equal(edm_loss(F, z, y, 0.3, sigma_data=S), edm_loss(F, z, y, torch.tensor(0.3), sigma_data=S))
+    options = dict(sigma_data=S, z_scaled=z_scaled)
+    loss = edm_loss(F, z, y, sigma, **options)
+    assert torch.equal(edm_loss(F, z, y, sigma.view(4, 1, 1), **options), loss)
+    assert torch.equal(edm_loss(F, z, y, sigma.double(), **options), loss)
+    assert torch.equal(edm_loss(F, z, y, 0.3, **options), edm_loss(F, z, y, torch.tensor(0.3), **options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_infinity_show_where_they_are(dtype):
+@pytest.mark.parametrize("z_scaled", [False, True])
+def test_nan_and_infinity_show_where_they_are(dtype, z_scaled):
     F, z, y, sigma = example((5, 70), (5,), dtype)
     F[0, 2], z[1, 3], y[2, 68], sigma[3] = float("nan"), float("inf"), float("nan"), float("nan")
     bad = torch.zeros(5, 70, dtype=torch.bool)
     bad[0, 2] = bad[1, 3] = bad[2, 68] = bad[3] = True
-    assert torch.equal(~edm_loss(F, z, y, sigma, sigma_data=S, reduction="none").isfinite(), bad)
-    assert torch.equal(~edm_loss(F, z, y, sigma, sigma_data=S, reduction="sample").isfinite(), bad.any(1))
+    options = dict(sigma_data=S, z_scaled=z_scaled)
+    assert torch.equal(~edm_loss(F, z, y, sigma, reduction="none", **options).isfinite(), bad)
+    assert torch.equal(~edm_loss(F, z, y, sigma, reduction="sample", **options).isfinite(), bad.any(1))
     leaf = F.clone().requires_grad_()
-    edm_loss(leaf, z, y, sigma, sigma_data=S, reduction="sum").backward()
+    edm_loss(leaf, z, y, sigma, reduction="sum", **options).backward()
     assert torch.equal(~leaf.grad.isfinite(), bad)
 
 
 def bits(reduction="mean"):
-    """A loss and its gradients whose chunks, samples and levels don't coincide."""
+    """Return losses and gradients whose chunks, samples and levels don't coincide, of z and of a scaled z."""
     F, z, y, _ = example((33, 65, 31), (33,), torch.float32)
-    sigma = torch.rand(33, 65) + 0.1
-    loss, grads = graded(lambda *t: edm_loss(*t, sigma, sigma_data=S, reduction=reduction), F, z, y)
-    return torch.cat([t.flatten() for t in (loss, *grads)])
+    sigma, results = torch.rand(33, 65) + 0.1, []
+    for z_scaled in (False, True):
+        options = dict(sigma_data=S, reduction=reduction, z_scaled=z_scaled)
+        loss, grads = graded(lambda *t: edm_loss(*t, sigma, **options), F, z, y)  # noqa: B023
+        results += loss, *grads
+    return torch.cat([t.flatten() for t in results])
 
 
 @pytest.mark.skipif(dbkernels.compiled() is None, reason="torch's own sums depend on the number of threads")

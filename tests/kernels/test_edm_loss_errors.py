@@ -31,6 +31,7 @@ S4 = torch.rand(4) + 0.1
         (dict(sigma_data=None), TypeError, "sigma_data must be a float"),
         (dict(reduction="batchmean"), ValueError, "reduction='batchmean' must be one of mean, sum, none, sample"),
         (dict(z=None), ValueError, "needs seed"),
+        (dict(z=None, seed=1, z_scaled=True), ValueError, "z_scaled=True .* z=None: drop z_scaled, or pass"),
         (dict(seed=1), ValueError, "but z was given"),
         (dict(offset=1), ValueError, "but z was given"),
         (dict(z=None, seed=-1), ValueError, "seed=-1"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dbkernels import edm_loss, edm_loss_reference
+from dbkernels._edm_loss import _with_gradients
 from numerics import EPSILON
 from test_edm_loss import DTYPES, REDUCTIONS, S, example
 
@@ -14,23 +15,41 @@ def leaves_of(*tensors):
     return [None if t is None else t.clone().requires_grad_() for t in tensors]
 
 
-@pytest.mark.parametrize("drawn", [False, True])
+@pytest.mark.parametrize("source", ["read", "scaled", "drawn"])
 @pytest.mark.parametrize("levels", [(), (3,), (3, 4)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradcheck(reduction, levels, drawn):
+def test_gradcheck(reduction, levels, source):
     """Of the op and of the definition, in F, z and y."""
     F, z, y = (torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
     sigma = torch.rand(levels, dtype=torch.float64) + 0.3
-    if drawn:
+    if source == "drawn":
         assert torch.autograd.gradcheck(
             lambda F, y: edm_loss(F, None, y, sigma, sigma_data=S, reduction=reduction, seed=4), (F, y)
         )
         assert torch.autograd.gradcheck(lambda F, y: edm_loss_reference(F, None, y, sigma, S, reduction, 4), (F, y))
     else:
+        given, scaled = (F, z, y), dict(z_scaled=source == "scaled")
         assert torch.autograd.gradcheck(
-            lambda F, z, y: edm_loss(F, z, y, sigma, sigma_data=S, reduction=reduction), (F, z, y)
+            lambda *t: edm_loss(*t, sigma, sigma_data=S, reduction=reduction, **scaled), given
         )
-        assert torch.autograd.gradcheck(lambda F, z, y: edm_loss_reference(F, z, y, sigma, S, reduction), (F, z, y))
+        assert torch.autograd.gradcheck(lambda *t: edm_loss_reference(*t, sigma, S, reduction, **scaled), given)
+
+
+@pytest.mark.parametrize("source", ["read", "scaled", "drawn"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_definitions_own_gradients(reduction, source):
+    """They serve where no kernel was built. Against autograd: half the loss, for an upstream gradient of 3."""
+    F, z, y = torch.randn(3, 3, 4, 5, dtype=torch.float64)
+    z, sigma, scaled = None if source == "drawn" else z, torch.rand(3, dtype=torch.float64) + 0.3, source == "scaled"
+    loss, *grads = _with_gradients(
+        F, z, y, sigma, S, reduction, scaled, 4, 1, 10, 0.5, 3.0, (True, z is not None, True)
+    )
+    leaves = leaves_of(F, z, y)
+    expected = edm_loss_reference(*leaves, sigma, S, reduction, 4, 1, weight=0.5, z_scaled=scaled)
+    (3 * expected).sum().backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-14, atol=0)
+    for ours, leaf in zip(grads, leaves, strict=True):
+        torch.testing.assert_close(ours, torch.empty(0).double() if leaf is None else leaf.grad, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

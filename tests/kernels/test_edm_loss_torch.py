@@ -14,8 +14,11 @@ from test_edm_loss import REDUCTIONS, S, eager, example
 def test_opcheck(dtype, reduction):
     F, z, y, sigma = example((3, 4, 5), (3,), dtype)
     op = torch.ops.dbkernels.edm_loss.default
-    torch.library.opcheck(op, (F, z, y, sigma, S, reduction, 0, 0, True, True, False))
-    torch.library.opcheck(op, (F, None, y, sigma, S, reduction, -7, 1, True, False, True))
+    torch.library.opcheck(op, (F, z, y, sigma, S, reduction, False, 0, 0, True, True, False))
+    torch.library.opcheck(op, (F, z, y, sigma, S, reduction, True, 0, 0, True, True, True))
+    torch.library.opcheck(op, (F, None, y, sigma, S, reduction, False, -7, 1, True, False, True))
+    at = None, None, 0, 0, 10, 0.5, 1.0
+    torch.library.opcheck(torch.ops.dbkernels.edm_loss.at, (F, z, y, sigma, S, reduction, True, *at, True, True, True))
     torch.library.opcheck(torch.ops.dbkernels.edm_loss_scale_.default, (F.float(), sigma))
 
 
@@ -46,9 +49,10 @@ def test_no_gradient_is_taken_where_none_is_wanted():
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_compiles_whole_and_once_over_changing_sigma(reduction, compile_counter):
+@pytest.mark.parametrize("z_scaled", [False, True])
+def test_compiles_whole_and_once_over_changing_sigma(reduction, z_scaled, compile_counter):
     def step(F, z, y, sigma):
-        return edm_loss(F * 2, z, y, sigma, sigma_data=S, reduction=reduction).sum() * 3
+        return edm_loss(F * 2, z, y, sigma, sigma_data=S, reduction=reduction, z_scaled=z_scaled).sum() * 3
 
     compiled = torch.compile(step, fullgraph=True, backend=compile_counter)
     for _ in range(4):
@@ -91,6 +95,6 @@ def test_meta_and_fake():
     x, sigma = torch.empty(5, 6, device="meta", dtype=torch.float16), torch.empty(5, device="meta")
     for reduction, shape in (("mean", ()), ("none", (5, 6)), ("sample", (5,))):
         op = torch.ops.dbkernels.edm_loss
-        loss, grad_F, grad_z, _ = op(x, x, x, sigma, S, reduction, 0, 0, True, False, False)
+        loss, grad_F, grad_z, _ = op(x, x, x, sigma, S, reduction, True, 0, 0, True, False, False)
         assert loss.shape == shape and loss.dtype == torch.float32 and loss.device.type == "meta"
         assert grad_F.shape == (5, 6) and grad_F.dtype == torch.float32 and grad_z.numel() == 0
