@@ -36,7 +36,7 @@ def eager(h, weight, target):
 
 
 def torchs(h, weight, target):
-    """PyTorch's: without options it would make all logits. An older one has none, and none that is worth a row."""
+    """Return PyTorch's op with options, since without them it computes all logits; older versions lack it."""
     return functional.linear_cross_entropy(h, weight, target, options=torch.nn.LinearCrossEntropyOptions())
 
 
@@ -47,7 +47,7 @@ def liger(h, weight, target):
 
 
 def cut(preset):
-    """cut-cross-entropy leaves out gradients that are small beside bfloat16's last place, unless "exact"."""
+    """Return cut-cross-entropy, which skips gradients that are small beside bfloat16's last place unless "exact"."""
 
     def op(h, weight, target):
         from cut_cross_entropy import linear_cross_entropy

@@ -28,7 +28,7 @@ UNITS = {torch.float32: 2.0**-18, torch.bfloat16: 2.0**-7}
 
 
 def noised(y, sigma, eps):
-    """As one would write it: arithmetic in float32, result in y's dtype."""
+    """Add noise in eager PyTorch: arithmetic in float32, result in y's dtype."""
     level = sigma.view(-1, *[1] * (y.dim() - 1))
     return ((y.float() + level * eps) * torch.rsqrt(level * level + SIGMA_DATA**2)).to(y.dtype)
 

@@ -13,10 +13,11 @@ import torch.nn.functional as functional
 from timing import Call
 
 import dbkernels
+import diffusionblocks as db
 from diffusionblocks.experiments.models import ViTConfig
 from diffusionblocks.experiments.tasks.vit import vit_blocks
 from diffusionblocks.training.memory import SavedTensors
-from diffusionblocks.training.optimizer import PartOptimizer, clip_gradients
+from diffusionblocks.training.optimizer import BlockAdamW
 
 QUICK = {"tiny": (ViTConfig(dim=16, layers=3, heads=2, mlp=16, cond=8), 3, 4)}
 CASES = {
@@ -43,21 +44,36 @@ def plain_gated_residual_norm(x, branch, gate, shift, scale, *, weight=None, bia
     return h, plain_ada_layer_norm(h, shift, scale, weight=weight, bias=bias, eps=eps)
 
 
+IMAGES = {"outside the network, (64, 3, 64, 64)": (64, 3, 64, 64)}
 UNIT = 1e-4  # of the loss: float32 sums in another order
 
 
-class PlainOptimizer:
-    """torch's fused AdamW and an average by lerp, in PartOptimizer's place."""
+class PlainOptimizers:
+    """torch's clipping and fused AdamW, and an average by lerp, in BlockAdamW's place."""
 
-    def __init__(self, named_parameters):
-        self.params = [p for _, p in named_parameters]
+    def __init__(self, parts):
+        self.params = [p for part in parts for p in part if p.requires_grad]
         self.adamw = torch.optim.AdamW(self.params, fused=True)
         self.emas = [p.detach().clone() for p in self.params]
 
-    def step(self, lr):
+    def step(self):
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
         self.adamw.step()
         self.adamw.zero_grad()
         torch._foreach_lerp_(self.emas, [p.detach() for p in self.params], 0.01)
+
+
+class OurOptimizers:
+    """Parts clipped by their joint norm within their steps, as Trainer does it."""
+
+    def __init__(self, parts):
+        self.adamws = [BlockAdamW([p for p in part if p.requires_grad], ema_decay=0.99) for part in parts]
+
+    def step(self):
+        norm = dbkernels.total_norm([p.grad for adamw in self.adamws for p in adamw.params() if p.grad is not None])
+        for adamw in self.adamws:
+            adamw.step(norm=norm, max_norm=1.0)
+            adamw.zero_grad()
 
 
 PLAIN = {
@@ -68,12 +84,12 @@ PLAIN = {
 
 
 def step_of(config, blocks, batch, device, plain):
-    """A call that makes one training step of block 0, and one that says what its forward pass saves, in bytes."""
+    """Return a call that runs one training step of block 0, and one that counts the bytes its forward pass saves."""
     model = vit_blocks(config, blocks).to(device)
-    make = PlainOptimizer if plain else lambda named: PartOptimizer(named, ema_decay=0.99)
-    optimizers = [make(model.parts()[part].named_parameters()) for part in ("shared", "block_0")]
+    parts = [list(model.parts()[part].parameters()) for part in ("shared", "block_0")]
+    optimizers = (PlainOptimizers if plain else OurOptimizers)(parts)
     x = torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)
-    y = torch.randint(config.classes, (batch,), device=device)
+    y = torch.randint(config.num_classes, (batch,), device=device)
     ops = mock.patch.multiple(dbkernels, **PLAIN) if plain else contextlib.nullcontext()
 
     def forward():
@@ -82,9 +98,7 @@ def step_of(config, blocks, batch, device, plain):
 
     def step():
         forward().backward()
-        clip_gradients(optimizers, 1.0)
-        for optimizer in optimizers:
-            optimizer.step(1e-3)
+        optimizers.step()
 
     def saved():
         with SavedTensors(model.parameters()).count() as counter:
@@ -94,8 +108,60 @@ def step_of(config, blocks, batch, device, plain):
     return step, saved
 
 
+class Nothing(torch.nn.Module):
+    """A stem, a layer and a head that cost nothing: F is a leaf, whatever z is."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.F = torch.nn.Parameter(torch.randn(shape))
+
+    def forward(self, h, *_):
+        return self.F
+
+    def features(self, h):
+        return h
+
+
+class NoStem(torch.nn.Module):
+    def forward(self, x, z, c_noise):
+        return z, None
+
+
+def plain_step(model, y, sigma):
+    """EDM's loss by its formulas: preconditioning, noise, weighted error."""
+    s = 0.5
+    level = sigma.view(-1, 1, 1, 1)
+    z = y + level * torch.randn_like(y)
+    root = (level**2 + s**2).sqrt()
+    (z / root, sigma.log() / 4)  # the network's inputs
+    D = s**2 / root**2 * z + level * s / root * model.F
+    return ((level**2 + s**2) / (level * s) ** 2 * (D - y) ** 2).mean()
+
+
+def outside(bench, size):
+    """A training step of continuous targets but for the network: noise, preconditioning, loss and its gradient."""
+    y, sigma = torch.randn(size, device=bench.device), torch.rand(size[0], device=bench.device) + 0.1
+    x, nothing = torch.zeros(size[0], device=bench.device), Nothing(size).to(bench.device)
+    around = db.StemHead(NoStem(), nothing)
+    model = db.DiffusionBlocks(
+        around, [torch.nn.Identity()], db.ContinuousTarget(), db.make_partition(db.LogNormal(), 1)
+    )
+    model.blocks[0].layers[0].forward = lambda h, cond: h
+
+    def ours():
+        nothing.F.grad = None
+        model.loss_at(0, x, y, sigma, seed=0, step=1).loss.backward()
+
+    def plain():
+        nothing.F.grad = None
+        plain_step(nothing, y, sigma).backward()
+
+    moved = 7 * y.numel() * y.element_size()  # y read, c_in z written; F, z, y read, the gradient written and read
+    return harness.Case({"eager": lambda: Call(plain), "ours": lambda: Call(ours)}, {"both": moved}, list, 1.0)
+
+
 def loss_of(config, device, plain):
-    """The loss of a fresh model at one noise: the same with the ops and without."""
+    """Return the loss of a fresh model at fixed noise: the same with the ops and without."""
     torch.manual_seed(0)
     model = vit_blocks(replace(config, layers=2), 1).to(device)
     x = torch.randn(4, config.channels, config.image_size, config.image_size, device=device)
@@ -112,7 +178,7 @@ def case(name, config, blocks, batch, bench):
         kept = saved()
         bench.note(f"{name}: {contender} keeps {kept / 2**20:.2f} MiB for backward")
         made[contender] = lambda step=step: Call(step)
-    # What ours keeps is written once and read once: a floor for the traffic of a step.
+    # The saved bytes are written once and read once: a floor for the traffic of a step.
     return harness.Case(
         made,
         {"both": 2 * kept},
@@ -126,6 +192,8 @@ def main(arguments=None):
     bench = harness.Bench("training_step", harness.options(__doc__, arguments))
     for name, sizes in bench.pick(cpu=CASES, gpu=CASES, quick=QUICK).items():
         bench.kernels(name, torch.float32, lambda name=name, sizes=sizes: case(name, *sizes, bench))
+    for name, size in bench.pick(cpu=IMAGES, gpu=IMAGES, quick={"tiny images": (2, 1, 8, 8)}).items():
+        bench.kernels(name, torch.float32, lambda size=size: outside(bench, size))
     bench.finish()
 
 

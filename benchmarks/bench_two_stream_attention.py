@@ -18,11 +18,11 @@ GROUPS = (1, 4, 32)
 CPU_SIZES = [(D, N, k) for D in (64, 128) for N in (256, 1024, 4096, 16384) for k in GROUPS]
 GPU_SIZES = [(D, N, k) for D in (64, 128) for N in (4096, 16384) for k in GROUPS]
 QUICK_SIZES = [(16, 64, 1), (16, 64, 4)]
-# flex_attention compiles for a quarter of a minute a case
+# flex_attention compiles for a quarter of a minute per case
 FLEX = [(64, 4096, 1), (64, 4096, 4), (64, 4096, 32), (64, 16384, 4), (128, 4096, 1), (128, 4096, 32)]
 FLEX_FLASH = (64, 4096, 1)
 DENSE = 8192  # tokens at most
-FIRST = 256  # tokens that are checked: they see no others
+FIRST = 256  # tokens that are checked: they attend to no others
 UNITS = {torch.bfloat16: 2.0**-5, torch.float32: 2.0**-16}  # bfloat16 rounds probabilities and slopes too, then sums
 
 

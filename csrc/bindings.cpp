@@ -1,5 +1,5 @@
 // Registration of the CPU kernels, nothing else. The schemas are defined in Python (dbkernels/<op>.py), because the ops
-// exist there whether or not this library was built.
+// exist there with or without this library.
 
 #include <torch/csrc/stable/library.h>
 
@@ -12,7 +12,6 @@ STABLE_TORCH_LIBRARY_IMPL(dbkernels, CPU, m) {
   m.impl("inject_noise_table", TORCH_BOX(&dbk::inject_noise_table_cpu));
   m.impl("inject_noise_table_grad", TORCH_BOX(&dbk::inject_noise_table_grad_cpu));
   m.impl("philox_uniform", TORCH_BOX(&dbk::philox_uniform_cpu));
-  m.impl("sample_sigma", TORCH_BOX(&dbk::sample_sigma_cpu));
   m.impl("edm_loss", TORCH_BOX(&dbk::edm_loss_cpu));
   m.impl("edm_loss_scale_", TORCH_BOX(&dbk::edm_loss_scale_cpu));
   m.impl("ada_norm", TORCH_BOX(&dbk::ada_norm_cpu));
@@ -27,8 +26,7 @@ STABLE_TORCH_LIBRARY_IMPL(dbkernels, CPU, m) {
 namespace dbk {
 
 constexpr const char* kOps =
-    "inject_noise,inject_noise_table,inject_noise_table_grad,philox_uniform,sample_sigma,"
-    "edm_loss,edm_loss_scale_,"
+    "inject_noise,inject_noise_table,inject_noise_table_grad,philox_uniform,edm_loss,edm_loss_scale_,"
     "ada_norm,ada_norm_backward,gated_residual_norm,gated_residual_norm_backward,"
     "total_norm,adamw_ema_step,cross_entropy_rows";
 

@@ -1,4 +1,4 @@
-// What a library tells Python about itself.
+// Build facts of a library, for Python.
 #pragma once
 
 namespace dbk {

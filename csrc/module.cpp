@@ -1,5 +1,5 @@
 // The Python-facing module of a library: build facts, and Philox for the tests. Importing it registers the kernels, which
-// know nothing of Python: they are on torch's stable ABI, and this file alone is built for one version of Python.
+// don't depend on Python: they use torch's stable ABI, and only this file is built for one version of Python.
 
 #include <cstdint>
 
@@ -34,9 +34,9 @@ py::tuple normals(uint64_t group, uint64_t seed, uint32_t offset) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Compiled kernels of dbkernels.";
-  m.def("build_info", &build_info, "What was built: ops, language, kernel, compiler, flags.");
+  m.def("build_info", &build_info, "Return the build facts: ops, language, kernel, compiler, flags.");
   m.def("philox4x32", &philox4x32, "c0"_a, "c1"_a, "c2"_a, "c3"_a, "k0"_a, "k1"_a,
-        "Philox4x32-10 of counter words c0..c3 under key words k0, k1.");
+        "Compute Philox4x32-10 of counter words c0..c3 under key words k0, k1.");
   m.def("normals", &normals, "group"_a, "seed"_a, "offset"_a,
-        "The four normals of a 64-bit group number under (seed, offset).");
+        "Return the four normals of a 64-bit group number under (seed, offset).");
 }

@@ -1,4 +1,4 @@
-// What each kernel file offers to bindings.cpp. Schemas: dbkernels/<op>.py.
+// Entry points of the kernel files, for bindings.cpp. Schemas: dbkernels/<op>.py.
 #pragma once
 
 #include <cstdint>
@@ -26,9 +26,6 @@ Tensor inject_noise_table_grad_cpu(const Tensor& grad, const Tensor& indices, co
 // out: float32, contiguous.
 void philox_uniform_cpu(Tensor out, int64_t seed, int64_t offset);
 
-// out: float32, contiguous; plan: what dbkernels.sample_sigma.plan says.
-void sample_sigma_cpu(Tensor out, Tensor plan, int64_t seed, int64_t offset);
-
 // x, branch, h and gradients (O, I, D); shift, scale, gate (O, 1, D); weight, bias (D,). -> out, mean, rstd
 std::tuple<Tensor, Tensor, Tensor> ada_norm_cpu(const Tensor& x, std::optional<Tensor> shift,
                                                 std::optional<Tensor> scale, std::optional<Tensor> weight,
@@ -50,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_norm_backward_cpu(
 
 // F, z and y alike in shape; sigma in the arithmetic's type, one level for each equal run of elements. z: none to draw it
 // again; z_scaled: it is times c_in. -> loss, and the gradients of F, z and y at an upstream gradient of 1, each empty
-// unless wanted
+// unless requested
 std::tuple<Tensor, Tensor, Tensor, Tensor> edm_loss_cpu(const Tensor& F, std::optional<Tensor> z, const Tensor& y,
                                                         const Tensor& sigma, double sigma_data, std::string reduction,
                                                         bool z_scaled, int64_t seed, int64_t offset, bool want_F,
@@ -59,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edm_loss_cpu(const Tensor& F, std::op
 // x *= by, in place: a factor for each equal run of elements. x: contiguous.
 void edm_loss_scale_cpu(Tensor x, const Tensor& by);
 
-// logits: (R, V) with rows of adjacent elements, overwritten; target: (R,) int64, -1 for none; factor: (R,) or none; out: where
-// the gradient goes beside the logits. -> losses (R,)
+// logits: (R, V) with rows of adjacent elements, overwritten; target: (R,) int64, -1 for none; factor: (R,) or none; out:
+// the gradient's destination, if not the logits' place. -> losses (R,)
 Tensor cross_entropy_rows_cpu(Tensor logits, const Tensor& target, std::optional<Tensor> factor, std::optional<Tensor> out);
 
 // Tensors of any floating dtypes and strides, at least one. -> 0-dim, float32 (float64 with any float64)

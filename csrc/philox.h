@@ -102,7 +102,7 @@ DBK_INLINE void box_muller(uint32_t x0, uint32_t x1, float& first, float& second
   const float t2 = t * t;
   float s = fma32<kHardware>(t2, -0.004604833f, 0.07968141f);
   s = fma32<kHardware>(s, t2, -0.6459636f);
-  s = fma32<kHardware>(s, t2, -4.371139e-08f);  // what pi/2 has beyond float32
+  s = fma32<kHardware>(s, t2, -4.371139e-08f);  // the remainder of pi/2 beyond float32
   s = fma32<kHardware>(t, 1.5707964f, t * s);
   float c = fma32<kHardware>(t2, 0.00090402155f, -0.020860288f);
   c = fma32<kHardware>(c, t2, 0.25366923f);

@@ -9,7 +9,7 @@ namespace dbk {
 
 constexpr uint32_t kRoundingStream = 2;
 
-// The upper half of value + random·2^-16 units: up with the probability that makes the mean right. random: 16 bits.
+// The upper half of value + random·2^-16 units: up with the probability that keeps the mean. random: 16 bits.
 // Infinity stays, NaN stays NaN.
 DBK_INLINE uint16_t stochastic_bfloat16(float value, uint32_t random) {
   const uint32_t bits = float_to_bits(value);

@@ -1,5 +1,4 @@
-"""Kernels of DiffusionBlocks, as drop-in autograd functions. Works without CUDA, Triton or a compiler at
-hand."""
+"""Kernels of DiffusionBlocks, as drop-in autograd functions. Works without CUDA, Triton or a compiler."""
 
 import dbkernels.cross_entropy_rows
 import dbkernels.inject_noise_table  # noqa: F401  (both register their op)
@@ -14,7 +13,6 @@ from dbkernels.inject_noise import inject_noise, inject_noise_reference, inject_
 from dbkernels.masked_cross_entropy import mask_tokens, masked_cross_entropy
 from dbkernels.philox import philox_uniform
 from dbkernels.replace import Replacement, replace
-from dbkernels.sample_sigma import sample_sigma, sample_sigma_reference
 from dbkernels.softmax_embedding import softmax_embedding
 from dbkernels.total_norm import total_norm, total_norm_reference
 from dbkernels.two_stream_attention import TwoStreams, two_stream_attention, two_stream_attention_reference
@@ -50,8 +48,6 @@ __all__ = [
     "philox_normal",
     "philox_uniform",
     "replace",
-    "sample_sigma",
-    "sample_sigma_reference",
     "softmax_embedding",
     "total_norm",
     "total_norm_reference",

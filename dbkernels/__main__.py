@@ -1,5 +1,4 @@
-"""`python -m dbkernels`: versions, what was built and with which flags, and the kernel each op uses on each
-device."""
+"""`python -m dbkernels`: print versions, the built libraries with their flags, and each op's kernel on each device."""
 
 from __future__ import annotations
 
@@ -20,13 +19,13 @@ def _triton_version() -> str:
 
 
 def _cost(device: str) -> str:
-    """Return what runs in a missing library's stead on `device` ("CPU" or "CUDA")."""
+    """Describe what runs on `device` ("CPU" or "CUDA") without the library."""
     used = {op: by_device[device] for op, by_device in kernels().items()}
     definitions = sorted(op for op, label in used.items() if label.startswith("reference"))
     if definitions:
-        return f"on their PyTorch definitions run {', '.join(definitions)}"
+        return f"these ops run on their PyTorch definitions: {', '.join(definitions)}"
     kernels_of = {label for label in used.values() if not label.startswith("PyTorch")}
-    return f"nothing is lost, kernels run on {' and '.join(sorted(kernels_of))}"
+    return f"no op needs it, kernels run on {' and '.join(sorted(kernels_of))}"
 
 
 def _library_line(module: str, device: str) -> str:
@@ -54,8 +53,8 @@ def main() -> None:
     print(f"backend {dbkernels.backend()} (DBKERNELS_BACKEND)")
     print(f"CPU library:  {_library_line('_C', 'CPU')}")
     print(f"CUDA library: {_library_line('_C_cuda', 'CUDA')}")
-    for device, words in _devices().items():
-        print(f"\n{device}: {words}")
+    for device, description in _devices().items():
+        print(f"\n{device}: {description}")
         for op, by_device in sorted(kernels().items()):
             print(f"  {op:<28} {by_device[device.split(':')[0]]}")
     if not torch.cuda.is_available():

@@ -1,12 +1,11 @@
-"""Where random numbers come from: (seed, offset), each a Python int or a 0-dim tensor that its device reads.
+"""The address of random numbers: (seed, offset), each a Python int or a 0-dim tensor read on its device.
 
-A CUDA graph repeats the numbers it was captured with, but reads memory anew: with the offset in a tensor, its noise
-moves on. Each op that draws has, beside its schema for ints, an overload `.at` that takes either form.
+A CUDA graph repeats the ints that it was captured with, but reads memory anew: with the offset in a tensor, each replay
+draws new noise. Each op that draws has, beside its schema for ints, an overload `.at` that takes either form.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dbkernels._levels import readable
-from dbkernels._library import NAMESPACE, backend, lib
+from dbkernels._library import HAS_TRITON, NAMESPACE, backend, lib
 
 Number: TypeAlias = int | Tensor
 ROUNDS = (10, 7)
@@ -31,13 +30,13 @@ def check_address(seed: int, offset: int) -> None:
 
 
 def check_rounds(rounds: int) -> None:
-    """Raise unless Philox4x32 is known to pass the statistical tests with so many rounds."""
+    """Raise unless `rounds` of Philox4x32 are known to pass the statistical tests."""
     if rounds not in ROUNDS:
         raise ValueError(f"rounds={rounds!r} must be 10 or 7: fewer fail statistical tests")
 
 
 def signed(seed: int) -> int:
-    """The seed's 64 bits as the signed int that an op's schema takes."""
+    """Return the seed's 64 bits as the signed int that an op's schema takes."""
     return seed - 2**64 if seed >= 2**63 else seed
 
 
@@ -70,9 +69,7 @@ def _read(name: str, tensor: Tensor, device: torch.device) -> Number:
     if tensor.dim() != 0:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but it is one number: pass a 0-dim tensor")
     if tensor.device.type != device.type or (tensor.device.index or 0) != (device.index or 0):
-        raise ValueError(
-            f"{name} is on {tensor.device} and what is drawn on {device}: move {name} there, or pass an int"
-        )
+        raise ValueError(f"{name} is on {tensor.device} and the result on {device}: move {name} there, or pass an int")
     return int(tensor) if readable(tensor) else tensor
 
 
@@ -88,7 +85,7 @@ def joined(seed_at: Tensor | None, offset_at: Tensor | None, seed: int, offset: 
 
 
 def on_host(seed: Number, offset: Number) -> tuple[int, int]:
-    """Return the ints that an op's schema for ints takes, of numbers on the CPU."""
+    """Return numbers on the CPU as the ints that an op's schema for ints takes."""
     return int(seed), int(offset)
 
 
@@ -100,5 +97,5 @@ def define_at(
     name = schema.split("(", 1)[0]
     lib.impl(name, definition, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
-    if kernel is not None and backend() != "reference" and importlib.util.find_spec("triton") is not None:
+    if kernel is not None and backend() != "reference" and HAS_TRITON:
         lib.impl(name, kernel, "CUDA")

@@ -1,4 +1,4 @@
-"""Autocast for ops that PyTorch doesn't know."""
+"""Autocast for the ops of this package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def autocast(tensor: Any) -> Any:
-    """In autocast's dtype where it is on and the tensor isn't float64, as PyTorch's products take their arguments."""
+    """Cast a tensor, other than float64, to autocast's dtype if autocast is on, as PyTorch's products do."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     device = tensor.device.type

@@ -1,4 +1,4 @@
-"""Checks of what the ops with a vocabulary head share."""
+"""Checks shared by the ops with a vocabulary head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dbkernels._direct import direct
 from dbkernels._levels import check_floating, compute_dtype, readable
-from dbkernels.cross_entropy_rows import TRITON
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -18,7 +17,7 @@ REDUCTIONS = ("mean", "sum", "none")
 def check_rows(
     h: Any, weight: Any, target: Any, z: Any, bias: Any, logit_scale: Any, posterior: Any, softcap: float | None
 ) -> int:  # fmt: skip
-    """How many rows there are. Raises: TypeError, ValueError naming the argument."""
+    """Check the arguments and return the number of rows. Raises: TypeError, ValueError naming the argument."""
     check_head(h, weight, bias, logit_scale)
     if not isinstance(target, Tensor) or target.dtype != torch.int64:
         raise TypeError(f"target must be an int64 tensor, got {getattr(target, 'dtype', type(target).__name__)}")
@@ -33,10 +32,10 @@ def check_rows(
 
 
 def all_words(target: Tensor, width: int, ignore_index: int) -> bool:
-    """Return whether all are known to be words, none ignored. Raises: ValueError where one is seen to be neither."""
+    """Return whether all targets are known to be words. Raises: ValueError if one is neither a word nor ignored."""
     if not readable(target):
         return False
-    low, high = (end.item() for end in target.aminmax())
+    low, high = torch.stack(target.aminmax()).tolist()
     if low >= 0 and high < width:
         return not low <= ignore_index <= high
     wrong = (target != ignore_index) & ((target < 0) | (target >= width))
@@ -48,13 +47,13 @@ def all_words(target: Tensor, width: int, ignore_index: int) -> bool:
 def mark_targets(
     target: Tensor, width: int, ignore_index: int, row_weight: Tensor | None, mean: bool, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the targets as the rows' kernels take them, -1 where ignored and -2 where not a word, and what each row's
-    loss is multiplied by: row_weight, 0 where ignored, and over the rows that count for a mean. All (R,)."""
+    """Return the targets as the rows' kernels take them, -1 where ignored and -2 where not a word, and the factors of
+    the rows' losses: row_weight, 0 where ignored, divided by the count of rows for a mean. All (R,)."""
     dtype = compute_dtype(like.dtype)
     if all_words(target, width, ignore_index):
         count = len(target) if mean else 1
         return target, (torch.full(target.shape, 1 / count, dtype=dtype) if row_weight is None else row_weight / count)
-    if TRITON and len(target) and direct(target, row_weight):
+    if len(target) and direct(target, row_weight):
         from dbkernels.triton.cross_entropy_rows import mark
 
         return mark(target.contiguous(), width, ignore_index, row_weight, mean, dtype)
@@ -89,13 +88,13 @@ def _check_alike(name: str, tensor: Any, h: Tensor, shape: torch.Size) -> None:
 
 
 def check_softcap(softcap: float | None) -> None:
-    """Raise unless it is positive and finite, or None."""
+    """Raise unless softcap is positive and finite, or None."""
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap} must be positive and finite, or None")
 
 
 def check_posterior(posterior: Any, h: Tensor, weight: Tensor) -> None:
-    """Raise unless it is (z, table, sigma) with one table row a word, not to be trained."""
+    """Raise unless posterior is (z, table, sigma) with one table row per word, not to be trained."""
     if not isinstance(posterior, tuple) or len(posterior) != 3:
         raise ValueError("posterior must be (z, table, sigma)")
     z, table, _ = posterior
@@ -108,7 +107,7 @@ def check_posterior(posterior: Any, h: Tensor, weight: Tensor) -> None:
 
 
 def coefficient(name: str, value: Any, shape: torch.Size, h: Tensor) -> Tensor:
-    """A number a row, (R,), in the sums' dtype."""
+    """Return `value` as one number per row, (R,), in the sums' dtype."""
     dtype = compute_dtype(h.dtype)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.full((math.prod(shape),), float(value), dtype=dtype, device=h.device)

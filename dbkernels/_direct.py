@@ -1,18 +1,16 @@
-"""When an op may call its kernel itself, past PyTorch's dispatcher, which takes longer than a small kernel runs."""
+"""Decide whether an op may bypass PyTorch's dispatcher, which takes longer than a small kernel runs."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dbkernels._library import backend
+from dbkernels._library import HAS_TRITON, backend
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._is_tracing  # torch.jit.trace records what the dispatcher sees
@@ -28,7 +26,7 @@ def direct(x: Tensor, *others: Tensor | None) -> bool:
     """
     if not x.is_cuda or torch.compiler.is_compiling() or _modes() or _transform() is not None or _tracing():
         return False
-    if not _HAS_TRITON or forward_ad._current_level >= 0 or backend() == "reference":
+    if not HAS_TRITON or forward_ad._current_level >= 0 or backend() == "reference":
         return False
     for tensor in (x, *others):
         if tensor is not None and (tensor.__class__ not in _PLAIN or not _has_storage(tensor)):
@@ -37,5 +35,5 @@ def direct(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """Return what checks and launches depend on: dtype, shape, strides and device of a tensor, or None."""
+    """Return the key of checks and launches: dtype, shape, strides and device of a tensor, or None."""
     return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride(), tensor.get_device())

@@ -1,4 +1,4 @@
-"""The modules that `replace` puts in: AdaLayerNorm and AdaRMSNorm, called as the norms that they stand for."""
+"""The modules that `replace` puts in: AdaLayerNorm and AdaRMSNorm, called as the norms that they replace."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dbkernels.nn import AdaLayerNorm, AdaRMSNorm
 
 
 class _DropIn(nn.Module):
-    """Call with one tensor, by position or by the name that the replaced module's forward gives it.
+    """A module called with one tensor, by position or by the argument name of the replaced module's forward.
 
-    argument: that name. promotes: inputs narrower than the weight come back in the weight's dtype, as where a module
-    multiplies by its weight last.
+    argument: that name. promotes: inputs narrower than the weight are returned in the weight's dtype, as by a module
+    that multiplies by its weight last.
     """
 
     argument = "input"
@@ -44,13 +44,13 @@ class DropInLayerNorm(_DropIn, AdaLayerNorm):
         self.weight, self.bias = weight, bias
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """x: (..., dim) -> its shape and dtype."""
+        """Normalise x, (..., dim). Return its shape and dtype."""
         x = self._input(args, kwargs)
         return ada_layer_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 class DropInRMSNorm(_DropIn, AdaRMSNorm):
-    """AdaRMSNorm in place of an RMSNorm, with its weight. eps None: the smallest step of the arithmetic's dtype."""
+    """AdaRMSNorm in place of an RMSNorm, with its weight. eps None: the machine epsilon of the arithmetic's dtype."""
 
     def __init__(self, dim: int, eps: float | None, weight: nn.Parameter | None):
         super().__init__(dim, eps=eps or 0.0, device="meta")
@@ -58,7 +58,7 @@ class DropInRMSNorm(_DropIn, AdaRMSNorm):
         self.weight = weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """x: (..., dim) -> its shape and dtype."""
+        """Normalise x, (..., dim). Return its shape and dtype."""
         x = self._input(args, kwargs)
         eps = torch.finfo(compute_dtype(x.dtype)).eps if self.eps is None else self.eps
         return ada_rms_norm(x, weight=self.weight, eps=eps)

@@ -1,5 +1,5 @@
-"""denoising_cross_entropy of few rows on a GPU, where the host's time is what counts: all that depends on the kind of
-input is prepared once, and marks, losses and their gradient are one launch."""
+"""denoising_cross_entropy of few rows on a GPU, where host time is the limit: all that depends on the kind of input is
+prepared once, and marks, losses and their gradient are one launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from dbkernels import _logit_chunks as chunks
 from dbkernels import _products as products
 from dbkernels._direct import direct
-from dbkernels.cross_entropy_rows import TRITON
 from dbkernels.edm_loss import times_upstream
 
 MOST_ROWS = 1024  # that each program of the kernel counts
@@ -20,7 +19,7 @@ _prepared: dict[Any, FewRows | None] = {}
 
 
 class FewRows:
-    """Loss and gradients of a plain head, all logits at once: one kind of input."""
+    """Loss and gradients of a plain head, all logits at once, for one kind of input."""
 
     def __init__(self, h: Tensor, weight: Tensor, ignore_index: int, mean: bool):
         from dbkernels.triton.cross_entropy_rows import prepare_rows
@@ -54,7 +53,7 @@ class FewRows:
 
 
 class FewRowsLoss(torch.autograd.Function):
-    """Found with the gradients, which wait for the upstream one."""
+    """The loss, computed with its gradients, which are kept for the upstream one."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, target: Tensor, few: FewRows) -> Tensor:
@@ -78,7 +77,7 @@ NO_SECOND = (
 
 
 def few_rows(h: Tensor, weight: Tensor, target: Tensor, ignore_index: int, reduction: str) -> FewRows | None:
-    """Return what was prepared for this kind of input, or None where it must go the long way, which checks it."""
+    """Return the call prepared for this kind of input, or None where it needs the general path, which checks it."""
     if not isinstance(h, Tensor) or weight is None or target is None or not direct(h, weight, target):
         return None
     kind = (
@@ -94,7 +93,7 @@ def few_rows(h: Tensor, weight: Tensor, target: Tensor, ignore_index: int, reduc
 
 
 def _fits(h: Tensor, weight: Tensor, target: Tensor) -> bool:
-    if not TRITON or h.dtype == torch.float16 or not h.is_floating_point() or h.dtype.itemsize < 2 or h.dim() < 2:
+    if h.dtype == torch.float16 or not h.is_floating_point() or h.dtype.itemsize < 2 or h.dim() < 2:
         return False
     alike = h.dtype == weight.dtype and h.device == weight.device == target.device and weight.dim() == 2
     if not alike or target.dtype != torch.int64 or target.shape != h.shape[:-1] or not target.is_contiguous():

@@ -16,8 +16,8 @@ SMALLEST = 1e-12  # least norm that normalize divides by, as torch.nn.functional
 
 
 class Head(NamedTuple):
-    """What makes logits of rows. h, z: (R, d); weight: (V, d); c_skip, c_out, precision (1/sigma²): (R,) in the sums'
-    dtype; bias: (V,); logit_scale: (); posterior_z: (R, e), table: (V, e)."""
+    """The inputs of the rows' logits. h, z: (R, d); weight: (V, d); c_skip, c_out, precision (1/sigma²): (R,) in the
+    sums' dtype; bias: (V,); logit_scale: (); posterior_z: (R, e), table: (V, e)."""
 
     h: Tensor
     weight: Tensor
@@ -34,37 +34,37 @@ class Head(NamedTuple):
 
 
 def part(tensor: Tensor, rows: slice) -> Tensor:
-    """Return these rows, without a view where they are all."""
+    """Return a slice of rows, without a view if it has all of them."""
     return tensor if rows.start == 0 and rows.stop == len(tensor) else tensor[rows]
 
 
 def times(tensor: Tensor, *factors: Tensor | None) -> Tensor:
-    """Multiply by those factors that there are."""
+    """Multiply by the factors that aren't None."""
     for factor in factors:
         tensor = tensor if factor is None else tensor * factor
     return tensor
 
 
 def is_plain(head: Head) -> bool:
-    """Whether the head's operand is h itself."""
+    """Return whether the head's operand is h itself."""
     return head.z is None and head.c_out is None and head.logit_scale is None and not head.normalize
 
 
 def is_sized(head: Head) -> bool:
-    """Whether the operand could overflow: float16 on a GPU, unless it is h itself."""
+    """Return whether the operand could overflow: float16 on a GPU, unless it is h itself."""
     return head.weight.dtype == torch.float16 and products.mixed(head.weight) and not is_plain(head)
 
 
 class Operand(NamedTuple):
-    """What the head is multiplied by: D times the logit scale, in the dtype that the product takes; in float16 divided
-    in each row by `size` (R, 1), so that it can't overflow."""
+    """The operand of the head's product: D times the logit scale, in the product's dtype; in float16 each row is
+    divided by `size` (R, 1), so that it can't overflow."""
 
     x: Tensor
     size: Tensor | None
 
 
 class State:
-    """D of some rows, x, how it came about, and the operand of their logits."""
+    """D of some rows (x), the factors that it was computed with, and the operand of their logits."""
 
     def __init__(self, head: Head, rows: slice):
         self.norm: Tensor | None = None
@@ -99,7 +99,7 @@ class State:
         self.operand = Operand(x.to(head.weight.dtype) if products.mixed(head.weight) else x, size)
 
     def backward(self, grad: Tensor) -> Tensor:
-        """From the gradient of D to that of c_out·h + c_skip·z."""
+        """Return the gradient of c_out·h + c_skip·z from that of D."""
         if self.norm is None:
             return grad
         # Below SMALLEST the divisor is a constant, and nothing is projected out.
@@ -115,7 +115,7 @@ def half_norms(head: Head) -> Tensor | None:
 def make_logits(
     head: Head, operand: Operand, halved: Tensor | None, out: Tensor, rows: slice, words: slice
 ) -> Tensor | None:
-    """Write the logits of some rows and words to `out`. Return tanh of the capped ones, which their gradient wants."""
+    """Write the logits of some rows and words to `out`. Return tanh of capped ones, for their gradient."""
     products.logits_of(operand.x, part(head.weight, words), out)
     if operand.size is not None:
         out.mul_(operand.size)

@@ -1,24 +1,15 @@
-"""z = c_in · (y + sigma·eps) for a dense y: the definition, the op, its gradient, and the way past the dispatcher."""
+"""Ops that noise a target by address: their registration and calls; z = c_in·(y + sigma·eps) for a dense y."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dbkernels._address import (
-    SCHEMA,
-    Number,
-    checked,
-    define_at,
-    joined,
-    on_host,
-    signed,
-    split,
-    tensor_or_none,
-)
+from dbkernels._address import SCHEMA, Number, checked, define_at, joined, on_host, signed, split, tensor_or_none
 from dbkernels._direct import direct, kind
 from dbkernels._levels import (
     as_defined,
@@ -33,32 +24,126 @@ from dbkernels._library import NAMESPACE, define, lib, register_triton
 from dbkernels.philox import ROUNDS, normal_reference
 
 
+@functools.cache
+def _accepted() -> Any:
+    """Return the table of the kinds of input that passed the checks; its module imports Triton."""
+    from dbkernels.triton.launch import Kinds
+
+    return Kinds()
+
+
+class NoiseOp:
+    """An op that noises a target, its overload `.at`, its gradient, and the call past the dispatcher.
+
+    Args:
+        name: of the op.
+        schema: of its arguments before the address: the target's tensors, sigma, sigma_data, further options.
+        definition, launch: the definition and the Triton launcher, of (*arguments, seed, offset, rounds).
+        fake: the same for shapes alone.
+        check: takes (target, sigma, *options), raises, and returns the arguments as the op takes them.
+        setup_context, backward: the gradient of `.at`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        definition: Callable[..., Tensor],
+        fake: Callable[..., Tensor],
+        launch: Callable[..., Tensor],
+        check: Callable[..., tuple[Any, ...]],
+        setup_context: Callable[..., None],
+        backward: Callable[..., tuple[Any, ...]],
+    ):
+        self.name, self.definition, self.launch, self.check = name, definition, launch, check
+        self.setup_context, self.backward = setup_context, backward
+        define(f"{name}({schema}, SymInt seed, SymInt offset) -> Tensor", definition, fake)
+        register_triton(name, launch)
+        define_at(f"{name}.at({schema}, {SCHEMA}, int rounds) -> Tensor", self._definition_at, fake, self.launch_at)
+        self.op = getattr(torch.ops.dbkernels, name)
+        register = torch.library.register_autograd
+        register(f"{NAMESPACE}::{name}", self._backward_of_ints, setup_context=self._setup_of_ints, lib=lib)
+        register(f"{NAMESPACE}::{name}.at", backward, setup_context=setup_context, lib=lib)
+
+    def _definition_at(self, *arguments: Any) -> Tensor:
+        *given, seed_at, offset_at, seed, offset, rounds = arguments
+        address = joined(seed_at, offset_at, seed, offset)
+        if given[0].device.type == "cpu" and rounds == ROUNDS:
+            return self.op.default(*given, *on_host(*address))
+        return self.definition(*given, *address, rounds)
+
+    def launch_at(self, *arguments: Any) -> Tensor:
+        """Launch the Triton kernel with the arguments of `.at`."""
+        *given, seed_at, offset_at, seed, offset, rounds = arguments
+        return self.launch(*given, *joined(seed_at, offset_at, seed, offset), rounds)
+
+    def _setup_of_ints(self, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self.setup_context(ctx, (*inputs[:-2], None, None, *inputs[-2:], ROUNDS), output)
+
+    def _backward_of_ints(self, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return self.backward(ctx, grad)[:-3]
+
+    def __call__(
+        self, target: tuple[Any, ...], sigma: float | Tensor, options: tuple[Any, ...], seed: Number, offset: Number,
+        rounds: int,
+    ) -> Tensor:  # fmt: skip
+        """Check the arguments and return z, by the fastest way that serves this call.
+
+        Args:
+            target: tensors, the last floating. sigma: as for `inject_noise`. options: sigma_data and others.
+            seed, offset, rounds: as for `inject_noise`.
+        """
+        levels = tensor_or_none(sigma)
+        if isinstance(target[0], Tensor) and direct(*target, levels):
+            return self._directly(target, sigma, levels, options, *checked(seed, offset, target[0].device), rounds)
+        arguments = self.check(target, sigma, *options)
+        seed, offset = checked(seed, offset, target[0].device)
+        if as_defined():
+            return self.definition(*arguments, seed, offset, rounds)
+        if rounds == ROUNDS and not isinstance(seed, Tensor) and not isinstance(offset, Tensor):
+            return self.op.default(*arguments, signed(seed), offset)
+        return self.op.at(*arguments, *split(seed, offset), rounds)
+
+    def _directly(
+        self, target: tuple[Tensor, ...], sigma: Any, levels: Tensor | None, options: tuple[Any, ...], seed: Number,
+        offset: Number, rounds: int,
+    ) -> Tensor:  # fmt: skip
+        if levels is None:
+            check_level(sigma)
+        accepted, key = _accepted(), (self.name, options, kind(levels), *map(kind, target))
+        if key not in accepted:  # checks that depend on the kind of input alone run once per kind
+            self.check(target, sigma, *options)
+            accepted.keep(key, True)
+        if torch.is_grad_enabled() and (target[-1].requires_grad or (levels is not None and levels.requires_grad)):
+            return _Launched.apply(*target, sigma, *options, *split(seed, offset), rounds, self)
+        return self.launch(*target, sigma, *options, seed, offset, rounds)
+
+
+class _Launched(torch.autograd.Function):
+    """The kernel past the dispatcher, where a gradient is needed. Last argument: the NoiseOp."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *given, ctx.op = arguments
+        ctx.op.setup_context(ctx, given, None)
+        return ctx.op.launch_at(*given)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return *ctx.op.backward(ctx, grad), None
+
+
 def inject_noise_reference(
     y: Tensor, sigma: Tensor, sigma_data: float | None, seed: Number, offset: Number, rounds: int = ROUNDS
 ) -> Tensor:
-    """The definition, differentiable in y and sigma. sigma: (), (B,) or (B, N), in y's compute dtype."""
+    """Return z by the definition, differentiable in y and sigma. sigma: (), (B,) or (B, N), in the compute dtype."""
     dtype = compute_dtype(y.dtype)
     eps = normal_reference(y.shape, seed=seed, offset=offset, rounds=rounds, device=y.device).to(dtype)
     sigma = broadcast(sigma, y.dim())
     z = y.to(dtype) + sigma * eps
     if sigma_data is not None:
         z = z * torch.rsqrt(sigma * sigma + sigma_data * sigma_data)
-    return z.to(y.dtype)
-
-
-def _fake(y: Tensor, sigma: Tensor, sigma_data: float | None, *address: Any) -> Tensor:
-    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
-
-
-def _definition(y: Tensor, sigma: Tensor, sigma_data: float | None, seed: int, offset: int) -> Tensor:
-    return inject_noise_reference(y, sigma, sigma_data, seed, offset).contiguous()
-
-
-def _definition_at(y: Tensor, sigma: Tensor, sigma_data: float | None, *address: Any) -> Tensor:
-    (seed, offset), rounds = joined(*address[:4]), address[4]
-    if y.device.type == "cpu" and rounds == ROUNDS:
-        return torch.ops.dbkernels.inject_noise(y, sigma, sigma_data, *on_host(seed, offset))
-    return inject_noise_reference(y, sigma, sigma_data, seed, offset, rounds).contiguous()
+    return z.to(y.dtype).contiguous()
 
 
 def launched(
@@ -69,7 +154,7 @@ def launched(
     offset: Number,
     rounds: int = ROUNDS,
 ) -> Tensor:
-    """z by the Triton kernel; no seed: without noise, c_in·y."""
+    """Return z by the Triton kernel. seed None: without noise, c_in·y."""
     from dbkernels.triton.inject_noise import launch
 
     y = y if y.is_contiguous() else y.contiguous()
@@ -79,27 +164,12 @@ def launched(
     return z
 
 
-define(
-    "inject_noise(Tensor y, Tensor sigma, float? sigma_data, SymInt seed, SymInt offset) -> Tensor",
-    _definition,
-    _fake,
-)
-register_triton("inject_noise", launched)
-define_at(
-    f"inject_noise.at(Tensor y, Tensor sigma, float? sigma_data, {SCHEMA}, int rounds) -> Tensor",
-    _definition_at,
-    _fake,
-    lambda y, sigma, sigma_data, *address: launched(y, sigma, sigma_data, *joined(*address[:4]), address[4]),
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """inputs: those of the overload `.at`."""
+    """Save what the gradients need. inputs: those of the overload `.at`."""
     y, sigma, ctx.sigma_data, seed_at, offset_at, ctx.seed, ctx.offset, ctx.rounds = inputs
     ctx.level = None if isinstance(sigma, Tensor) else sigma
     again = isinstance(sigma, Tensor) and sigma.requires_grad  # its gradient draws the noise again
-    # y is wanted only by sigma's gradient through c_in: without it, the op holds nothing but the noise
-    # levels.
+    # Only sigma's gradient through c_in needs y: without it, the op keeps only the noise levels.
     keep_y = again and ctx.sigma_data is not None
     ctx.save_for_backward(
         tensor_or_none(sigma), y if keep_y else None, seed_at if again else None, offset_at if again else None
@@ -119,7 +189,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def times_c_in(grad: Tensor, sigma: float | Tensor, sigma_data: float) -> Tensor:
-    """c_in·grad in grad's dtype: in one launch, or differentiable where a second derivative is wanted."""
+    """Return c_in·grad in grad's dtype: in one launch, or differentiable for a second derivative."""
     if not torch.is_grad_enabled() and direct(grad, tensor_or_none(sigma)):
         return launched(grad, sigma, sigma_data, None, 0)
     level = check_sigma(sigma, "grad", grad, compute_dtype(grad.dtype))
@@ -127,7 +197,7 @@ def times_c_in(grad: Tensor, sigma: float | Tensor, sigma_data: float) -> Tensor
 
 
 def c_in(sigma: Tensor, sigma_data: float, dims: int) -> Tensor:
-    """1 / sqrt(sigma² + sigma_data²), to broadcast over `dims` dimensions."""
+    """Return 1 / sqrt(sigma² + sigma_data²), to broadcast over `dims` dimensions."""
     level = broadcast(sigma, dims)
     return torch.rsqrt(level * level + sigma_data * sigma_data)
 
@@ -141,8 +211,9 @@ def sigma_gradient(
     offset: Number,
     rounds: int = ROUNDS,
 ) -> Tensor:
-    """The gradient of sigma: z = c·(y + s·eps), dc/ds = -s·c^3, so dz/ds = c·eps - s·c^3·(y + s·eps); eps is drawn
-    again. y isn't needed without sigma_data."""
+    """Return the gradient of sigma. y isn't needed without sigma_data; eps is drawn again.
+
+    z = c·(y + s·eps) and dc/ds = -s·c^3, so dz/ds = c·eps - s·c^3·(y + s·eps)."""
     level = check_sigma(sigma, "grad", grad, compute_dtype(grad.dtype))
     level = broadcast(level, grad.dim())
     seed = seed if isinstance(seed, Tensor) else seed % 2**64
@@ -157,7 +228,7 @@ def sigma_gradient(
 def normals(
     shape: Sequence[int], device: torch.device | str | None, seed: Number, offset: Number, rounds: int
 ) -> Tensor:
-    """The eps of a z of `shape`, float32."""
+    """Draw the eps of a z of `shape`, float32."""
     z = torch.empty(shape, dtype=torch.float32, device=device)
     seed, offset = checked(seed, offset, z.device)
     if direct(z):
@@ -165,70 +236,25 @@ def normals(
 
         launch(None, 1.0, z, None, seed, offset, rounds)
         return z
-    return noised(z.zero_(), 1.0, None, seed, offset, rounds)
+    return noised((z.zero_(),), 1.0, (None,), seed, offset, rounds)
 
 
-def _setup_context_of_ints(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _setup_context(ctx, (*inputs[:3], None, None, *inputs[3:], ROUNDS), output)
-
-
-def _backward_of_ints(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward(ctx, grad)[:5]
-
-
-torch.library.register_autograd(
-    f"{NAMESPACE}::inject_noise", _backward_of_ints, setup_context=_setup_context_of_ints, lib=lib
-)
-torch.library.register_autograd(f"{NAMESPACE}::inject_noise.at", _backward, setup_context=_setup_context, lib=lib)
-
-
-class _Launched(torch.autograd.Function):
-    """The kernel past the dispatcher, where a gradient is wanted."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, sigma: float | Tensor, sigma_data: float | None, *address: Any) -> Tensor:
-        _setup_context(ctx, (y, sigma, sigma_data, *address), y)
-        return launched(y, sigma, sigma_data, *joined(*address[:4]), address[4])
-
-    backward = staticmethod(_backward)
-
-
-def _check_dense(y: Tensor, sigma: float | Tensor, sigma_data: float | None) -> Tensor:
-    """Return sigma as levels. Raise unless y, sigma and sigma_data fit."""
+def _check(target: tuple[Tensor], sigma: float | Tensor, sigma_data: float | None) -> tuple[Any, ...]:
+    """Return y, sigma as levels, and sigma_data. Raise unless they fit."""
+    (y,) = target
     check_floating("y", y)
     if sigma_data is not None:
         check_sigma_data(sigma_data)
-    return check_sigma(sigma, "y", y, compute_dtype(y.dtype))
+    return y, check_sigma(sigma, "y", y, compute_dtype(y.dtype)), sigma_data
 
 
-def noised(
-    y: Tensor, sigma: float | Tensor, sigma_data: float | None, seed: Number, offset: Number, rounds: int
-) -> Tensor:
-    """Check the arguments and return z, by whichever way serves this call."""
-    if isinstance(y, Tensor) and direct(y, tensor_or_none(sigma)):
-        return _directly(y, sigma, sigma_data, *checked(seed, offset, y.device), rounds)
-    level = _check_dense(y, sigma, sigma_data)
-    seed, offset = checked(seed, offset, y.device)
-    if as_defined():
-        return inject_noise_reference(y, level, sigma_data, seed, offset, rounds)
-    if rounds == ROUNDS and not isinstance(seed, Tensor) and not isinstance(offset, Tensor):
-        return torch.ops.dbkernels.inject_noise(y, level, sigma_data, signed(seed), offset)
-    return torch.ops.dbkernels.inject_noise.at(y, level, sigma_data, *split(seed, offset), rounds)
-
-
-def _directly(
-    y: Tensor, sigma: float | Tensor, sigma_data: float | None, seed: Number, offset: Number, rounds: int
-) -> Tensor:
-    """What depends on the kind of input alone is checked once for each."""
-    from dbkernels.triton.inject_noise import accepted
-
-    levels = tensor_or_none(sigma)
-    if levels is None:
-        check_level(sigma)
-    key = kind(y), kind(levels), sigma_data
-    if key not in accepted:
-        _check_dense(y, sigma, sigma_data)
-        accepted.keep(key, True)
-    if torch.is_grad_enabled() and (y.requires_grad or (levels is not None and levels.requires_grad)):
-        return _Launched.apply(y, sigma, sigma_data, *split(seed, offset), rounds)
-    return launched(y, sigma, sigma_data, seed, offset, rounds)
+noised = NoiseOp(
+    "inject_noise",
+    "Tensor y, Tensor sigma, float? sigma_data",
+    inject_noise_reference,
+    lambda y, *others: torch.empty(y.shape, dtype=y.dtype, device=y.device),
+    launched,
+    _check,
+    _setup_context,
+    _backward,
+)

@@ -1,4 +1,4 @@
-"""What the ops that take a noise level share: checks, sigma's form for the kernels, the arithmetic's dtype."""
+"""Shared by the ops that take a noise level: checks, sigma's form for the kernels, the arithmetic's dtype."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _transform = torch._C._functorch.peek_interpreter_stack
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Arithmetic is float32 whatever the storage, but float64 where an input is float64."""
+    """Return the arithmetic's dtype: float64 if any input is float64, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def broadcast(sigma: Tensor, dims: int) -> Tensor:
-    """sigma (), (B,) or (B, N) with size-1 dimensions appended, to broadcast over `dims` dimensions."""
+    """Append size-1 dimensions to sigma, (), (B,) or (B, N), to broadcast over `dims` dimensions."""
     return sigma.reshape(sigma.shape + (1,) * (dims - sigma.dim()))
 
 
 def as_defined() -> bool:
-    """Whether an op is to run as its definition: by DBKERNELS_BACKEND=reference, or within a transform of torch.func or
-    forward-mode differentiation, which know PyTorch's own operations."""
+    """Return whether an op is to run its definition: with DBKERNELS_BACKEND=reference, or within a transform of
+    torch.func or forward-mode differentiation, which support PyTorch's own operations only."""
     if torch.compiler.is_compiling():
         return False
     return backend() == "reference" or _transform() is not None or forward_ad._current_level >= 0
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether a check may look at values: not on a device, where it would wait, not where there are none, and not
+    """Return whether a check may read values: not on a GPU, which it would synchronise, not of an empty tensor, and not
     within a compiler or a transform of torch.func."""
     hidden = torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or _transform() is not None
     return tensor.device.type == "cpu" and tensor.numel() > 0 and not hidden
@@ -56,7 +56,7 @@ def check_sigma_data(sigma_data: float) -> None:
 
 
 def check_sigma(sigma: float | Tensor, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """sigma as a tensor of shape (), (B,) or (B, N) in `dtype`, on the device of `x`, called `name` in messages."""
+    """Return sigma as a tensor (), (B,) or (B, N) in `dtype`, on the device of `x`, which messages call `name`."""
     if isinstance(sigma, Tensor):
         return _check_tensor(sigma, name, x).to(dtype)
     check_level(sigma)
@@ -64,7 +64,7 @@ def check_sigma(sigma: float | Tensor, name: str, x: Tensor, dtype: torch.dtype)
 
 
 def check_level(sigma: float) -> None:
-    """Raise unless `sigma` is a number that a standard deviation may be."""
+    """Raise unless `sigma` is a valid standard deviation."""
     if isinstance(sigma, bool) or not isinstance(sigma, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"sigma must be a float or a tensor, got {type(sigma).__name__}")
     if not 0.0 <= sigma < math.inf:

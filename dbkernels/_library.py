@@ -1,10 +1,8 @@
-"""The op library: one torch.library namespace, the compiled kernels if they were built, and what is known of
-them.
+"""The op library: one torch.library namespace, the compiled kernels if they were built, and their build facts.
 
-An op is registered once. Its schema, its definition in PyTorch (which serves every device that has no
-kernel), its fake for torch.compile and its autograd formula are Python; the compiled libraries only add
-kernels under the CPU and CUDA keys. So every op exists, with one schema, whether or not a compiler was at
-hand.
+An op is registered once. Its schema, its definition in PyTorch (which serves every device without a kernel), its fake
+for torch.compile and its autograd formula are Python; the compiled libraries only add kernels under the CPU and CUDA
+keys. So every op exists, with one schema, with or without a compiler.
 """
 
 from __future__ import annotations
@@ -22,12 +20,13 @@ import torch
 NAMESPACE = "dbkernels"
 BACKENDS = ("auto", "reference")
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 lib = torch.library.Library(NAMESPACE, "DEF")
 
 
 def backend() -> str:
-    """`"reference"` if every op is to be its definition, else `"auto"`. Read from `DBKERNELS_BACKEND` at
-    import."""
+    """Return "reference" if every op runs its definition, else "auto": the value of DBKERNELS_BACKEND at import."""
     return _BACKEND
 
 
@@ -56,21 +55,18 @@ def _load(name: str) -> ModuleType | None:
         return None
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, has_kernels: bool = True) -> None:
-    """Register an op: its schema, its definition for any device without a kernel, and its shapes for the
-    compiler."""
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register an op: its schema, its definition for devices without a kernel, and its fake for the compiler."""
     lib.define(schema)
     name = schema.split("(", 1)[0]
 
     def definition(*args: Any, **kwargs: Any) -> Any:
-        if has_kernels:
-            _notice(name, _device_type(args))
+        _notice(name, _device_type(args))
         return reference(*args, **kwargs)
 
     lib.impl(name, definition, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=lib)
-    label = "reference (PyTorch)" if has_kernels else "PyTorch"
-    _kernels[name] = {"CPU": label, "CUDA": label}
+    _kernels[name] = dict.fromkeys(("CPU", "CUDA"), "reference (PyTorch)")
 
 
 def register(name: str, key: str, kernel: Callable[..., Any], label: str) -> None:
@@ -83,7 +79,7 @@ def register(name: str, key: str, kernel: Callable[..., Any], label: str) -> Non
 
 def register_triton(name: str, launcher: Callable[..., Any]) -> None:
     """Give op `name` its Triton launcher on CUDA, where Triton can be imported."""
-    if importlib.util.find_spec("triton") is not None:
+    if HAS_TRITON:
         register(name, "CUDA", launcher, "Triton")
 
 
@@ -98,19 +94,18 @@ def load_compiled() -> None:
 
 
 def compiled(module: str = "_C") -> dict[str, str] | None:
-    """What the compiled library was built with (`_C` for CPU, `_C_cuda`), or None if it isn't loaded."""
+    """Return the build facts of a compiled library (`_C` for CPU, `_C_cuda`), or None if it isn't loaded."""
     loaded = _load(module)
     return None if loaded is None else dict(loaded.build_info())
 
 
 def load_error(module: str = "_C") -> str | None:
-    """Return why a compiled library isn't loaded: "not built", or the loader's words. None if it is loaded."""
+    """Return why a compiled library isn't loaded: "not built", or the loader's error. None if it is loaded."""
     return _load_errors.get(module)
 
 
 def kernels() -> dict[str, dict[str, str]]:
-    """Which kernel each op uses, by device type: `{"inject_noise": {"CPU": "C++ (AVX2)", "CUDA": "Triton"},
-    ...}`."""
+    """Return each op's kernel by device type: `{"inject_noise": {"CPU": "C++ (AVX2)", "CUDA": "Triton"}, ...}`."""
     return {name: dict(by_device) for name, by_device in _kernels.items()}
 
 
@@ -125,7 +120,7 @@ def _device_type(values: Sequence[Any]) -> str:
 
 
 def _lacking(device_type: str) -> tuple[str, str] | None:
-    """Return what is missing where a definition serves `device_type`, and how to get it. None if nothing is."""
+    """Return what is missing if a definition serves `device_type`, and how to get it. None if nothing is."""
     if device_type == "cpu" and "_C" in _load_errors:
         return f"its CPU library ({_load_errors['_C']})", "install a C++17 compiler and reinstall"
     if device_type != "cuda" or "_C_cuda" not in _load_errors:
@@ -137,7 +132,7 @@ def _lacking(device_type: str) -> tuple[str, str] | None:
 
 
 def _notice(name: str, device_type: str) -> None:
-    """Say once a process and kind of device which kernels are missing: silence would hide a slow install."""
+    """Warn once per process and device type that kernels are missing: silence would hide a slow install."""
     if _BACKEND == "reference" or device_type in _noticed:
         return
     _noticed.add(device_type)

@@ -1,4 +1,4 @@
-"""What the modulated norms share: their arguments checked and brought to one form, their definition, their sums.
+"""Shared by the modulated norms: checks, one form for the arguments, the definition, the sums of its gradients.
 
 One form for the kernels: x is (O, I, D), and the modulation of sample o, (O, 1, D), serves its I rows. Per-sample
 modulation of (B, N, D) is O = B; per-token modulation is O = B·N with one row each.
@@ -51,7 +51,7 @@ def check_x(name: str, x: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name} must be (..., D) with D from 1 to {LARGEST_DIM}, got {tuple(x.shape)}")
     if like is not None and (x.shape != like.shape or x.device != like.device):
         raise ValueError(
-            f"{name} is {tuple(x.shape)} on {x.device}, x is {tuple(like.shape)} on {like.device}: they must be alike"
+            f"{name} is {tuple(x.shape)} on {x.device}, x is {tuple(like.shape)} on {like.device}: they must match"
         )
 
 
@@ -81,7 +81,7 @@ def _check_floating(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def per_row(name: str, tensor: Tensor, x: Tensor) -> Tensor:
-    """A modulation with as many dimensions as x: (B, D) of a (B, N, D) becomes (B, 1, D). Raises if it doesn't fit."""
+    """Reshape a modulation to x's dimensions: (B, D) of a (B, N, D) becomes (B, 1, D). Raise if it doesn't fit."""
     _check_floating(name, tensor, x)
     if tensor.dim() == 2 and x.dim() > 2 and tensor.shape == (x.shape[0], x.shape[-1]):
         return tensor.reshape(len(tensor), *[1] * (x.dim() - 2), tensor.shape[-1])
@@ -95,8 +95,10 @@ def per_row(name: str, tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def settled(x: Tensor, *modulation: Tensor | None) -> bool:
-    """Whether x is (B, N, D) and each modulation (B, 1, D) with its dtype and device, or None, so that nothing is left
-    to check or to reshape. It is in nearly every call of a layer, and telling so takes a tenth of the checks' time."""
+    """Return whether x is (B, N, D) and each modulation None or (B, 1, D) with x's dtype and device.
+
+    Nothing is left to check or to reshape then, as in nearly every call of a layer; this takes a tenth of the checks'
+    time."""
     if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in _FLOATS or not 1 <= x.shape[2] <= LARGEST_DIM:
         return False
     shape, dtype, device = (x.shape[0], 1, x.shape[2]), x.dtype, x.device
@@ -109,7 +111,7 @@ def settled(x: Tensor, *modulation: Tensor | None) -> bool:
 
 
 def one_form(x: Tensor, modulation: list[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
-    """x as (O, I, D) and the modulation as (O, 1, D), by views where their strides allow it."""
+    """Return x as (O, I, D) and the modulation as (O, 1, D), by views where their strides allow it."""
     given = [m for m in modulation if m is not None]
     if x.dim() == 1:
         return x.view(1, 1, -1), [m if m is None else m.view(1, 1, -1) for m in modulation]
@@ -128,7 +130,7 @@ def one_form(x: Tensor, modulation: list[Tensor | None]) -> tuple[Tensor, list[T
 
 
 def statistics(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
-    """Mean (empty for RMS) and reciprocal standard deviation of each row of (O, I, D)."""
+    """Compute mean (empty for RMS) and reciprocal standard deviation of each row of (O, I, D)."""
     wide = x.to(compute_dtype(x.dtype))
     if rms:
         return wide.new_empty(0), torch.rsqrt(wide.square().mean(-1) + eps)
@@ -137,7 +139,7 @@ def statistics(x: Tensor, eps: float, rms: bool) -> tuple[Tensor, Tensor]:
 
 
 def fake_statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
-    """Their shapes."""
+    """Return empty tensors with the shapes of `statistics`."""
     dtype = compute_dtype(x.dtype)
     return x.new_empty(0 if rms else x.shape[:2], dtype=dtype), x.new_empty(x.shape[:2], dtype=dtype)
 
@@ -145,8 +147,9 @@ def fake_statistics(x: Tensor, rms: bool) -> tuple[Tensor, Tensor]:
 def backward_definition(
     grad: Tensor, x: Tensor, scale: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, in the arithmetic's dtype, and the two sums (2, O, 1, D) that all other gradients are made of:
-    over each sample's rows, of grad and of grad times the normalised row."""
+    """Return the gradient of x, in the arithmetic's dtype, and two sums, (2, O, 1, D), from which the others follow.
+
+    The sums are over each sample's rows, of grad and of grad times the normalised row."""
     wide, g = x.to(rstd.dtype), grad.to(rstd.dtype)
     normal = (wide if mean.numel() == 0 else wide - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
     scaled = g if weight is None else g * weight.to(g.dtype)
@@ -165,7 +168,7 @@ def from_sums(
     bias: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of shift, scale (O, 1, D), weight, bias (D,), each in its own dtype; None where not needed."""
+    """Return the gradients of shift, scale (O, 1, D), weight, bias (D,), each in its own dtype; None if not needed."""
     grad, normal, *_ = sums.unbind(0)  # each (O, 1, D)
     d_shift = d_scale = d_weight = d_bias = None
     if needs[0] and shift_dtype is not None:
@@ -197,7 +200,7 @@ def differentiated(*upstream: Tensor | None) -> bool:
 
 
 def triton_launcher(name: str) -> Callable[..., Any]:
-    """Launcher `name` of dbkernels.triton.ada_norm_launch, which is imported at the first call."""
+    """Return launcher `name` of dbkernels.triton.ada_norm_launch, imported at its first call."""
 
     def launch(*args: Any) -> Any:
         from dbkernels.triton import ada_norm_launch

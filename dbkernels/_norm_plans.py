@@ -1,7 +1,7 @@
-"""The modulated norms past the dispatcher: which plan of dbkernels.triton.ada_norm_launch serves a call.
+"""The modulated norms past the dispatcher: look up the plan of dbkernels.triton.ada_norm_launch for a call.
 
-A plan is looked up by dtypes, shapes, strides and device of all tensors; arguments are checked where none is found. It
-takes the tensors as they are, so False is kept for kinds that would have to be copied, expanded or summed first.
+The key is dtypes, shapes, strides and device of all tensors; arguments are checked when a plan is prepared. It takes
+the tensors as they are, so False is kept for kinds that would have to be copied, expanded or summed first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _plans() -> Any:
 
 
 def forward_plan(check: Callable[[], object], eps: float, rms: bool, *inputs: Maybe) -> Plan:
-    """Return the plan for x, branch, gate, shift, scale, weight, bias, or False. `check` raises if they are wrong."""
+    """Return the plan for x, branch, gate, shift, scale, weight, bias, or False. `check` raises if they don't fit."""
     plans = _plans()
     key = eps, rms, *map(kind, inputs)
     plan = plans.get(key)
@@ -62,7 +62,7 @@ def gradients(
     """Return the gradients of x, branch, gate, shift, scale, weight and bias after a plan's forward pass, or None.
 
     saved: x (h behind a gate), branch, gate, scale, weight, bias. likes: shape and dtype of the gradients of gate,
-    shift, scale, weight and bias, None for one that isn't wanted.
+    shift, scale, weight and bias, None for each that isn't needed.
     """
     for _ in range(2):
         key = kind(grad), kind(grad_h), *map(kind, saved), *likes
@@ -108,7 +108,7 @@ def forms(x: Tensor, branch: Maybe, *modulation: Maybe) -> tuple[Any, ...]:
 
 
 def _as_they_are(form: Sequence[Maybe], given: Sequence[Maybe]) -> bool:
-    """Whether each tensor is the memory of its form, whose rows have adjacent elements."""
+    """Return whether each form shares its tensor's memory and has rows of adjacent elements."""
     for f, g in zip(form, given, strict=True):
         if f is not None and g is not None:
             adjacent = f.stride(-1) == 1 or f.shape[-1] == 1
@@ -118,10 +118,10 @@ def _as_they_are(form: Sequence[Maybe], given: Sequence[Maybe]) -> bool:
 
 
 def like(tensor: Maybe, wanted: bool) -> Like:
-    """Return a gradient's shape and dtype if it is wanted."""
+    """Return a gradient's shape and dtype if it is needed, else None."""
     return None if tensor is None or not wanted else (tensor.shape, tensor.dtype)
 
 
 def any_requires_grad(*tensors: Maybe) -> bool:
-    """Return whether autograd has to see the call."""
+    """Return whether autograd has to record the call."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

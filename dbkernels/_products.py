@@ -1,4 +1,4 @@
-"""Products of a vocabulary head whose sums are float32: on a GPU the library's, on a CPU by converted blocks."""
+"""Products of a vocabulary head with float32 sums: on a GPU the library's, on a CPU by converted blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def mixed(weight: Tensor) -> bool:
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Write a @ b to `out`, of a's dtype or float32; halves on a GPU.
 
-    Into float32 even where a half is wanted: PyTorch lets cuBLAS add up the parts of a split sum in the output's dtype.
+    Use float32 even for a half result: PyTorch lets cuBLAS add the parts of a split sum in the output's dtype.
     """
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)

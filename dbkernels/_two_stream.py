@@ -1,4 +1,4 @@
-"""What the ops of two streams share: checks that give every reason in one message, and the outputs' layout."""
+"""Shared by the two-stream ops: checks that list every reason in one message, and the outputs' layout."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def sequences(cu_seqlens: Tensor) -> list[slice]:
-    """Where the sequences lie that aren't empty."""
+    """Return the span of each sequence that isn't empty. cu_seqlens: (S + 1,)."""
     return [slice(begin, end) for begin, end in pairwise(cu_seqlens.tolist()) if end > begin]
 
 
 def nothing(like: Tensor) -> Tensor:
-    """What stands for an output that there isn't."""
+    """Return an empty placeholder for an output that wasn't requested."""
     return like.new_empty(0)
 
 
 def like_rows(q: Tensor) -> Tensor:
-    """Empty, of q's shape (B, H, N, D), laid out as (B, N, H, D)."""
+    """Return an uninitialised tensor of q's shape (B, H, N, D), laid out as (B, N, H, D)."""
     B, H, N, D = q.shape
-    return q.new_empty(B, N, H, D).transpose(1, 2)
+    return torch.empty_strided((B, H, N, D), (N * H * D, D, H * D, 1), dtype=q.dtype, device=q.device)
 
 
 def kind_of(*arguments: Any) -> tuple[Any, ...]:
-    """Return what checks, launches and paths depend on: everything but the tensors' values."""
+    """Return the key of checks, launches and paths: all properties of the arguments but the tensors' values."""
     return tuple(
         [
             (t.dtype, t.shape, t.stride(), t.get_device()) if isinstance(t, Tensor) else (t.__class__, t)
@@ -45,9 +45,11 @@ def check_arguments(
     q: Any, k: Any, v: Any, q_noisy: Any, k_noisy: Any, v_noisy: Any, group_size: int, scale: float | None,
     cu_seqlens: Any,
 ) -> float:  # fmt: skip
-    """The scale, if everything fits.
+    """Check the arguments of `two_stream_attention` and return the scale.
 
-    Raises: TypeError for what isn't a tensor or a number; ValueError with all reasons for what doesn't fit.
+    Raises:
+        TypeError: an argument isn't a tensor or a number.
+        ValueError: shapes, dtypes, devices or options don't fit; lists all reasons.
     """
     tensors = {"q": q, "k": k, "v": v, "q_noisy": q_noisy, "k_noisy": k_noisy, "v_noisy": v_noisy}
     if q is None:
@@ -78,9 +80,10 @@ def _check_types(tensors: dict[str, Any], scale: float | None) -> None:
 
 
 def check_decode(tensors: list[Any], cache_lengths: Any, scale: float | None) -> float:
-    """The scale, if q_noisy, k_noisy, v_noisy, k_cache, v_cache fit each other.
+    """Check q_noisy, k_noisy, v_noisy, k_cache, v_cache and return the scale.
 
-    Raises: as `check_arguments`; ValueError also if one requires a gradient.
+    Raises:
+        TypeError, ValueError: as `check_arguments`; ValueError also if a tensor requires a gradient.
     """
     named = dict(zip(("q_noisy", "k_noisy", "v_noisy", "k_cache", "v_cache"), tensors, strict=True))
     _check_types(named, scale)
@@ -116,7 +119,7 @@ def _lengths(cache_lengths: Any, k_cache: Tensor) -> list[str]:
 
 
 def _shapes(tensors: dict[str, Tensor], key: str) -> list[str]:
-    """What is wrong with queries ("q", "q_noisy") and keys and values, which are shaped as `key`."""
+    """Return the faults of queries ("q", "q_noisy") and of keys and values, which must have the shape of `key`."""
     wrong = [f"{name} must be (B, H, N, D), got {tuple(t.shape)}" for name, t in tensors.items() if t.dim() != 4]
     if wrong:
         return wrong
@@ -124,7 +127,7 @@ def _shapes(tensors: dict[str, Tensor], key: str) -> list[str]:
     reasons = []
     for name, t in tensors.items():
         if t.dtype != k.dtype or t.device != k.device:
-            reasons.append(f"{name} is {t.dtype} on {t.device} and {key} {k.dtype} on {k.device}: they must be alike")
+            reasons.append(f"{name} is {t.dtype} on {t.device} and {key} {k.dtype} on {k.device}: they must match")
         like = tensors["q_noisy"] if name.startswith("q") else k
         if t.shape != like.shape:
             reasons.append(f"{name} has shape {tuple(t.shape)}, not {tuple(like.shape)}")
@@ -156,7 +159,7 @@ def _sequences(k: Tensor, cu_seqlens: Any) -> list[str]:
     if len(cu_seqlens) < 2:
         reasons.append("cu_seqlens needs two entries or more: 0 and the end of each sequence")
     if k.shape[0] != 1:
-        reasons.append(f"with cu_seqlens sequences lie behind each other in B = 1, got B={k.shape[0]}")
+        reasons.append(f"cu_seqlens packs sequences one after the other in B = 1, got B={k.shape[0]}")
     if cu_seqlens.device != k.device:
         reasons.append(f"cu_seqlens is on {cu_seqlens.device}, k on {k.device}")
     elif not reasons and readable(cu_seqlens):

@@ -62,7 +62,7 @@ register_triton("ada_norm_backward", modulation.triton_launcher("backward"))
 
 
 class _AdaNorm(torch.autograd.Function):
-    """The norm with its gradient. Not register_autograd, whose calls take twice as long: small models feel it."""
+    """The norm with its gradient. Not register_autograd: its calls take twice as long, which shows in small models."""
 
     @staticmethod
     def forward(
@@ -90,9 +90,9 @@ class _AdaNorm(torch.autograd.Function):
                 return None, dx, *of_inputs, None, None
             if direct(grad, x, scale, weight, bias):
                 likes = None, shift, *map(plans.like, (scale, weight, bias), needs[2:])
-                found = plans.gradients(ctx.plan, grad, None, (x, None, None, scale, weight, bias), rstd, likes)
-                if found is not None:
-                    return None, found[0], *found[3:], None, None
+                grads = plans.gradients(ctx.plan, grad, None, (x, None, None, scale, weight, bias), rstd, likes)
+                if grads is not None:
+                    return None, grads[0], *grads[3:], None, None
         rows, _, _, scale_rows = plans.forms(x, None, plans.stand_in(ctx.shift, x), scale)
         mean, rstd = modulation.statistics(rows, ctx.eps, ctx.rms)
         dx, sums = _backward(grad.reshape(rows.shape), rows, scale_rows, weight, mean, rstd)
@@ -101,7 +101,7 @@ class _AdaNorm(torch.autograd.Function):
 
 
 def _checked(x: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float) -> tuple[Any, ...]:
-    """Return x, shift and scale in the kernels' form. Raises if an argument is wrong."""
+    """Return x, shift and scale in the kernels' form. Raise if an argument is wrong."""
     modulation.check_eps(eps)
     rows = x
     if not modulation.settled(x, shift, scale):
@@ -139,9 +139,9 @@ def ada_layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """LayerNorm over the last dimension, modulated: (norm(x)·weight + bias)·(1 + scale) + shift.
+    """Apply modulated LayerNorm over the last dimension: (norm(x)·weight + bias)·(1 + scale) + shift.
 
-    For the backward pass only the inputs and two numbers a row are kept. The sums over rows behind the gradients of
+    Only the inputs and two numbers per row are kept for the backward pass. The sums over rows behind the gradients of
     shift, scale, weight and bias are taken in a fixed order, so they repeat bit for bit.
 
     Args:
@@ -155,7 +155,8 @@ def ada_layer_norm(
         x's shape and dtype, contiguous.
 
     Raises:
-        TypeError: an argument isn't a floating tensor. ValueError: a shape or device doesn't fit x's; eps is negative.
+        TypeError: an argument isn't a floating tensor.
+        ValueError: a shape or device doesn't fit x's; eps is negative.
 
     Source: Ba et al. 2016 (LayerNorm); Peebles and Xie 2023, section 3.2 (AdaLN).
     """
@@ -170,7 +171,7 @@ def ada_rms_norm(
     weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """RMSNorm over the last dimension, modulated: x / rms(x)·weight·(1 + scale) + shift.
+    """Apply modulated RMSNorm over the last dimension: x / rms(x)·weight·(1 + scale) + shift.
 
     Args, Returns, Raises: as for `ada_layer_norm`, with eps added to the mean square.
 

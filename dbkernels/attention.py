@@ -1,4 +1,4 @@
-"""attention: plain full or causal attention by whichever library is fastest here, measured once a kind of input."""
+"""attention: plain full or causal attention by the library that is fastest here, measured once per kind of input."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def _installed(library: str) -> bool:
 
 
 def _candidates(q: Tensor, k: Tensor) -> dict[str, Attend]:
-    found: dict[str, Attend] = {"sdpa": _sdpa}
+    candidates: dict[str, Attend] = {"sdpa": _sdpa}
     half = q.dtype in (torch.float16, torch.bfloat16)
     if half and q.shape[1] == k.shape[1] and _installed("xformers"):
-        found["xformers"] = _xformers
-    return found
+        candidates["xformers"] = _xformers
+    return candidates
 
 
 def _candidate(
     attend: Attend, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, train: bool
 ) -> Candidate:
-    """Forward and, in training, backward."""
+    """Return a call that runs the forward and, in training, the backward pass."""
     leaves: Any = [t.detach().requires_grad_(train) for t in (q, k, v)]
 
     def call() -> tuple[Tensor, ...]:
@@ -62,29 +62,31 @@ _chosen: dict[tuple[object, ...], Choice] = {}
 
 
 def _kind(q: Tensor, k: Tensor, causal: bool, train: bool) -> tuple[object, ...]:
-    """What a timing holds for: lengths and batches to within a factor of two."""
+    """Return the key that a timing holds for: lengths and batches to within a factor of two."""
     sizes = (q.shape[0] * q.shape[1], q.shape[2], k.shape[2])
     return q.device, q.dtype, q.shape[3], q.shape[1] == k.shape[1], causal, train, *(n.bit_length() for n in sizes)
 
 
 def attention_choice(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> Choice:
-    """Which library `attention` takes for such input, and why. On a GPU the first call of a kind times them.
+    """Return which library `attention` takes for such input, and why.
+
+    On a GPU the first call with a new kind of input times them.
 
     Args, Raises: as for `attention`.
 
     Returns:
-        Choice: name ("sdpa" or "xformers"), reason, milliseconds of each that was timed.
+        Choice: name ("sdpa" or "xformers"), reason, milliseconds per timed library.
     """
     _check(q, k, v, causal, scale)
-    found = _candidates(q, k) if q.device.type == "cuda" else {"sdpa": _sdpa}
-    if len(found) == 1:
+    libraries = _candidates(q, k) if q.device.type == "cuda" else {"sdpa": _sdpa}
+    if len(libraries) == 1:
         return Choice("sdpa", f"no other library serves {q.dtype} with these heads on {q.device.type}")
     if untimed():
         return Choice("sdpa", "nothing can be timed within torch.compile or a CUDA graph")
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     kind = _kind(q, k, causal, train)
     if kind not in _chosen:
-        choice = fastest({name: _candidate(way, q, k, v, causal, scale, train) for name, way in found.items()})
+        choice = fastest({name: _candidate(way, q, k, v, causal, scale, train) for name, way in libraries.items()})
         if not choice.milliseconds:
             return choice
         _chosen[kind] = choice
@@ -92,22 +94,28 @@ def attention_choice(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, s
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None) -> Tensor:
-    """softmax(q·k·scale)·v, full or causal, by PyTorch's scaled_dot_product_attention or by xformers, whichever is
-    faster for such input here; `attention_choice` says which.
+    """Compute softmax(q·k·scale)·v, full or causal.
+
+    Runs PyTorch's scaled_dot_product_attention or xformers, whichever is faster for such input here
+    (`attention_choice` returns which).
 
     Args:
         q: (B, H, N, D); k, v: (B, H_kv, M, D), H a multiple of H_kv, N = M if causal. float16, bfloat16, float32 or
             float64.
-        causal: query i sees keys up to i. scale: of the scores, positive; 1/sqrt(D) by default.
+        causal: query i attends to keys up to i. scale: of the scores, positive; 1/sqrt(D) by default.
 
     Returns:
         (B, H, N, D) of q's dtype.
 
     Raises:
-        TypeError: an argument isn't a floating tensor. ValueError: shapes, dtypes or scale don't fit.
+        TypeError: an argument isn't a floating tensor.
+        ValueError: shapes, dtypes or scale don't fit.
 
     Source: Vaswani et al. 2017.
     """
+    _check(q, k, v, causal, scale)
+    if q.device.type == "cpu":  # nothing to choose from
+        return _sdpa(q, k, v, causal, scale)
     name = attention_choice(q, k, v, causal=causal, scale=scale).name
     return {"sdpa": _sdpa, "xformers": _xformers}[name](q, k, v, causal, scale)
 
@@ -121,7 +129,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q of shape {tuple(q.shape)} doesn't fit k of shape {tuple(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v has shape {tuple(v.shape)}, k {tuple(k.shape)}: they must be alike but for D")
+        raise ValueError(f"v has shape {tuple(v.shape)}, k {tuple(k.shape)}: they may differ in D alone")
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"causal attention needs as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
     if scale is not None and not 0.0 < scale < math.inf:  # a masked score times 0 or less isn't masked any more

@@ -1,4 +1,4 @@
-"""cross_entropy_rows: losses of rows of logits, and their gradient written where the logits were or beside them; and
+"""cross_entropy_rows: losses of rows of logits, and their gradient, in the logits' place or beside them; and
 cross_entropy_columns: the gradient of some columns, once the losses are known.
 
 The definitions first, then the ops. The kernels are csrc/cpu/cross_entropy_rows.cpp and
@@ -7,7 +7,6 @@ dbkernels/triton/cross_entropy_rows.py.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 
 import torch
@@ -16,15 +15,14 @@ from torch import Tensor
 from dbkernels._direct import direct
 from dbkernels._library import define, register_triton
 
-TRITON = importlib.util.find_spec("triton") is not None
-
 
 def cross_entropy_rows_definition(
     logits: Tensor, target: Tensor, factor: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """Losses (R,) of logits (R, V), which are overwritten. target: (R,) int64; -1 for a loss of 0, and what else isn't
-    in [0, V) gives NaN. With `factor` (R,), factor·(p - onehot) goes to `out`, of any dtype, which may be the first
-    part of each row of the logits, or to the logits' place.
+    """Return the losses (R,) of logits (R, V), which are overwritten.
+
+    target: (R,) int64; -1 gives a loss of 0, others outside [0, V) give NaN. With `factor` (R,), factor·(p - onehot)
+    goes to `out`, of any dtype, which may be the first part of each row of the logits, or to the logits' place.
 
     With rest = Σ exp(l_k - m) over k other than the target, the loss is log1p(rest + expm1(l_y - m)) - (l_y - m) and
     p_y - 1 is -rest / (rest + exp(l_y - m)): neither cancels where the target is nearly certain.
@@ -54,8 +52,8 @@ def cross_entropy_columns_definition(
     p = exp((l - l_y) - loss), and p_y - 1 = expm1(-loss), which doesn't cancel where the target is nearly certain.
     """
     place = (target - first).unsqueeze(1)
-    mine = torch.arange(logits.shape[1], device=logits.device) == place
-    slope = torch.where(mine, torch.expm1(-loss).unsqueeze(1), torch.exp((logits - at) - loss.unsqueeze(1)))
+    is_target = torch.arange(logits.shape[1], device=logits.device) == place
+    slope = torch.where(is_target, torch.expm1(-loss).unsqueeze(1), torch.exp((logits - at) - loss.unsqueeze(1)))
     out.copy_(torch.where((target == -1).unsqueeze(1), 0, slope * factor.unsqueeze(1)).to(out.dtype))
 
 
@@ -90,7 +88,7 @@ register_triton("cross_entropy_columns", _triton_columns)
 
 def cross_entropy_rows(logits: Tensor, target: Tensor, factor: Tensor | None, out: Tensor | None) -> Tensor:
     """Call the op's kernel."""
-    if TRITON and direct(logits):
+    if direct(logits):
         return _triton_rows(logits, target, factor, out)
     return torch.ops.dbkernels.cross_entropy_rows.default(logits, target, factor, out)
 
@@ -99,7 +97,7 @@ def cross_entropy_columns(
     logits: Tensor, target: Tensor, at: Tensor, loss: Tensor, factor: Tensor, first: int, out: Tensor
 ) -> None:
     """Call the op's kernel."""
-    if TRITON and direct(logits):
+    if direct(logits):
         _triton_columns(logits, target, at, loss, factor, first, out)
     else:
         torch.ops.dbkernels.cross_entropy_columns.default(logits, target, at, loss, factor, first, out)

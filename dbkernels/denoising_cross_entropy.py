@@ -30,7 +30,7 @@ NOTHING = [False] * len(GRADIENTS)
 
 
 def logits_reference(head: Head) -> Tensor:
-    """The definition of the logits, (R, V) in the sums' dtype, differentiable."""
+    """Compute the logits by the definition, (R, V) in the sums' dtype, differentiable."""
     dtype = compute_dtype(head.h.dtype)
     x = head.h.to(dtype)
     if head.c_out is not None:
@@ -54,7 +54,7 @@ def logits_reference(head: Head) -> Tensor:
 
 
 def _row_losses(logits: Tensor, target: Tensor) -> Tensor:
-    """The definition of the rows' losses: 0 where the target is -1, NaN where it is less."""
+    """Compute the rows' losses by the definition: 0 where the target is -1, NaN where it is less."""
     loss = torch.nn.functional.cross_entropy(logits, target.clamp(min=-1), ignore_index=-1, reduction="none")
     return loss * torch.where(target < -1, math.nan, 1)
 
@@ -69,8 +69,8 @@ def _definition(*arguments: Any) -> list[Tensor]:
     with torch.enable_grad():
         logits = logits_reference(head._replace(**leaves))
         loss = _row_losses(logits, target)
-    found = torch.autograd.grad(loss, list(leaves.values()), factor) if leaves else ()
-    grads = {name: g.to(chunks.kept_dtype(g.dtype)).contiguous() for name, g in zip(leaves, found, strict=True)}
+    computed = torch.autograd.grad(loss, list(leaves.values()), factor) if leaves else ()
+    grads = {name: g.to(chunks.kept_dtype(g.dtype)).contiguous() for name, g in zip(leaves, computed, strict=True)}
     return [loss.detach(), *(grads.get(name, loss.new_empty(0)) for name in GRADIENTS)]
 
 
@@ -112,7 +112,7 @@ for _key in ("CPU", "CUDA"):
 
 
 def _call(head: Head, target: Tensor, factor: Maybe, wants: list[bool]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Call the op: past the dispatcher where nothing but its CUDA kernel could answer."""
+    """Call the op: past the dispatcher where only its CUDA kernel can serve."""
     if direct(head.h, *head[1:10]):
         return _find(head, target, factor, wants)
     loss, *grads = torch.ops.dbkernels.denoising_cross_entropy.default(*head, target, factor, wants)
@@ -120,8 +120,8 @@ def _call(head: Head, target: Tensor, factor: Maybe, wants: list[bool]) -> tuple
 
 
 class _RowLosses(torch.autograd.Function):
-    """Losses of the rows. With `factor`, what the loss of each row will be multiplied by on the way to a scalar, the
-    gradients are found with them; without, by a second pass once the upstream gradient is known."""
+    """Losses of the rows. With `factor`, each row's weight in the scalar loss, the gradients are computed with them;
+    without, by a second pass once the upstream gradient is known."""
 
     @staticmethod
     def forward(ctx: Any, factor: Maybe, target: Tensor, *fields: Any) -> Tensor:
@@ -144,12 +144,12 @@ class _RowLosses(torch.autograd.Function):
         else:
             target, *tensors = ctx.saved_tensors
             _, grads = _call(Head(*tensors, *ctx.options), target, upstream.contiguous(), ctx.wants)
-        found: list[Maybe] = [None] * (2 + len(Head._fields))
+        results: list[Maybe] = [None] * (2 + len(Head._fields))
         for name, place in zip(GRADIENTS, PLACES, strict=True):
             if name in grads:
                 grad, dtype = grads[name], ctx.dtypes[place]
-                found[2 + place] = grad if grad.dtype == dtype else grad.to(dtype)
-        return tuple(found)
+                results[2 + place] = grad if grad.dtype == dtype else grad.to(dtype)
+        return tuple(results)
 
 
 def denoising_cross_entropy(
@@ -169,11 +169,11 @@ def denoising_cross_entropy(
     softcap: float | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy of a vocabulary head on a denoised state, D = c_skip·z + c_out·h, a chunk of rows at a time.
+    """Compute the cross-entropy of a vocabulary head on a denoised state, D = c_skip·z + c_out·h.
 
     logits = logit_scale·D @ weight.T + bias, capped by softcap·tanh(·/softcap), plus the posterior readout's
-    (z·E_k − |E_k|²/2)/sigma². With a head tied to unit embeddings the readout is c_skip = 1/sigma². Never more than a
-    chunk of logits is in memory; gradients are found with the loss, the head's summed in float32, and repeat.
+    (z·E_k − |E_k|²/2)/sigma². With a head tied to unit embeddings the readout is c_skip = 1/sigma². Only one
+    chunk of rows' logits is in memory; gradients are computed with the loss, the head's summed in float32, and repeat.
 
     Args:
         h: (..., d), the network's output; float16, bfloat16, float32 or float64. Arithmetic between products is float32
@@ -184,16 +184,17 @@ def denoising_cross_entropy(
         bias: (V,). logit_scale: a 0-dim tensor. normalize: bring D to unit length first.
         posterior: (z, table, sigma) of the readout with a table of its own: z (..., e), table (V, e), sigma (...).
             Only z is differentiable.
-        row_weight: (...), what each row's loss is multiplied by, not differentiable.
+        row_weight: (...), the factor of each row's loss, not differentiable.
         reduction: "mean" over the rows that aren't ignored, "sum", or "none", (...), which computes the logits twice.
 
     Returns:
         float32 (float64 for float64), () or target's shape, in nats. Ignored rows are 0; a mean of no others is NaN.
 
     Raises:
-        TypeError: an argument isn't a tensor of the right kind. ValueError: shapes, devices or dtypes don't fit; z
-            without c_skip; reduction is unknown; softcap isn't positive; on the CPU, outside torch.compile, a target is
-            outside [0, V): elsewhere its loss is NaN. RuntimeError: a gradient is to be differentiated again.
+        TypeError: an argument isn't a tensor of the right kind.
+        ValueError: shapes, devices or dtypes don't fit; z without c_skip; reduction is unknown; softcap isn't positive;
+            on the CPU, outside torch.compile, a target is outside [0, V): elsewhere its loss is NaN.
+        RuntimeError: a gradient is to be differentiated again.
 
     Source: Wijmans et al. 2024 (Cut Cross-Entropy), section 4; Karras et al. 2022, table 1; method.md, section 9.
     """

@@ -32,7 +32,7 @@ def gated_residual_norm_reference(
     eps: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The definition: h, rounded to x's dtype, and its norm; gate, shift and scale broadcast against x."""
+    """Return h, rounded to x's dtype, and its norm by the definition; gate, shift and scale broadcast against x."""
     dtype = compute_dtype(x.dtype)
     h = (x.to(dtype) + gate.to(dtype) * branch.to(dtype)).to(x.dtype)
     return h, modulation.definition(h, shift, scale, weight, bias, eps, rms)
@@ -124,9 +124,9 @@ class _GatedResidualNorm(torch.autograd.Function):
             if direct(grad, grad_h, h, branch, gate, scale, weight, bias):
                 likes = plans.like(gate, needs[2]), shift, *map(plans.like, (scale, weight, bias), needs[4:])
                 saved = h, branch, gate, scale, weight, bias
-                found = plans.gradients(ctx.plan, grad, grad_h, saved, rstd, likes)
-                if found is not None:
-                    return None, *found, None, None
+                grads = plans.gradients(ctx.plan, grad, grad_h, saved, rstd, likes)
+                if grads is not None:
+                    return None, *grads, None, None
         form = plans.forms(h, branch, gate, plans.stand_in(ctx.shift, h), scale)
         rows, branch_rows, gate_rows, _, scale_rows = form
         upstream = grad.reshape(rows.shape), None if grad_h is None else grad_h.reshape(rows.shape)
@@ -142,7 +142,7 @@ def _checked(
     x: Tensor, branch: Tensor, gate: Tensor, shift: Maybe, scale: Maybe, weight: Maybe, bias: Maybe, eps: float,
     norm: str,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """Return x, branch, gate, shift and scale in the kernels' form. Raises if an argument is wrong."""
+    """Return x, branch, gate, shift and scale in the kernels' form. Raise if an argument is wrong."""
     modulation.check_eps(eps)
     if norm not in NORMS or (norm == "rms" and bias is not None):
         raise ValueError(f'norm must be "layer", or "rms" without a bias, got {norm!r}')
@@ -172,10 +172,10 @@ def gated_residual_norm(
     eps: float = 1e-6,
     norm: str = "layer",
 ) -> tuple[Tensor, Tensor]:
-    """What a DiT block does between attention and MLP: h = x + gate·branch, and h normalised and modulated.
+    """Add a gated residual, h = x + gate·branch, and normalise and modulate h: a DiT block's step before the MLP.
 
-    For the backward pass h, branch, the modulation and two numbers a row are kept. Sums over rows are taken in a fixed
-    order, so gradients repeat bit for bit.
+    Only h, branch, the modulation and two numbers per row are kept for the backward pass. Sums over rows are taken in a
+    fixed order, so gradients repeat bit for bit.
 
     Args:
         x, branch: (..., D), D up to 16384; float16, bfloat16, float32 or float64. Arithmetic is
@@ -189,8 +189,8 @@ def gated_residual_norm(
         (h, out), both of x's shape and dtype, contiguous.
 
     Raises:
-        TypeError: an argument isn't a floating tensor. ValueError: a shape or device doesn't fit x's; eps is negative;
-            norm is unknown, or "rms" with a bias.
+        TypeError: an argument isn't a floating tensor.
+        ValueError: a shape or device doesn't fit x's; eps is negative; norm is unknown, or "rms" with a bias.
 
     Source: Peebles and Xie 2023, section 3.2 (AdaLN-Zero).
     """

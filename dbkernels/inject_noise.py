@@ -15,12 +15,10 @@ from torch import Tensor
 from dbkernels._address import Number, check_rounds
 from dbkernels._inject_noise import inject_noise_reference, noised, normals
 from dbkernels._levels import check_sigma
-from dbkernels.inject_noise_table import gather_rows, inject_noise_table_reference, noised_rows
+from dbkernels.inject_noise_table import inject_noise_table_reference, noised_rows
 from dbkernels.philox import ROUNDS, sizes_of
 
-__all__ = [
-    "gather_rows", "inject_noise", "inject_noise_reference", "inject_noise_table_reference", "philox_normal",
-]  # fmt: skip
+__all__ = ["inject_noise", "inject_noise_reference", "inject_noise_table_reference", "philox_normal"]
 
 Rows = tuple[Tensor, Tensor]
 
@@ -46,27 +44,25 @@ def inject_noise(
     offset: Number = 0,
     rounds: int = ROUNDS,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Noise a target: z = y + sigma·eps, eps ~ N(0, 1); with `sigma_data`, z is scaled by c_in as the network
-    wants it.
+    """Add noise to a target: z = y + sigma·eps, eps ~ N(0, 1); with `sigma_data`, z is scaled by the network's c_in.
 
-    eps is a function of (seed, offset, flat index in z) alone: the same on every device and for every memory
-    layout of y. It is never stored; the gradients with respect to y and sigma draw it again where they need
-    it.
+    eps is a function of (seed, offset, flat index in z) alone: the same on every device and for every memory layout of
+    y. It is never stored; sigma's gradient draws it again.
 
     Args:
         y: clean target, any shape, float16, bfloat16, float32 or float64. Arithmetic is float32 (float64 for
             float64). Or (indices, table), for y = table[indices] without storing it: indices int64 or int32 of any
             shape, table (K, d); the table gets the gradient, summed in the order of the indices. On the CPU an index
-            outside [0, K) raises; on a GPU, and within torch.compile, its row of z is NaN, since checking would stop
-            the device.
+            outside [0, K) raises; on a GPU, and within torch.compile, its row of z is NaN, since checking would
+            synchronise the device.
         sigma: noise std in y's units: a float, a 0-dim tensor, one per sample (B,) or one per token (B, N),
             broadcast over the trailing dimensions (which it may carry as ones); with a table, per index. The values
-            of a tensor aren't checked, as that would stop the device: a NaN or negative level shows in z.
+            of a tensor aren't checked, as that would synchronise the device: a NaN or negative level shows in z.
         sigma_data: the target's std in the same units. If given, z is multiplied by
             c_in = 1 / sqrt(sigma² + sigma_data²).
-        normalize: bring the table's rows to unit length, as torch.nn.functional.normalize does, and the gradient
+        normalize: scale the table's rows to unit length, as torch.nn.functional.normalize does, and the gradient
             through it. Off by default: a fixed codebook is normalised once.
-        return_c_noise: also return c_noise = ln(sigma)/4, what the network is told of the level.
+        return_c_noise: also return c_noise = ln(sigma)/4, the network's noise conditioning.
         seed: in [0, 2^64); offset: in [0, 2^32), for example the step. Draw anew by changing either. Either may be a
             0-dim tensor of integers on y's device, as for `philox_uniform`: a CUDA graph reads it anew in each replay.
         rounds: of Philox4x32: 10, or 7, the fewest that pass BigCrush (Salmon et al. 2011, table 2). Other noise, and
@@ -87,11 +83,13 @@ def inject_noise(
     """
     check_rounds(rounds)
     if isinstance(y, tuple):
-        z = noised_rows(y, sigma, sigma_data, normalize, seed, offset, rounds)
+        if len(y) != 2:
+            raise ValueError(f"y as rows of a table must be (indices, table), got {len(y)} items")
+        z = noised_rows(y, sigma, (sigma_data, normalize), seed, offset, rounds)
     elif normalize:
         raise ValueError("normalize=True needs y as (indices, table): normalise a target before noising it")
     else:
-        z = noised(y, sigma, sigma_data, seed, offset, rounds)
+        z = noised((y,), sigma, (sigma_data,), seed, offset, rounds)
     if not return_c_noise:
         return z
     level = check_sigma(sigma, "y", z, torch.float64 if z.dtype == torch.float64 else torch.float32)
@@ -106,7 +104,7 @@ def philox_normal(
     rounds: int = ROUNDS,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normals by address, float32: exactly the eps of `inject_noise` at the same (seed, offset, rounds).
+    """Draw standard normals by address, float32: the eps of `inject_noise` at the same (seed, offset, rounds).
 
     Args:
         shape: of the result; seed, offset, device: as for `philox_uniform`; rounds: as for `inject_noise`.

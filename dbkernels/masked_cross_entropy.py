@@ -1,6 +1,6 @@
-"""mask_tokens and masked_cross_entropy: masked diffusion's noise, and its loss for the masked places only.
+"""mask_tokens and masked_cross_entropy: masked diffusion's noise, and its loss at the masked positions only.
 
-Both are made of other ops: random numbers by address, and denoising_cross_entropy on the masked rows.
+Both are composed of other ops: random numbers by address, and denoising_cross_entropy on the masked rows.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ def mask_tokens(
 
     Args:
         tokens: (B, N) int64 or int32.
-        alpha: probability of keeping a token, in [0, 1]: a float, or one a sample, (B,). A tensor's values aren't
-            checked, as that would stop the device.
+        alpha: probability of keeping a token, in [0, 1]: a float, or one per sample, (B,). A tensor's values
+            aren't checked, as that would synchronise the device.
         seed: in [0, 2^64); offset: in [0, 2^32), for example the step; ints or 0-dim tensors, as for `philox_uniform`.
 
     Returns:
-        (tokens with masks, where they are): the latter bool, both (B, N).
+        (tokens, masked): the tokens with masks, and a bool tensor of the masked positions, both (B, N).
 
     Raises:
-        TypeError: tokens aren't integers, or alpha is neither a float nor a floating tensor. ValueError: a shape
-            doesn't fit; a float alpha, seed or offset is out of range.
+        TypeError: tokens aren't integers, or alpha is neither a float nor a floating tensor.
+        ValueError: a shape doesn't fit; a float alpha, seed or offset is out of range.
 
     Source: Shi et al. 2024 (MD4), eq. 1; Salmon et al. 2011 (Philox4x32-10).
     """
@@ -63,22 +63,23 @@ def masked_cross_entropy(
     reduction: str = "mean",
     **head: Any,
 ) -> Tensor:
-    """denoising_cross_entropy of the masked places; the others cost no product with the head.
+    """Compute denoising_cross_entropy at the masked positions; the others cost no product with the head.
 
-    Finding the masked places waits for the device once. Where that can't be, while a CUDA graph is captured, all places
-    go through the head, weighted by 0 where not masked.
+    Indexing the masked positions synchronises the device once. While a CUDA graph is captured, which can't, all
+    positions go through the head, weighted by 0 where not masked.
 
     Args:
         h: (..., d); weight: (V, d); target: (...), int64; masked: (...), bool.
-        row_weight: (...), for example -alpha'(t)/(1 - alpha(t)), each place its own.
-        reduction: "mean" over the masked places, "sum", or "none", (...), 0 where not masked.
+        row_weight: (...), for example -alpha'(t)/(1 - alpha(t)), one per position.
+        reduction: "mean" over the masked positions, "sum", or "none", (...), 0 where not masked.
         head: bias, logit_scale, softcap, normalize and ignore_index of `denoising_cross_entropy`.
 
     Returns:
-        float32 (float64 for float64), () or target's shape, in nats. Without masked places a mean is NaN.
+        float32 (float64 for float64), () or target's shape, in nats. Without masked positions a mean is NaN.
 
     Raises:
-        TypeError: masked isn't bool. ValueError: its shape isn't target's; and as `denoising_cross_entropy`.
+        TypeError: masked isn't bool.
+        ValueError: its shape isn't target's; and as `denoising_cross_entropy`.
 
     Source: Shi et al. 2024 (MD4), eq. 5.
     """
@@ -111,7 +112,7 @@ def masked_cross_entropy(
 def _of_all(
     h: Tensor, weight: Tensor, target: Tensor, masked: Tensor, row_weight: Tensor | None, reduction: str, head: Any
 ) -> Tensor:
-    """The same with all rows, those that aren't masked ignored. Their h is 0: what isn't finite would spread."""
+    """Compute the same with all rows, ignoring those that aren't masked. Their h is set to 0: NaN would spread."""
     ignored = head.get("ignore_index", -100)
     return denoising_cross_entropy(
         torch.where(masked.unsqueeze(-1), h, 0),

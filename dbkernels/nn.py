@@ -1,4 +1,4 @@
-"""The ops as modules. Their state_dict keys are those of the PyTorch modules they stand for."""
+"""The ops as modules, with the state_dict keys of the PyTorch modules that they replace."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from dbkernels.gated_residual_norm import gated_residual_norm
 
 
 class AdaLayerNorm(nn.Module):
-    """`ada_layer_norm` with weights of its own, if any; without shift and scale a drop-in for nn.LayerNorm(dim).
+    """`ada_layer_norm` as a module; without shift and scale a drop-in replacement for nn.LayerNorm(dim).
 
-    affine: learn `weight` (and `bias` if asked), both (dim,). Raises: ValueError if dim < 1 or eps is negative.
+    Args:
+        dim: width of the last dimension. eps: added to the variance.
+        affine: learn `weight` and, with bias, `bias`, both (dim,).
+
+    Raises:
+        ValueError: dim < 1 or eps is negative.
     """
 
     def __init__(
@@ -33,7 +38,7 @@ class AdaLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if affine and bias else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        """x: (..., dim); shift, scale: per sample or per token -> x's shape and dtype."""
+        """Normalise x, (..., dim), with shift and scale per sample or per token. Return x's shape and dtype."""
         return ada_layer_norm(x, shift, scale, weight=self.weight, bias=self.bias, eps=self.eps)
 
     def extra_repr(self) -> str:
@@ -41,9 +46,14 @@ class AdaLayerNorm(nn.Module):
 
 
 class AdaRMSNorm(nn.Module):
-    """`ada_rms_norm` with a weight of its own, if any; without shift and scale a drop-in for nn.RMSNorm(dim).
+    """`ada_rms_norm` as a module; without shift and scale a drop-in replacement for nn.RMSNorm(dim).
 
-    affine: learn `weight`, (dim,). Raises: ValueError if dim < 1 or eps is negative.
+    Args:
+        dim: width of the last dimension. eps: added to the mean square.
+        affine: learn `weight`, (dim,).
+
+    Raises:
+        ValueError: dim < 1 or eps is negative.
     """
 
     def __init__(
@@ -61,7 +71,7 @@ class AdaRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype)) if affine else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-        """x: (..., dim); shift, scale: per sample or per token -> x's shape and dtype."""
+        """Normalise x, (..., dim), with shift and scale per sample or per token. Return x's shape and dtype."""
         return ada_rms_norm(x, shift, scale, weight=self.weight, eps=self.eps)
 
     def extra_repr(self) -> str:
@@ -69,10 +79,15 @@ class AdaRMSNorm(nn.Module):
 
 
 class GatedResidualNorm(nn.Module):
-    """`gated_residual_norm` with weights of its own, if any: what a DiT block does between attention and MLP.
+    """`gated_residual_norm` as a module: the step between attention and MLP in a DiT block.
 
-    norm: "layer" or "rms". affine: learn `weight` (and `bias` with "layer"), (dim,).
-    Raises: ValueError if dim < 1, eps is negative or norm is unknown.
+    Args:
+        dim: width of the last dimension. eps: added to the variance (the mean square for "rms").
+        norm: "layer" or "rms".
+        affine: learn `weight` (and `bias` with "layer"), (dim,).
+
+    Raises:
+        ValueError: dim < 1, eps is negative or norm is unknown.
     """
 
     def __init__(
@@ -95,7 +110,7 @@ class GatedResidualNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if with_bias else None
 
     def forward(self, x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """x, branch: (..., dim); gate, shift, scale: per sample or per token -> x + gate·branch, and its norm."""
+        """Return x + gate·branch, (..., dim), and its norm; gate, shift and scale are per sample or per token."""
         return gated_residual_norm(
             x, branch, gate, shift, scale, weight=self.weight, bias=self.bias, eps=self.eps, norm=self.norm
         )
@@ -105,9 +120,10 @@ class GatedResidualNorm(nn.Module):
 
 
 class EDMLoss(nn.Module):
-    """`edm_loss` with its sigma_data and reduction kept.
+    """`edm_loss` as a module, with a fixed sigma_data and reduction.
 
-    Raises: ValueError if sigma_data or reduction is out of range, at the first call.
+    Raises:
+        ValueError: at the first call, sigma_data or reduction is out of range.
     """
 
     def __init__(self, sigma_data: float = 0.5, reduction: str = "mean"):
@@ -115,7 +131,7 @@ class EDMLoss(nn.Module):
         self.sigma_data, self.reduction = sigma_data, reduction
 
     def forward(self, F: Tensor, z: Tensor, y: Tensor, sigma: float | Tensor, weight: float = 1.0) -> Tensor:
-        """F, z, y: (B, ...); sigma: (B,) -> `weight` times the loss, by `reduction`."""
+        """Return `weight` times the loss of F, z, y (B, ...) at noise levels sigma (B,), by `reduction`."""
         return edm_loss(F, z, y, sigma, sigma_data=self.sigma_data, reduction=self.reduction, weight=weight)
 
     def extra_repr(self) -> str:

@@ -1,7 +1,7 @@
 """Random numbers by address: Philox4x32 as plain PyTorch, the definition every kernel is tested against.
 
-A number is a function of (seed, offset, flat index) alone: no generator state, nothing to save, the same on
-every device, for any split of the work. Element i is word i % 4 of the block cipher at
+A number is a function of (seed, offset, flat index) alone: no generator state, nothing to save, the same on every
+device, for any split of the work. Element i is word i % 4 of the block cipher at
 
     counter = (i // 4 mod 2^32, i // 4 div 2^32, offset, stream)    key = (seed mod 2^32, seed div 2^32)
 
@@ -9,8 +9,7 @@ where stream is 0 for normals, 1 for uniforms and 2 for stochastic rounding, so 
 noise level to its noise. The cipher has ten rounds. Normals may be drawn with seven, the fewest that pass BigCrush
 (Salmon et al., table 2): other numbers, for fewer instructions.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (the generator); Box and Muller
-1958.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (the generator); Box and Muller 1958.
 """
 
 from __future__ import annotations
@@ -39,10 +38,9 @@ _LOW = 0xFFFFFFFF
 def philox_4x32(
     counter: Sequence[Tensor | int], key: tuple[Number, Number], rounds: int = ROUNDS
 ) -> tuple[Tensor, ...]:
-    """Philox4x32 of four counter words under a key of two; words are int64 in [0, 2^32), element by element.
+    """Compute Philox4x32 of four counter words under a key of two; words are int64 in [0, 2^32), element by element.
 
-    A 32 x 32-bit product overflows int64's sign but wraps to the same 64 bits, so shift and mask recover both
-    halves.
+    A 32 x 32-bit product overflows int64's sign but wraps to the same 64 bits, so shift and mask recover both halves.
     """
     c0, c1, c2, c3 = (torch.as_tensor(word) for word in counter)
     k0, k1 = key
@@ -54,8 +52,8 @@ def philox_4x32(
 
 
 def random_words(groups: Tensor, seed: Number, offset: Number, stream: int, rounds: int = ROUNDS) -> tuple[Tensor, ...]:
-    """The four 32-bit words of each group of four elements; `groups`: int64 group numbers (flat index //
-    4). The seed may be signed."""
+    """Return the four 32-bit words of each group of four elements. groups: int64, flat index // 4. The seed may be
+    signed."""
     # The zero is added to a tensor so that counter words made of constants live on the groups' device.
     zero = torch.zeros((), dtype=torch.int64, device=groups.device)
     counter = (groups & _LOW, groups >> 32 & _LOW, zero + offset & _LOW, zero + stream)
@@ -63,7 +61,7 @@ def random_words(groups: Tensor, seed: Number, offset: Number, stream: int, roun
 
 
 def box_muller(x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent normals from two random words: exact to float64, returned rounded to float32.
+    """Return two independent normals from two random words: exact to float64, rounded to float32.
 
     The radius takes all 32 bits, rounded to the float32 grid (so |eps| reaches 6.76); the angle takes 24,
     reduced to a quadrant in integers (so sin and cos are exact where they are zero).
@@ -92,7 +90,7 @@ def normal_reference(
     rounds: int = ROUNDS,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normals by address, float32: the definition of the eps that `inject_noise` adds."""
+    """Draw standard normals by address, float32: the definition of the eps that `inject_noise` adds."""
     numel = math.prod(shape)
     x0, x1, x2, x3 = random_words(_groups(numel, device), seed, offset, NORMAL_STREAM, rounds)
     lanes = box_muller(x0, x1) + box_muller(x2, x3)
@@ -102,7 +100,7 @@ def normal_reference(
 def uniform_reference(
     shape: Sequence[int], *, seed: Number, offset: Number = 0, device: torch.device | str | None = None
 ) -> Tensor:
-    """Uniforms in (0, 1) by address, float32: the definition of `philox_uniform`."""
+    """Draw uniforms in (0, 1) by address, float32: the definition of `philox_uniform`."""
     numel = math.prod(shape)
     words = random_words(_groups(numel, device), seed, offset, UNIFORM_STREAM)
     # 23 bits and a half fit float32 exactly, so no rounding can reach 0 or 1.
@@ -111,7 +109,7 @@ def uniform_reference(
 
 
 def round_stochastically(value: Tensor, first_group: int, *, seed: int, offset: int) -> Tensor:
-    """float32 to bfloat16, up or down with the probabilities that make the mean right.
+    """Round float32 to bfloat16, up or down with the probabilities that keep the mean.
 
     Element i takes bits 16·(i % 2) and up of word i // 2 % 4 of group first_group + i // 8: adding these 16 random bits
     below bfloat16's last place and cutting them off is exact.
@@ -142,9 +140,8 @@ def _triton_kernel(out: Tensor, seed: Number, offset: Number) -> None:
     launch(out, seed, offset)
 
 
-# An op and not a bare chain of them: torch.compile must neither bake the seed in nor rearrange integer
-# arithmetic (Inductor 2.13 miscompiles its 64-bit shifts on the CPU). It fills a tensor, because the dispatcher
-# picks the kernel by one.
+# An op and not a bare chain of them: torch.compile must neither bake the seed in nor rearrange integer arithmetic
+# (Inductor 2.13 miscompiles its 64-bit shifts on the CPU). It fills a tensor: the dispatcher picks the kernel by one.
 define("philox_uniform(Tensor(a!) out, SymInt seed, SymInt offset) -> ()", _fill, lambda out, seed, offset: None)
 register_triton("philox_uniform", _triton_kernel)
 define_at(
@@ -156,7 +153,7 @@ define_at(
 
 
 def sizes_of(shape: int | Sequence[int]) -> tuple[int, ...]:
-    """`shape` as a tuple. Raises: ValueError if a size is negative."""
+    """Return `shape` as a tuple. Raises: ValueError if a size is negative."""
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     if any(size < 0 for size in sizes):
         raise ValueError(f"shape={sizes} has a negative size: pass sizes of 0 or more")
@@ -166,13 +163,13 @@ def sizes_of(shape: int | Sequence[int]) -> tuple[int, ...]:
 def philox_uniform(
     shape: int | Sequence[int], *, seed: Number, offset: Number = 0, device: torch.device | str | None = None
 ) -> Tensor:
-    """Uniforms in the open interval (0, 1) by address: stateless, resumable, no host sync.
+    """Draw uniforms in the open interval (0, 1) by address: stateless, resumable, no host sync.
 
     Args:
         shape: of the result, an int or a sequence of ints.
         seed: in [0, 2^64); offset: in [0, 2^32), for example the step. Either may be a 0-dim tensor of integers on the
             result's device (the seed's 64 bits as a signed int): then a CUDA graph reads it anew in each replay, to the
-            same bits as the int. Its range isn't checked on a GPU, where that would wait; the low bits count.
+            same bits as the int. Its range isn't checked on a GPU, which that would synchronise; the low bits count.
         device: of the result; the numbers are the same on each.
 
     Returns:

@@ -1,4 +1,4 @@
-"""replace: put the ops in place of a model's own norms, in the instance at hand, where a trial proves them equal."""
+"""replace: swap a model's own norms for the ops, in the given instance, where a trial shows that they are equal."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 from dbkernels._drop_in import DropInLayerNorm, DropInRMSNorm
 from dbkernels._same_function import same_function
 
-LARGEST_EPS = 0.1  # a float attribute up to this may be what a norm adds under its root
+LARGEST_EPS = 0.1  # a float attribute up to this may be a norm's eps
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """One module that `replace` put in. name: where in the model; was, now: classes; op: what it runs on."""
+    """A module that `replace` swapped. name: its path in the model; was, now: the classes; op: that it calls."""
 
     name: str
     was: str
@@ -30,20 +30,21 @@ def replace(model: nn.Module, ops: Iterable[str] = ("ada_layer_norm", "ada_rms_n
     """Swap the matching modules of `model` for ours, in place; parameters stay the same objects under the same names.
 
     "ada_layer_norm" takes nn.LayerNorm over one dimension; "ada_rms_norm" takes nn.RMSNorm over one dimension and every
-    class named ...RMSNorm whose only state is a `weight` and whose forward takes one tensor. A swap is made only where
-    a trial proves it: the same values, dtype and gradients for activations from 1e-6 to 1e3, inputs of one to four
-    dimensions and every floating dtype that the module takes, in training and in evaluation. What differs (1 + weight,
-    eps outside the root, dropout), can't be tried, or has hooks, buffers or children is left as it is.
+    class named ...RMSNorm whose only state is a `weight` and whose forward takes one tensor. A swap requires a trial
+    to pass: the same values, dtype and gradients for activations from 1e-6 to 1e3, inputs of one to four
+    dimensions and every floating dtype that the module takes, in training and in evaluation. Modules that differ (1 +
+    weight, eps outside the root, dropout), can't be tried, or have hooks, buffers or children stay as they are.
 
     Args:
-        model: any module; ops: which ops to put in.
+        model: any module.
+        ops: which ops to put in.
 
     Returns:
-        What was changed, in the model's order.
+        The replacements, in the model's order.
 
     Raises:
-        TypeError: model isn't an nn.Module. ValueError: an op is unknown or nothing matched it; the model is then
-        unchanged.
+        TypeError: model isn't an nn.Module.
+        ValueError: an op is unknown or nothing matched it; the model is then unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -51,25 +52,25 @@ def replace(model: nn.Module, ops: Iterable[str] = ("ada_layer_norm", "ada_rms_n
     unknown = [name for name in names if name not in _RULES]
     if unknown or not names:
         raise ValueError(f"ops must name some of {', '.join(_RULES)}, got {names}")
-    found = {name: _proved_places(model, _RULES[name]) for name in names}
-    missing = [name for name, places in found.items() if not places]
+    proved = {name: _proved_places(model, _RULES[name]) for name in names}
+    missing = [name for name, places in proved.items() if not places]
     if missing:
         seen = sorted({type(m).__name__ for m in model.modules() if "norm" in type(m).__name__.lower()})
         raise ValueError(
             f"nothing in the model matches {', '.join(missing)}: its norms are {', '.join(seen) or 'none'}; "
             "leave the op out, or remove hooks from the norms first"
         )
-    return [_swap(model, path, ours, op) for op, places in found.items() for path, ours in places.items()]
+    return [_swap(model, path, ours, op) for op, places in proved.items() for path, ours in places.items()]
 
 
 def _proved_places(model: nn.Module, candidates: Callable[[nn.Module], list[nn.Module]]) -> dict[str, nn.Module]:
-    """Return ours for every place in the model where it is proved; a module in two places stays one module."""
-    made: dict[nn.Module, nn.Module | None] = {}
+    """Return the replacement by path where a trial passes; a module with two paths stays one module."""
+    replacements: dict[nn.Module, nn.Module | None] = {}
     places = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if module not in made:
-            made[module] = next((ours for ours in candidates(module) if same_function(module, ours)), None)
-        ours = made[module]
+        if module not in replacements:
+            replacements[module] = next((ours for ours in candidates(module) if same_function(module, ours)), None)
+        ours = replacements[module]
         if path and ours is not None:
             places[path] = ours
     return places
@@ -95,7 +96,7 @@ def _layer_norms(module: nn.Module) -> list[nn.Module]:
 
 
 def _rms_norms(module: nn.Module) -> list[nn.Module]:
-    """Return candidates, one for each number that may be the module's eps: each library has its own name for it."""
+    """Return candidates, one for each number that may be the module's eps: libraries name it differently."""
     if type(module) is nn.RMSNorm:
         if len(module.normalized_shape) != 1:
             return []

@@ -23,7 +23,7 @@ Maybe: TypeAlias = Tensor | None
 
 
 def softmax_embedding_reference(table: Tensor, z: Maybe, r: Maybe, *head: Any) -> Tensor:
-    """The definition: D = softmax(logits) @ table, or r·z + (1 - r)·D. head: Head's fields."""
+    """Return D = softmax(logits) @ table, or r·z + (1 - r)·D, by the definition. head: Head's fields."""
     dtype = compute_dtype(table.dtype)
     D = logits_reference(Head(*head)).softmax(-1).to(dtype) @ table.to(dtype)
     if z is not None and r is not None:
@@ -68,8 +68,9 @@ def softmax_embedding(
     posterior: tuple[Tensor, Tensor, Tensor] | None = None,
     step: tuple[Tensor, Tensor | float] | None = None,
 ) -> Tensor:
-    """The denoised estimate D = softmax(logits)·E of a vocabulary, and optionally the Euler step z' = r·z + (1 − r)·D,
-    a chunk of rows at a time, never all logits. Not differentiable.
+    """Compute the denoised estimate D = softmax(logits)·E, and optionally the Euler step z' = r·z + (1 − r)·D.
+
+    Only one chunk of rows' logits is in memory. Not differentiable.
 
     Args:
         h, weight, bias, logit_scale, softcap, posterior: as for `denoising_cross_entropy`, which is trained on the same
@@ -81,8 +82,8 @@ def softmax_embedding(
         (..., e), table's dtype: D, or z' with step.
 
     Raises:
-        TypeError: an argument isn't a tensor of the right kind. ValueError: shapes, devices or dtypes don't fit; an
-            input requires a gradient.
+        TypeError: an argument isn't a tensor of the right kind.
+        ValueError: shapes, devices or dtypes don't fit; an input requires a gradient.
 
     Source: Shing et al. 2026, section 4; method.md, section 4.
     """

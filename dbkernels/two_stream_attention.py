@@ -24,7 +24,7 @@ Four: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class TwoStreams(NamedTuple):
-    """What `two_stream_attention` returns with return_lse. Without clean queries, out and lse are None."""
+    """Result of `two_stream_attention` with return_lse. Without clean queries, out and lse are None."""
 
     out: Tensor | None
     out_noisy: Tensor
@@ -33,7 +33,7 @@ class TwoStreams(NamedTuple):
 
 
 def visible(length: int, group_size: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Who sees whom, each (N, N) bool, a row a query: clean to clean, noisy to clean, noisy to noisy."""
+    """Return the masks, each (N, N) bool, one row per query: clean to clean, noisy to clean, noisy to noisy."""
     place = torch.arange(length, device=device)
     group = place // group_size
     clean = place.unsqueeze(1) >= place
@@ -41,7 +41,7 @@ def visible(length: int, group_size: int, device: torch.device | str | None = No
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention under a mask, and the log-sum-exp of its scores, in the compute dtype."""
+    """Compute attention under a mask, and the log-sum-exp of its scores, in the compute dtype."""
     dtype = compute_dtype(q.dtype)
     ratio = q.shape[1] // k.shape[1]
     k, v = (t.to(dtype).repeat_interleave(ratio, 1) for t in (k, v))
@@ -55,7 +55,7 @@ def two_stream_attention_reference(
     q: Maybe, k: Tensor, v: Tensor, q_noisy: Tensor, k_noisy: Tensor, v_noisy: Tensor, group_size: int, scale: float,
     cu_seqlens: Maybe = None,
 ) -> Four:  # fmt: skip
-    """The definition, differentiable: (out, out_noisy, lse, lse_noisy), the first and third empty without q."""
+    """Return (out, out_noisy, lse, lse_noisy) by the definition, differentiable; out and lse are empty without q."""
     if cu_seqlens is not None:
         streams = q, k, v, q_noisy, k_noisy, v_noisy
         return _over_sequences(streams, group_size, scale, cu_seqlens)
@@ -150,7 +150,7 @@ register_triton("two_stream_attention_backward", _triton_backward)
 
 
 class _TwoStreamAttention(torch.autograd.Function):
-    """The op with its gradient. Last argument: the kind of input, if the call goes past the dispatcher."""
+    """The op with its gradient. Last argument: the kind of input, if the call bypasses the dispatcher."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Four:
@@ -183,7 +183,7 @@ class _TwoStreamAttention(torch.autograd.Function):
 
 
 def _run(given: Any, kind: Any) -> Four:
-    """The op: past the dispatcher, which takes longer than a small kernel, if the kind of input is known."""
+    """Run the op. A known kind of input bypasses the dispatcher, which takes longer than a small kernel."""
     if kind is None:
         return torch.ops.dbkernels.two_stream_attention.default(*given)
     return _triton_forward(*(*given, kind))
@@ -192,7 +192,8 @@ def _run(given: Any, kind: Any) -> Four:
 def _accept(given: Any) -> tuple[Any, float]:
     """Return the kind of input, None where the op must go through the dispatcher, and the scale.
 
-    Raises: as `check_arguments`, which looks at each kind once on a GPU.
+    Raises:
+        TypeError, ValueError: as `check_arguments`, which runs once per kind on a GPU.
     """
     q, k, *others, _, _, cu_seqlens = given
     if not isinstance(k, Tensor) or not direct(k, q, *others, cu_seqlens):
@@ -217,21 +218,22 @@ def two_stream_attention(
     cu_seqlens: Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor | None, Tensor] | TwoStreams:
-    """Attention of the clean and the noisy copy of a sequence: clean token i sees clean tokens up to i; noisy token i,
-    of group g = i // group_size, sees the clean tokens of the groups before g and the noisy tokens of g.
+    """Attend within the clean and the noisy copy of a sequence.
 
-    Memory grows as N, work as N² + N·group_size: what no token sees is never computed, and no mask is ever stored. On a
-    GPU the first call of a kind times several paths (`two_stream_choice`), for which it needs a second set of outputs.
+    Clean token i attends to clean tokens up to i; noisy token i, of group g = i // group_size, attends to the clean
+    tokens of the groups before g and to the noisy tokens of g. Memory grows as N, work as N² + N·group_size: masked
+    scores are never computed, and no mask is stored. On a GPU the first call with a new kind of input times several
+    paths (`two_stream_choice`), for which it needs a second set of outputs.
 
     Args:
-        q: clean queries (B, H, N, D), or None where the last layer of a block needs none: only noisy tokens attend.
+        q: clean queries (B, H, N, D), or None in the last layer of a block, which needs none: only noisy tokens attend.
         k, v: clean keys and values, (B, H_kv, N, D) with H a multiple of H_kv (grouped-query heads).
         q_noisy, k_noisy, v_noisy: the noisy stream's, shaped as the clean ones. float16, bfloat16, float32 or (except
             on GPUs) float64; D 32, 64, 80, 96, 128 or 256 on GPUs, any on CPUs. Any strides; no copy on GPUs where the
             last one is 1. Sums are float32 (float64 for float64). Autocast casts as for PyTorch's attention.
         group_size: tokens denoised together, 1 to N. A last group may be shorter.
         scale: of the scores, positive; 1/sqrt(D) by default.
-        cu_seqlens: (S + 1,) int32, for sequences of any lengths behind each other in tensors of B = 1: sequence s is
+        cu_seqlens: (S + 1,) int32, for sequences of any lengths one after the other in tensors of B = 1: sequence s is
             tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1, from 0 to N. Values are checked on the CPU only.
         return_lse: also return the log-sum-exp of each row's scores, in nats, not differentiable.
 
@@ -240,8 +242,9 @@ def two_stream_attention(
         out is None without q. With return_lse, (out, out_noisy, lse, lse_noisy), the latter (B, H, N) float32.
 
     Raises:
-        TypeError: an argument isn't a floating tensor or a number. ValueError: every reason for which dtypes, shapes
-            or options aren't supported, in one message. RuntimeError, in backward: a second derivative is asked for.
+        TypeError: an argument isn't a floating tensor or a number.
+        ValueError: dtypes, shapes or options aren't supported; lists every reason.
+        RuntimeError: in backward, a second derivative is requested.
 
     Source: Arriola et al. 2025 (Block Diffusion), section 5; Dao 2023 (FlashAttention-2).
     """

@@ -1,8 +1,7 @@
-"""two_stream_choice: which kernels two_stream_attention takes for an input, and why."""
+"""two_stream_choice: report which kernels two_stream_attention takes for an input, and why."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +10,12 @@ from torch import Tensor
 from dbkernels._autocast import autocast
 from dbkernels._fastest import Choice
 from dbkernels._levels import as_defined
-from dbkernels._library import kernels
+from dbkernels._library import HAS_TRITON, kernels
 from dbkernels._two_stream import check_arguments
 
 
 class TwoStreamChoice(NamedTuple):
-    """What `two_stream_choice` returns, for the forward and the backward pass."""
+    """Result of `two_stream_choice`: the choices for the forward and the backward pass."""
 
     forward: Choice
     backward: Choice
@@ -36,21 +35,21 @@ def two_stream_choice(
 ) -> TwoStreamChoice:
     """Return which kernels `two_stream_attention` takes for such input, and why.
 
-    On a GPU the first call of a kind compares and times them: Triton's for everything; cuDNN's causal attention for the
-    clean stream; for groups of one, cuDNN's for what noisy tokens see of the clean stream as well. A timing holds for
-    lengths and batches to within a factor of two. cuDNN's gradients differ from run to run in their last bits:
+    On a GPU the first call with a new kind of input compares and times them: Triton's for everything; cuDNN's causal
+    attention for the clean stream; for groups of one, cuDNN's for the noisy queries' clean keys as well. A timing holds
+    for lengths and batches to within a factor of two. cuDNN's gradients differ from run to run in their last bits:
     `torch.use_deterministic_algorithms(True)` leaves them out, `torch.backends.cuda.enable_cudnn_sdp(False)` cuDNN.
 
     Args, Raises: as for `two_stream_attention`.
 
     Returns:
-        TwoStreamChoice(forward, backward), each a Choice(name, reason, milliseconds of each that was timed).
+        TwoStreamChoice(forward, backward), each a Choice(name, reason, milliseconds per timed path).
     """
     streams: Any = [autocast(t) for t in (q, k, v, q_noisy, k_noisy, v_noisy)]
     options: Any = group_size, scale, cu_seqlens
     number = check_arguments(*streams, *options)
     device = k.device.type
-    if device != "cuda" or as_defined() or not importlib.util.find_spec("triton") or not k.numel():
+    if device != "cuda" or as_defined() or not HAS_TRITON or not k.numel():
         label = (
             "reference (PyTorch)" if as_defined() else kernels()["two_stream_attention"].get(device.upper(), "PyTorch")
         )

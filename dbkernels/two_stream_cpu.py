@@ -24,33 +24,33 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def _rows(*tensors: Maybe) -> list[Any]:
-    """The tensors, copied where a row's elements aren't adjacent: the flash kernels read them as if they were."""
+    """Return the tensors, copied where a row's elements aren't adjacent: the flash kernels assume that they are."""
     return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
 def merged(out: Tensor, lse: Tensor, more: Tensor, lse_more: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys, from the output and the log-sum-exp of each."""
+    """Merge attention over two sets of keys, from the output and the log-sum-exp of each."""
     both = torch.logaddexp(lse, lse_more)
     share = torch.exp(lse_more - both).unsqueeze(-1)
     return torch.lerp(out.to(share.dtype), more.to(share.dtype), share), both
 
 
 def chunks(length: int, group_size: int) -> list[slice]:
-    """The noisy stream cut into runs of whole groups."""
+    """Cut the noisy stream into runs of whole groups."""
     step = max(1, CHUNK // group_size) * group_size
     return [slice(at, min(at + step, length)) for at in range(0, length, step)]
 
 
 @functools.lru_cache(maxsize=8)
 def _mask(size: int, group_size: int, dtype: torch.dtype) -> Tensor:
-    """What a chunk's tokens see of its own clean keys and, behind them, of its own noisy ones, to add to the scores."""
+    """Return a chunk's additive mask over its own clean keys and, behind them, its own noisy ones: (size, 2·size)."""
     group = torch.arange(size) // group_size
     seen = torch.cat([group.unsqueeze(1) > group, group.unsqueeze(1) == group], 1)
     return torch.zeros(size, 2 * size, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
 def _near(clean: Tensor, own: Tensor, rows: slice, group_size: int) -> Tensor:
-    """Keys or values of a chunk by both streams; by the noisy one alone where the chunk is one group."""
+    """Return keys or values of a chunk from both streams; from the noisy one alone where the chunk is one group."""
     if rows.stop - rows.start <= group_size:
         return own[:, :, rows]
     return torch.cat([clean[:, :, rows], own[:, :, rows]], 2)
@@ -67,7 +67,7 @@ def _self_scores(q: Tensor, own_k: Tensor, scale: float) -> Tensor:
 
 
 def _single_forward(out: Tensor, lse: Tensor, q: Tensor, keys: Sequence[Tensor], scale: float) -> None:
-    """Groups of one: a token sees itself, then the clean tokens before it by causal attention, one place apart."""
+    """Attend in groups of one: to the token itself and, by causal attention shifted by one, to earlier clean ones."""
     k, v, own_k, own_v = keys
     out[:, :, :1], lse[:] = own_v[:, :, :1], _self_scores(q, own_k, scale)
     if q.shape[2] > 1:
@@ -78,7 +78,7 @@ def _single_forward(out: Tensor, lse: Tensor, q: Tensor, keys: Sequence[Tensor],
 def _grouped_forward(
     out: Tensor, lse: Tensor, q: Tensor, keys: Sequence[Tensor], group_size: int, scale: float
 ) -> None:
-    """Groups of several: a chunk sees all clean chunks before it, and of itself what the mask leaves."""
+    """Attend in larger groups: a chunk to all clean chunks before it and, under a mask, to itself."""
     k, v, own_k, own_v = keys
     for rows in chunks(q.shape[2], group_size):
         near_k, near_v = _near(k, own_k, rows, group_size), _near(v, own_v, rows, group_size)
@@ -127,10 +127,10 @@ def _grouped_backward(
     for rows in chunks(q.shape[2], group_size):
         size, before = rows.stop - rows.start, slice(0, rows.start)
         near = _near(k, own_k, rows, group_size), _near(v, own_v, rows, group_size)
-        mine = grad[:, :, rows], q[:, :, rows]
+        chunk = grad[:, :, rows], q[:, :, rows]
         known = out[:, :, rows], lse[:, :, rows], 0.0, False
         mask = _mask_of(rows, group_size, k.dtype)
-        part_q, part_k, part_v = _flash_backward(*mine, *near, *known, attn_mask=mask, scale=scale)
+        part_q, part_k, part_v = _flash_backward(*chunk, *near, *known, attn_mask=mask, scale=scale)
         dq[:, :, rows] += part_q
         d_own_k[:, :, rows] += part_k[:, :, -size:]
         d_own_v[:, :, rows] += part_v[:, :, -size:]
@@ -139,20 +139,20 @@ def _grouped_backward(
             dv[:, :, rows] += part_v[:, :, :size]
         if rows.start:
             far = k[:, :, before], v[:, :, before]
-            part_q, part_k, part_v = _flash_backward(*mine, *far, *known, scale=scale)
+            part_q, part_k, part_v = _flash_backward(*chunk, *far, *known, scale=scale)
             dq[:, :, rows] += part_q
             dk[:, :, before] += part_k
             dv[:, :, before] += part_v
 
 
 def _expanded(k: Tensor, q: Tensor) -> Tensor:
-    """A key head for each query head."""
+    """Repeat the key heads to one per query head."""
     ratio = q.shape[1] // k.shape[1]
     return k if ratio == 1 else k.repeat_interleave(ratio, 1)
 
 
 def _folded(grad: Tensor, like: Tensor) -> Tensor:
-    """The gradient of grouped heads, summed into theirs, with `like`'s dtype and layout."""
+    """Sum the query heads' gradients into their key heads', in `like`'s dtype and layout."""
     ratio = grad.shape[1] // like.shape[1]
     return torch.empty_like(like).copy_(grad if ratio == 1 else grad.unflatten(1, (-1, ratio)).sum(2))
 
@@ -167,7 +167,7 @@ def forward(
     q: Maybe, k: Tensor, v: Tensor, q_noisy: Tensor, k_noisy: Tensor, v_noisy: Tensor, group_size: int, scale: float,
     cu_seqlens: Maybe,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The op under the CPU key."""
+    """Run two_stream_attention under the CPU key."""
     q, k, v, q_noisy, k_noisy, v_noisy = _rows(q, k, v, q_noisy, k_noisy, v_noisy)
     out_noisy = like_rows(q_noisy)
     lse_noisy = q_noisy.new_empty(q_noisy.shape[:3], dtype=compute_dtype(k.dtype))
@@ -186,7 +186,7 @@ def backward(
     grad: Maybe, grad_noisy: Tensor, q: Maybe, k: Tensor, v: Tensor, q_noisy: Tensor, k_noisy: Tensor, v_noisy: Tensor,
     out: Tensor, out_noisy: Tensor, lse: Tensor, lse_noisy: Tensor, group_size: int, scale: float, cu_seqlens: Maybe,
 ) -> list[Tensor]:  # fmt: skip
-    """The op's gradient under the CPU key: of q (or nothing), k, v and the noisy ones."""
+    """Return the op's gradients under the CPU key: of q (empty without), k, v and the noisy ones."""
     likes = q, q_noisy, k, v, k_noisy, v_noisy  # gradients have their layouts
     q, k, v, q_noisy, k_noisy, v_noisy = _rows(q, k, v, q_noisy, k_noisy, v_noisy)
     grad, grad_noisy = _rows(grad, grad_noisy)
@@ -205,15 +205,15 @@ def backward(
             parts = _flash_backward(grad[:, :, span], q[:, :, span], *keys[:2], *clean, 0.0, True, scale=scale)
             for total, part in zip((sums[0], sums[2], sums[3]), parts, strict=True):
                 total += part
-    found = [nothing(grad_noisy) if like is None else _folded(g, like) for g, like in zip(wide, likes, strict=True)]
-    dq, dq_noisy, dk, dv, dk_noisy, dv_noisy = found
+    grads = [nothing(grad_noisy) if like is None else _folded(g, like) for g, like in zip(wide, likes, strict=True)]
+    dq, dq_noisy, dk, dv, dk_noisy, dv_noisy = grads
     return [dq, dk, dv, dq_noisy, dk_noisy, dv_noisy]
 
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Maybe, scale: float
 ) -> Tensor:
-    """two_stream_decode under the CPU key. Query heads that share a key head are rows of one."""
+    """Run two_stream_decode under the CPU key. Query heads that share a key head become rows of one."""
     q, k, v, k_cache, v_cache = _rows(q, k, v, k_cache, v_cache)
     result, (B, H, group, D), heads = like_rows(q), q.shape, k.shape[1]
     if not q.numel():
@@ -222,8 +222,9 @@ def decode(
     out, lse = _flash(rows, k, v, 0.0, False, scale=scale)
     lengths = [k_cache.shape[2]] if cache_lengths is None else cache_lengths.tolist()
     for b, length in enumerate(lengths):
-        mine = slice(None) if cache_lengths is None else slice(b, b + 1)
+        sample = slice(None) if cache_lengths is None else slice(b, b + 1)
         if length:
-            far = _flash(rows[mine], k_cache[mine, :, :length], v_cache[mine, :, :length], 0.0, False, scale=scale)
-            out[mine] = merged(out[mine], lse[mine], *far)[0]
+            keys, values = k_cache[sample, :, :length], v_cache[sample, :, :length]
+            cached = _flash(rows[sample], keys, values, 0.0, False, scale=scale)
+            out[sample] = merged(out[sample], lse[sample], *cached)[0]
     return result.copy_(out.view(B, H, group, D))

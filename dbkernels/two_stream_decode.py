@@ -24,7 +24,7 @@ Maybe: TypeAlias = Tensor | None
 def two_stream_decode_reference(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_lengths: Maybe, scale: float
 ) -> Tensor:
-    """The definition: every query sees the first cache_lengths[b] cached keys and all of its own group's."""
+    """Attend by the definition: each query to the first cache_lengths[b] cached keys and to its own group's."""
     dtype = compute_dtype(q.dtype)
     ratio = q.shape[1] // k.shape[1]
     keys, values = (torch.cat(pair, 2).to(dtype).repeat_interleave(ratio, 1) for pair in ((k_cache, k), (v_cache, v)))
@@ -33,7 +33,7 @@ def two_stream_decode_reference(
         place = torch.arange(k_cache.shape[2], device=q.device)
         unused = (place >= cache_lengths.unsqueeze(1)).view(len(q), 1, 1, -1)
         scores[..., : k_cache.shape[2]].masked_fill_(unused, -torch.inf)
-        # What isn't filled may hold anything, and a weight of 0 times NaN is NaN.
+        # The unfilled part may hold anything, and a weight of 0 times NaN is NaN.
         values[:, :, : k_cache.shape[2]].masked_fill_(unused.transpose(-1, -2), 0.0)
     return like_rows(q).copy_(scores.softmax(-1) @ values)
 
@@ -66,8 +66,9 @@ def two_stream_decode(
     cache_lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of one group of noisy tokens to the clean tokens before it and to itself: what `two_stream_attention`
-    gives the group's rows, from a key/value cache. Not differentiable.
+    """Attend from one group of noisy tokens to the clean tokens before it and to itself, with a key/value cache.
+
+    Equal to the group's rows of `two_stream_attention`. Not differentiable.
 
     Args:
         q_noisy: (B, H, g, D), the group's queries. k_noisy, v_noisy: (B, H_kv, g, D), H a multiple of H_kv.
@@ -82,8 +83,8 @@ def two_stream_decode(
         (B, H, g, D), laid out as (B, g, H, D).
 
     Raises:
-        TypeError: an argument isn't a floating tensor or a number. ValueError: every reason for which dtypes, shapes or
-            options aren't supported, in one message; or an input requires a gradient.
+        TypeError: an argument isn't a floating tensor or a number.
+        ValueError: dtypes, shapes or options aren't supported, or an input requires a gradient; lists every reason.
 
     Source: Arriola et al. 2025 (Block Diffusion), section 3; Dao et al. 2023 (Flash-Decoding).
     """
@@ -98,7 +99,7 @@ def two_stream_decode(
 
 
 def _launched(given: Any, cache_lengths: Maybe, scale: float | None) -> Tensor:
-    """The op past the dispatcher, with checks once a kind of input."""
+    """Run the op past the dispatcher, with checks once per kind of input."""
     from dbkernels.triton.two_stream_decode import accepted
 
     wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)

@@ -15,12 +15,12 @@ template <typename T, typename C>
 struct Forward {
   Rows<const T> x, branch;
   Rows<T> h, out;
-  C *mean, *rstd;  // one a row; mean is null for RMS
+  C *mean, *rstd;  // one per row; mean is null for RMS
   int64_t dim;
   C eps;
 };
 
-// values: room for a row in the arithmetic's type.
+// values: scratch for one row in the arithmetic's type.
 template <bool kGated, typename T, typename C>
 DBK_INLINE void forward_row(const Forward<T, C>& f, const Modulation<C>& m, C* values, int64_t o, int64_t i,
                             int64_t row) {
@@ -64,7 +64,7 @@ struct Sums {
   int64_t apart;
 };
 
-// scratch: room for five rows.
+// scratch: five rows.
 template <bool kGated, typename T, typename C>
 DBK_INLINE void backward_row(const Backward<T, C>& b, const Modulation<C>& m, const Sums<C>& sums, C* scratch, int64_t o,
                              int64_t i, int64_t row) {
@@ -111,7 +111,7 @@ DBK_INLINE void backward_row(const Backward<T, C>& b, const Modulation<C>& m, co
   }
 }
 
-// A tile of rows. Sums are taken over a few rows first and then over those: float32 loses less than one row at a time.
+// A tile of rows. Sums are taken over a few rows first, then over those: float32 loses less than row by row.
 template <bool kGated, typename T, typename C>
 DBK_INLINE void backward_tile(const Backward<T, C>& b, const Modulation<C>& m, const Sums<C>& sums, C* scratch,
                               int64_t o, int64_t begin, int64_t end, int64_t inner) {
@@ -228,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const MaybeTe
                               : (use_avx2() ? backward_avx2<false, T, C> : backward_portable<false, T, C>);
   const int64_t kinds = branch_in ? 3 : 2, dim = tiling.dim;
   Tensor sums = torch::stable::new_zeros(x, {kinds, tiling.outer, 1, dim}, scalar_type<C>());
-  const bool one_tile = tiling.per_sample == 1;  // a sample: its sums are the result
+  const bool one_tile = tiling.per_sample == 1;  // per sample: its sums are the result
   std::vector<C> partial(one_tile ? 0 : tiling.count() * kinds * dim);
   const MaybeTensor none;
   const auto make = [&] {

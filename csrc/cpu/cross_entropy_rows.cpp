@@ -47,8 +47,8 @@ DBK_INLINE double exponentials(C* row, int64_t count, C top) {
   return total;
 }
 
-// The loss of one row. The target is taken out of the sum, which is then what 1 - p hangs on. -1 is ignored; what else
-// is no column gives NaN: a check of the values may have been left out.
+// The loss of one row. The sum leaves out the target, so that 1 - p keeps its digits. -1 is ignored; other
+// values that are no column give NaN: a check of the values may have been left out.
 template <bool kHardware, typename C>
 DBK_INLINE C loss_of(C* row, int64_t count, int64_t target, const C* factor) {
   if (target < -1 || target >= count) {

@@ -1,5 +1,5 @@
-// Random words of a run of groups, word by word, and the way back into element order. What GCC doesn't vectorise well by
-// itself is written in AVX2: the block cipher on 64-bit lanes and the 4 x 8 transpose.
+// Random words of a run of groups, word by word, and their conversion to element order. Parts that GCC doesn't vectorise
+// well are written in AVX2: the block cipher on 64-bit lanes and the 4 x 8 transpose.
 #pragma once
 
 #include "cpu/simd.h"
@@ -11,8 +11,8 @@
 namespace dbk {
 
 #if defined(__x86_64__) && defined(__GNUC__)
-// Words of groups first .. first + 3, each in the low half of a 64-bit lane. vpmuludq reads only the low halves, so what
-// the rounds leave in the upper halves needs no clearing: 8 instructions a round for 16 numbers.
+// Words of groups first .. first + 3, each in the low half of a 64-bit lane. vpmuludq reads only the low halves, so the
+// upper halves need no clearing between rounds: 8 instructions per round for 16 numbers.
 DBK_AVX2 inline void words_of_four(uint64_t first, uint64_t seed, uint32_t offset, uint32_t stream, __m128i out[4]) {
   const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
   __m256i x0 = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first)), _mm256_setr_epi64x(0, 1, 2, 3));

@@ -14,10 +14,10 @@
 namespace dbk {
 
 constexpr int kNoiseGroups = 16;               // groups of four normals drawn together: two vectors of AVX2
-constexpr int kNoiseBlock = 4 * kNoiseGroups;  // elements of a block
-constexpr int64_t kNoiseGrain = 64;            // blocks a thread takes at least: some 20 us of work
+constexpr int kNoiseBlock = 4 * kNoiseGroups;  // elements per block
+constexpr int64_t kNoiseGrain = 64;            // least blocks per thread: some 20 us of work
 
-// The noise levels, and the z they go to. inner: consecutive elements that share a level.
+// The noise levels, and the output z. inner: consecutive elements per level.
 template <typename T, typename C>
 struct Noising {
   const C* sigma;

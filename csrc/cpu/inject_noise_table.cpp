@@ -34,7 +34,7 @@ struct Table {
   bool holds(int64_t index) const { return 0 <= index && index < count; }
 };
 
-// The rows as runs. A row's norm is taken once by each thread that meets the row.
+// The rows as runs. Each thread computes the norm of a row once.
 template <typename T, typename C>
 struct Gathered {
   Table<T> table;
@@ -82,7 +82,7 @@ void run(const Tensor& indices, const Tensor& table, const Tensor& sigma, Tensor
                               [&](int64_t begin, int64_t end) { body(args, rows, begin, end); });
 }
 
-// The places of each index, in their order: places[first[k]] to places[first[k + 1] - 1] hold index k.
+// The positions of each index, in their order: places[first[k]] to places[first[k + 1] - 1] hold index k.
 struct Places {
   std::vector<int64_t> first, places;
 };
@@ -106,12 +106,12 @@ struct Gradient {
   const T* grad;
   const C* sigma;
   T* out;
-  int64_t per_level;  // places that share a noise level
+  int64_t per_level;  // positions per noise level
   std::optional<double> sigma_data;
   Places places;
 };
 
-// Rows [begin, end) of the gradient: each is one thread's sum, in the order of the places.
+// Rows [begin, end) of the gradient: each is one thread's sum, in the order of the positions.
 template <typename T, typename C>
 DBK_INLINE void gradient_rows(const Gradient<T, C>& a, int64_t begin, int64_t end) {
   const int64_t width = a.table.width;

@@ -10,8 +10,8 @@
 namespace dbk {
 namespace {
 
-constexpr int kGroups = 16, kBlock = 4 * kGroups;  // groups of four uniforms drawn together; elements of a block
-constexpr int64_t kGrain = 256;                    // blocks a thread takes at least: some 20 us of work
+constexpr int kGroups = 16, kBlock = 4 * kGroups;  // groups of four uniforms drawn together; elements per block
+constexpr int64_t kGrain = 256;                    // least blocks per thread: some 20 us of work
 
 template <bool kAvx2>
 DBK_INLINE void blocks(float* out, int64_t numel, uint64_t seed, uint32_t offset, int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// Rows of (O, I, D) tensors, and the vectors that rows of one sample share.
+// Rows of (O, I, D) tensors, and the vectors shared by the rows of one sample.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 // Rows whose sums make one partial sum: fixed, so that the bits of a sum don't depend on the number of threads.
 constexpr int64_t kTile = 64;
-constexpr int64_t kGrain = 1 << 14;  // elements a thread takes at least: some 10 us of work
+constexpr int64_t kGrain = 1 << 14;  // least elements per thread: some 10 us of work
 
 // A tensor with rows of adjacent elements; any other strides.
 inline Tensor with_rows(const Tensor& tensor) {

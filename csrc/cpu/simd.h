@@ -25,7 +25,7 @@ constexpr bool kPlainFma = true;
 constexpr bool kPlainFma = false;
 #endif
 
-// DBKERNELS_CPU=portable takes the portable build on any processor, for tests and for bisecting.
+// DBKERNELS_CPU=portable selects the portable build on any processor, for tests and for bisecting.
 inline bool use_avx2() {
 #if defined(__x86_64__) && defined(__GNUC__)
   static const bool chosen = [] {

@@ -1,5 +1,5 @@
 """Modulated LayerNorm and RMSNorm, alone or behind a gated residual, in Triton. Definitions: dbkernels/ada_norm.py,
-dbkernels/gated_residual_norm.py; x is (O, I, D), the modulation of sample o is a row that its I rows share.
+dbkernels/gated_residual_norm.py; x is (O, I, D), the modulation of sample o is one row for its I rows.
 
 Memory is the limit, so a row is read once, by accesses of 16 bytes, and the next rows are on their way while these are
 reduced. A tile is ROWS rows in CHUNKS pieces of COLUMNS. It is loaded as (CHUNKS·ROWS, COLUMNS), piece by piece: then
@@ -13,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def load_tile(pointer, offset, column, mask, ROWS: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(CHUNKS, ROWS, COLUMNS) from rows at `offset`."""
+    """Load (CHUNKS, ROWS, COLUMNS) from rows at `offset`."""
     tile = tl.load(pointer + offset[:, None] + column, mask=mask, other=0.0)
     return tile.reshape(CHUNKS, ROWS, COLUMNS)
 
@@ -46,8 +46,8 @@ def forward_kernel(
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, DIM: tl.constexpr, AHEAD: tl.constexpr, ROWS: tl.constexpr,
     CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: `steps` times ROWS rows of one sample. The modulation is loaded where it is used, from the L1 cache
-    after the first step: registers hold the next rows instead, if AHEAD. rstd begins at rstd_at."""
+    """Process `steps` times ROWS rows of one sample per program. The modulation is loaded where it is used, from the L1
+    cache after the first step: registers hold the next rows instead, if AHEAD. rstd begins at rstd_at."""
     wide: tl.constexpr = rstd_ptr.dtype.element_ty
     program = tl.program_id(0)
     o = program // tiles
@@ -67,7 +67,7 @@ def forward_kernel(
         next_branch = load_tile(branch_ptr, i * branch_inner, column, mask, ROWS, CHUNKS, COLUMNS)
     for step in range(steps):
         v = next_v.to(wide)
-        branch = next_branch.to(x_ptr.dtype.element_ty).to(wide)  # of another dtype: cast, as it is defined
+        branch = next_branch.to(x_ptr.dtype.element_ty).to(wide)  # another dtype is cast, as in the definition
         i = first + step * ROWS + n % ROWS
         mask = (i < inner)[:, None] & inside
         if AHEAD:
@@ -109,7 +109,7 @@ def load_step(
     RMS: tl.constexpr, GATED: tl.constexpr, GRAD_H: tl.constexpr,
     ROWS: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """grad, x, branch, grad_h as stored, mean and rstd of ROWS rows from `start`; rows from `inner` on are 0."""
+    """Load grad, x, branch, grad_h as stored, mean and rstd of ROWS rows from `start`; rows from `inner` on are 0."""
     i = start + n % ROWS
     mask = (i < inner)[:, None] & inside
     grad = load_tile(grad_ptr, i * grad_inner, column, mask, ROWS, CHUNKS, COLUMNS)
@@ -138,8 +138,8 @@ def backward_kernel(
     SUM_GRAD: tl.constexpr, SUM_NORMAL: tl.constexpr, SUM_BRANCH: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program: `steps` times ROWS rows of one sample. Its sums over rows (of grad, of grad times the normalised
-    row, of the residual's gradient times the branch) go to a row of their own, sums_apart from each other."""
+    """Process `steps` times ROWS rows of one sample per program. Its sums over rows (of grad, of grad times the
+    normalised row, of the residual's gradient times the branch) go to separate rows, sums_apart from each other."""
     wide: tl.constexpr = rstd_ptr.dtype.element_ty
     program = tl.program_id(0)
     o = program // tiles

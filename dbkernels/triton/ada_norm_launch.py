@@ -1,6 +1,6 @@
-"""Launch the modulated norms' kernels, by a plan that is prepared once for a kind of input.
+"""Launch the modulated norms' kernels, by a plan that is prepared once per kind of input.
 
-The kernels' form of x is (O, I, D) with strides, but its memory is all they see: a plan is prepared from that form and
+The kernels' form of x is (O, I, D) with strides, but they read only its memory: a plan is prepared from that form and
 called with the tensors as they are.
 """
 
@@ -40,7 +40,7 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
 
 class Inputs(NamedTuple):
     """The tensors of a forward pass in the kernels' form: x, branch (O, I, D), gate, shift, scale (O, 1, D), weight,
-    bias (D,), elements of a row adjacent. Behind a gate, the backward pass has h for x."""
+    bias (D,), a row's elements adjacent. Behind a gate, the backward pass has h for x."""
 
     x: Tensor
     branch: Tensor | None
@@ -52,8 +52,8 @@ class Inputs(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """The gradients that are wanted: shape and dtype of each, or None. apart: elements between those of shift, scale
-    and gate, where one tensor holds them as plain sums, before weight and bias come in."""
+    """The requested gradients: shape and dtype of each, or None. apart: elements between those of shift, scale and gate
+    if one tensor holds them as plain sums, without the factors of weight and bias."""
 
     gate: Like | None
     shift: Like | None
@@ -64,12 +64,12 @@ class Wanted(NamedTuple):
 
 
 class Forward:
-    """The forward pass of one kind of input with at least one element.
+    """The forward pass for one kind of input with at least one element.
 
     Args:
         inputs: an example.
         shape: of the results.
-        joint: whether mean and rstd lie in one tensor, the means first; RMS has no means.
+        joint: store mean and rstd in one tensor, the means first; RMS has no means.
     """
 
     def __init__(self, inputs: Inputs, eps: float, rms: bool, shape: torch.Size, joint: bool):
@@ -100,7 +100,7 @@ class Forward:
         h = torch.empty(self.shape, dtype=self.dtype, device=self.device) if self.gated else out
         if rstd is None:
             rstd = torch.empty(self.numbers, dtype=self.wide, device=self.device)
-        self.launch(  # x stands for what isn't there: never read
+        self.launch(  # x is a placeholder for absent tensors: never read
             x, x if branch is None else branch, x if gate is None else gate, x if shift is None else shift,
             x if scale is None else scale, x if weight is None else weight, x if bias is None else bias,
             h, out, rstd if mean is None else mean, rstd,
@@ -109,13 +109,13 @@ class Forward:
 
 
 class Backward:
-    """The backward pass of one kind of input: one launch where a program has all rows of a sample and nothing is summed
+    """The backward pass for one kind of input: one launch if a program has all rows of a sample and nothing is summed
     over samples, else two.
 
     Args:
         grad, grad_h: examples of the upstream gradients, in the kernels' form.
         inputs: an example; behind a gate, x is h.
-        rstd_at: where rstd begins in its tensor.
+        rstd_at: offset of rstd in its tensor.
         shape: of the gradient of x.
         wanted: the other gradients.
     """
@@ -193,7 +193,7 @@ class Backward:
         results: tuple[Tensor | None, ...] | None = None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """Return the gradients of x and branch (that of x where there is no gate), then those of gate, shift, scale,
-        weight and bias, in `results` if given, None where not wanted."""
+        weight and bias, in `results` if given, None if not wanted."""
         dx = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         dbranch = torch.empty(self.shape, dtype=self.dtype, device=self.device) if self.gated else dx
         if results is None:
@@ -220,12 +220,12 @@ class Backward:
         return torch.empty(like[0], dtype=like[1], device=self.device)
 
 
-# The ops' kernels, which the dispatcher calls: for torch.compile, and where tensors can't be used as they are.
+# The ops' kernels, called by the dispatcher: for torch.compile, and where tensors can't be used as they are.
 _plans = Kinds()
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
-    """Return a tensor whose rows have adjacent elements, without a copy where they have."""
+    """Return the tensor with rows of adjacent elements, copied only if they aren't."""
     if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
         return tensor
     return tensor.contiguous()
@@ -263,21 +263,21 @@ def _backward(grad: Tensor, grad_h: Tensor | None, inputs: Inputs, mean: Tensor,
 
 
 def forward(x, shift, scale, weight, bias, eps, rms):
-    """ada_norm: -> out, mean, rstd."""
+    """Run ada_norm. Return out, mean, rstd."""
     return _forward(Inputs(x, None, None, shift, scale, weight, bias), eps, rms)[1:]
 
 
 def backward(grad, x, scale, weight, mean, rstd):
-    """ada_norm_backward: -> dx, sums."""
+    """Run ada_norm_backward. Return dx, sums."""
     dx, _, sums = _backward(grad, None, Inputs(x, None, None, None, scale, weight, None), mean, rstd)
     return dx, sums
 
 
 def gated_forward(x, branch, gate, shift, scale, weight, bias, eps, rms):
-    """gated_residual_norm: -> h, out, mean, rstd."""
+    """Run gated_residual_norm. Return h, out, mean, rstd."""
     return _forward(Inputs(x, branch, gate, shift, scale, weight, bias), eps, rms)
 
 
 def gated_backward(grad, grad_h, h, branch, gate, scale, weight, mean, rstd):
-    """gated_residual_norm_backward: -> dx, dbranch, sums."""
+    """Run gated_residual_norm_backward. Return dx, dbranch, sums."""
     return _backward(grad, grad_h, Inputs(h, branch, gate, None, scale, weight, None), mean, rstd)

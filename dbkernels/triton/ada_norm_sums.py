@@ -1,10 +1,10 @@
-"""Add the partial sums of the modulated norms' backward pass, in their order, and write the gradients made of them."""
+"""Add the partial sums of the modulated norms' backward pass, in their order, and write the resulting gradients."""
 
 import triton
 import triton.language as tl
 
-ACROSS = 32  # columns of a program that adds the sums of all samples
-COLUMNS = 256  # columns of a program that adds those of one
+ACROSS = 32  # columns per program that adds the sums of all samples
+COLUMNS = 256  # columns per program that adds those of one
 ROWS = 32  # partial sums added at a time by the former, a quarter by the latter
 
 
@@ -14,7 +14,7 @@ def _over_samples(
     SCALE: tl.constexpr, WEIGHT_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of weight and bias from column `first` on: each partial sum counts by its sample's 1 + scale."""
+    """Write the gradients of weight and bias from column `first` on: sums weighted by their sample's 1 + scale."""
     wide: tl.constexpr = partial_ptr.dtype.element_ty
     column = first + tl.arange(0, COLUMNS)
     grad = tl.zeros((ROWS, COLUMNS), wide)
@@ -56,7 +56,7 @@ def _of_sample(
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, SHIFT_GRAD: tl.constexpr, SCALE_GRAD: tl.constexpr,
     GATE_GRAD: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a sample's shift, scale and gate from column `first` on."""
+    """Write the gradients of a sample's shift, scale and gate from column `first` on."""
     wide: tl.constexpr = partial_ptr.dtype.element_ty
     column = first + tl.arange(0, COLUMNS)
     mask = column < DIM
@@ -86,9 +86,9 @@ def add_partial_kernel(
     GATE_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr, OVER_SAMPLES: tl.constexpr,
     DIM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """partial: (2 or 3, samples·tiles, DIM), of grad, of grad times the normalised row, of the residual's gradient
-    times the branch, each partial_apart long. The first OVER_SAMPLES programs write the gradients of weight and bias,
-    the others those of shift, scale and gate, which lie sums_apart from each other where one tensor holds them."""
+    """Add the partial sums (2 or 3, samples·tiles, DIM): of grad, of grad times the normalised row, of the residual's
+    gradient times the branch, each partial_apart long. The first OVER_SAMPLES programs write the gradients of weight
+    and bias, the others those of shift, scale and gate, sums_apart from each other if one tensor holds them."""
     program = tl.program_id(0)
     if program < OVER_SAMPLES:
         _over_samples(

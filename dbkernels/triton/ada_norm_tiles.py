@@ -1,4 +1,4 @@
-"""How the modulated norms' kernels cut their work: tiles of rows, and programs of tiles."""
+"""Partition the modulated norms' work: tiles of rows, and programs of tiles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDEST = 256  # lanes; the backward pass of a wider row doesn't fit into registe
 
 
 class Tile(NamedTuple):
-    """Rows that a program takes together, in `chunks` pieces of `columns`; lanes: threads that share a row."""
+    """Rows that a program processes together, in `chunks` pieces of `columns`; lanes: threads per row."""
 
     rows: int
     chunks: int
@@ -29,7 +29,7 @@ class Tile(NamedTuple):
 
 
 def _tile(dim: int, inner: int, dtype: torch.dtype, each: int, warps: int) -> Tile:
-    """Return a tile where a thread holds `each` float32 numbers of a row, in pieces of 16 bytes if dim allows it.
+    """Return a tile with `each` float32 numbers of a row per thread, in pieces of 16 bytes if dim allows it.
 
     It has `warps` warps: fewer where a sample has few rows, more where a row needs them.
     """
@@ -53,7 +53,7 @@ def forward_tile(dim: int, inner: int, dtype: torch.dtype) -> Tile:
 
 
 def forward_programs(samples: int, inner: int, tile: Tile) -> tuple[int, int]:
-    """Return steps of a program and programs of a sample: up to four steps if every processor gets eight programs.
+    """Return steps per program and programs per sample: up to four steps if every processor gets eight programs.
     A row of 512 lanes or more leaves no registers for the next one."""
     steps = 4 if tile.lanes < 512 else 1
     while steps > 1 and samples * triton.cdiv(inner, steps * tile.rows) < 8 * PROCESSORS:
@@ -62,14 +62,14 @@ def forward_programs(samples: int, inner: int, tile: Tile) -> tuple[int, int]:
 
 
 def backward_tile(dim: int, inner: int, dtype: torch.dtype, gated: bool) -> tuple[Tile, int]:
-    """Return the backward kernel's tile and the registers of a thread: half of the forward's elements, since two or
+    """Return the backward kernel's tile and the registers per thread: half of the forward's elements, since two or
     three running sums lie beside a row and the next one."""
     tile = _tile(dim, inner, dtype, each=16, warps=4 if gated or dtype.itemsize > 2 else 8)
     return tile, 255 if gated else 128 if dtype.itemsize == 2 else 168
 
 
 def backward_programs(samples: int, inner: int, tile: Tile, registers: int) -> tuple[int, int]:
-    """Return steps of a program and programs of a sample.
+    """Return steps per program and programs per sample.
 
     As many programs run at a time as their registers allow; such a slot runs one after another, each for its steps and
     about two more: to begin, and to write its sums, which are read again. The least time wins: mostly all slots filled
@@ -86,7 +86,7 @@ def backward_programs(samples: int, inner: int, tile: Tile, registers: int) -> t
 
 
 def wide_programs(samples: int, inner: int) -> tuple[int, int]:
-    """Return rows of a program and programs of a sample, for the sums of rows that are too wide: programs are many, as
+    """Return rows per program and programs per sample, for the sums of rows that are too wide: programs are many, as
     each takes few columns."""
     rows = 1
     while rows < 64 and samples * triton.cdiv(inner, 2 * rows) >= PROCESSORS:

@@ -1,11 +1,11 @@
-"""The backward pass of the modulated norms where a row is too wide for a program's registers: it is read twice, the
-second time from the cache, and the sums over rows are taken column by column."""
+"""The backward pass of the modulated norms for rows too wide for a program's registers: a row is read twice, the second
+time from the cache, and the sums over rows are taken column by column."""
 
 import triton
 import triton.language as tl
 
-CHUNK = 2048  # columns of a row taken together
-WIDE_COLUMNS = 256  # columns of a tile whose sums a program takes
+CHUNK = 2048  # columns of a row processed together
+WIDE_COLUMNS = 256  # columns per program that sums a tile
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def wide_backward_kernel(
     RMS: tl.constexpr, GATED: tl.constexpr, GRAD_H: tl.constexpr, SCALE: tl.constexpr, WEIGHT: tl.constexpr,
     DIM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row."""
+    """Process one row per program."""
     wide: tl.constexpr = rstd_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     o = row // inner
@@ -67,7 +67,7 @@ def sums_kernel(
     RMS: tl.constexpr, SUM_GRAD: tl.constexpr, SUM_NORMAL: tl.constexpr, SUM_BRANCH: tl.constexpr, DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The partial sums: one program takes BLOCK columns of a tile."""
+    """Compute the partial sums of BLOCK columns of a tile per program."""
     wide: tl.constexpr = rstd_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     o = program // tiles

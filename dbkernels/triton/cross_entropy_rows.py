@@ -6,8 +6,8 @@ import triton.language as tl
 
 from dbkernels.triton.launch import Kinds, Launch
 
-BLOCK = 4096  # columns of a whole row at once: 16 a thread with 8 warps
-COLUMNS = 2048  # of a chunk of words: 16 a thread with 4 warps
+BLOCK = 4096  # columns at a time of a whole row: 16 per thread with 8 warps
+COLUMNS = 2048  # the same of a chunk of words: 16 per thread with 4 warps
 TARGETS = 1024
 
 
@@ -32,8 +32,8 @@ def rows_kernel(
     logits_ptr, target_ptr, factor_ptr, loss_ptr, out_ptr, logits_row, out_row, width, ignore_index, rows,
     GRADIENT: tl.constexpr, OVERLAP: tl.constexpr, FEW: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, read twice: the second time mostly from the cache. FEW, at least the number of rows: there are
-    no factors, so for a mean each program counts the rows, and losses are what they add to the result; or 0."""
+    """Compute one row per program, read twice: the second time mostly from the cache. FEW: 0, or at least the number of
+    rows: there are no factors, so for a mean each program counts the rows, and losses are terms of the result."""
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     logits = logits_ptr + row * logits_row
@@ -44,7 +44,7 @@ def rows_kernel(
     for start in range(0, width, BLOCK):
         l = tl.load(logits + start + column, mask=start + column < width, other=float("-inf"))
         above = tl.maximum(top, l)
-        # Lanes that have seen nothing yet, or only -inf, keep a sum of zero.
+        # Lanes that have read no logit so far, or only -inf, keep a sum of zero.
         still = above == float("-inf")
         kept = tl.where(still, 0.0, tl.exp(top - above))
         added = tl.where(still | (start + column == target), 0.0, tl.exp(l - above))
@@ -56,7 +56,7 @@ def rows_kernel(
     wrong = (target != ignore_index) & ((target < 0) | (target >= width))
     at = tl.load(logits + tl.where(wrong | ignored, 0, target)) - highest
     own = tl.exp(at)
-    # log1p(rest + expm1(at)) without cancellation: where the target is the highest, own is 1 and rest is what counts.
+    # log1p(rest + expm1(at)) without cancellation: where the target is the highest, own is 1 and rest decides.
     small = rest + (own - 1.0)
     big = 1.0 + small
     exact = tl.where(big == 1.0, small, tl.log(big) * (small / (big - 1.0)))
@@ -73,7 +73,7 @@ def rows_kernel(
     tl.store(loss_ptr + row, loss)
     if GRADIENT:
         share = tl.where(ignored, 0.0, tl.where(wrong, float("nan"), factor)) / (rest + own)
-        # The target's logit was read by all, and its place may be written over.
+        # All threads have read the target's logit, so its place may be overwritten.
         write_gradient(
             logits, out_ptr + row * out_row, width, target, -share * rest, share, highest, 0.0, OVERLAP, BLOCK
         )
@@ -84,7 +84,7 @@ def columns_kernel(
     logits_ptr, target_ptr, at_ptr, loss_ptr, factor_ptr, out_ptr, first, logits_row, out_row, width,
     OVERLAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, read once."""
+    """Compute one row per program, read once."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     ignored = target == -1
@@ -106,7 +106,7 @@ def mark_kernel(
     target_ptr, weight_ptr, marked_ptr, factor_ptr, ignore_index, width, rows,
     WEIGHTED: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each program counts all rows for itself: reading the targets again is cheaper than a second launch."""
+    """Mark the targets. Each program counts all rows: reading the targets again is cheaper than a second launch."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(target_ptr + at, mask=at < rows, other=0)
     counted = target != ignore_index
@@ -114,7 +114,7 @@ def mark_kernel(
     tl.store(marked_ptr + at, tl.where(counted, tl.where(inside, target, -2), -1), mask=at < rows)
     factor = tl.where(counted, 1.0, 0.0).to(factor_ptr.dtype.element_ty)
     if WEIGHTED:
-        # Not a product: what an ignored row weighs may be infinite.
+        # Not a product: an ignored row's weight may be infinite.
         factor = tl.where(counted, tl.load(weight_ptr + at, mask=at < rows, other=0.0), 0.0)
     if MEAN:
         count = tl.zeros((BLOCK,), tl.int32)
@@ -130,12 +130,12 @@ launches = Kinds()
 
 
 def overlapping(logits, out):
-    """Whether halves go to the first part of each row of the logits."""
+    """Return whether halves go to the first part of each row of the logits."""
     return out.dtype != logits.dtype and out.data_ptr() == logits.data_ptr()
 
 
 def prepare_rows(shape, step, out_step, device, gradient, overlap, ignore_index=-1, few=False, mean=False):
-    """A launch of the rows' kernel: (logits, target, factor, loss, out)."""
+    """Return a launch of the rows' kernel: (logits, target, factor, loss, out)."""
     count, width = shape
     return Launch(
         rows_kernel, (count,), device, (step, out_step, width, ignore_index, count),
@@ -145,7 +145,7 @@ def prepare_rows(shape, step, out_step, device, gradient, overlap, ignore_index=
 
 
 def rows(logits, target, factor, out):
-    """Losses (R,); the gradient to `out` if there is a factor. Rows of adjacent elements."""
+    """Return the losses (R,); with a factor, write the gradient to `out`. Rows have adjacent elements."""
     shape, device, step, out_step = logits.shape, logits.get_device(), logits.stride(0), out.stride(0)
     loss = torch.empty(shape[:1], dtype=logits.dtype, device=logits.device)
     if not shape[0]:
@@ -160,7 +160,7 @@ def rows(logits, target, factor, out):
 
 
 def columns(logits, target, at, loss, factor, first, out):
-    """The gradient of some columns to `out`. Rows of adjacent elements."""
+    """Write the gradient of some columns to `out`. Rows have adjacent elements."""
     (count, width), device, step = logits.shape, logits.get_device(), logits.stride(0)
     overlap = overlapping(logits, out)
     kind = "columns", count, width, step, logits.dtype, out.stride(0), out.dtype, overlap, device
@@ -172,7 +172,7 @@ def columns(logits, target, at, loss, factor, first, out):
 
 
 def mark(target, width, ignore_index, row_weight, mean, dtype):
-    """The targets as the other kernels take them, and the factors of the rows' losses: see `mark_targets`."""
+    """Return the targets as the other kernels take them, and the factors of the rows' losses: see `mark_targets`."""
     marked = torch.empty_like(target)
     factor = torch.empty(target.shape, dtype=dtype, device=target.device)
     rows, weighted = len(target), row_weight is not None

@@ -1,8 +1,8 @@
 """z = c_in·(y + sigma·eps) in Triton. Definition: dbkernels/inject_noise.py; the arithmetic is that of
 csrc/philox.h.
 
-What limits it is instructions, not memory: Philox's rounds are shared by four elements, the logarithm, root and angle
-by two, and a noise level is read once a program where it can be.
+Instructions are the limit, not memory: Philox's rounds are shared by four elements, the logarithm, root and angle by
+two, and a noise level is read once per program where possible.
 """
 
 import triton
@@ -11,10 +11,10 @@ import triton.language as tl
 from dbkernels.triton.launch import Kinds, Launch
 from dbkernels.triton.philox import address, key_and_offset, normals_of_groups
 
-GROUPS = 512  # groups of four elements a program takes: 16 elements a thread with 4 warps
-GIVEN, PER_ROW, PER_GROUP, PER_ELEMENT = range(4)  # where a noise level comes from
+GROUPS = 512  # groups of four elements per program: 16 elements per thread with 4 warps
+GIVEN, PER_ROW, PER_GROUP, PER_ELEMENT = range(4)  # sources of a noise level
 MOST_ROWS = 65535  # of a grid: its second dimension
-accepted, _launches = Kinds(), Kinds()  # kinds of input that passed the checks; what was prepared for them
+_launches = Kinds()
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "offset", "inner"])
@@ -24,8 +24,8 @@ def inject_noise_kernel(
     CLEAN: tl.constexpr, NOISY: tl.constexpr, SCALED: tl.constexpr, MODE: tl.constexpr,
     SEED_AT: tl.constexpr, OFFSET_AT: tl.constexpr, ROUNDS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """One program: GROUPS groups of four consecutive elements. CLEAN: there is a y; NOISY: there is noise. inner:
-    groups or elements that share a noise level, as MODE says; for PER_ROW, those of a row of the grid do."""
+    """Noise GROUPS groups of four consecutive elements per program. CLEAN: there is a y; NOISY: there is noise. inner:
+    groups or elements per noise level, by MODE; for PER_ROW there is one level per row of the grid."""
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     first_group = program * GROUPS
     first = first_group * 4
@@ -37,7 +37,7 @@ def inject_noise_kernel(
     elif MODE == 1:
         sigma = tl.load(sigma_ptr + tl.program_id(1)).to(wide)
     elif MODE == 2:
-        # 64-bit division once a program, 32-bit within it.
+        # 64-bit division once per program, 32-bit within it.
         row, group = first_group // inner, tl.arange(0, GROUPS)
         within = (first_group - row * inner).to(tl.int32) + group
         sigma = tl.load(sigma_ptr + row + within // inner, mask=group * 4 < numel - first, other=1.0).to(wide)
@@ -63,15 +63,15 @@ def inject_noise_kernel(
 
 
 def mode_of(numel, levels):
-    """How a noise level is found, the divisor that finds it, and the grid, for `levels` levels over `numel` elements;
-    0 levels: one, which is handed over as a number."""
+    """Return the mode of a noise level's index, its divisor and the grid, for `levels` levels over `numel` elements.
+    0 levels: one, passed as a number."""
     programs = triton.cdiv(numel, 4 * GROUPS)
     if levels <= 1:
         return (PER_ROW if levels else GIVEN), 1, (programs, 1)
     inner = numel // levels
     if inner % (4 * GROUPS) == 0 and levels <= MOST_ROWS:
         return PER_ROW, 1, (programs // levels, levels)
-    # Beyond 2^31 elements a level, the 32-bit arithmetic within a program wouldn't hold.
+    # Beyond 2^31 elements per level, the 32-bit arithmetic within a program would overflow.
     mode = (PER_GROUP, inner // 4) if inner % 4 == 0 and inner < 2**31 else (PER_ELEMENT, inner)
     return *mode, (programs, 1)
 
@@ -85,10 +85,10 @@ def launch(y, sigma, z, sigma_data, seed, offset, rounds=10):
     levels, level = (0, sigma) if isinstance(sigma, float) else (sigma.numel(), 0.0)
     tensors, words, form = address(0 if seed is None else seed, offset, z)
     key = (numel, levels, sigma_data, y is not None, seed is not None, *form, rounds, z.get_device())
-    # A kernel is compiled for its pointers' dtypes, and a prepared launch doesn't look at them.
+    # A kernel is compiled for its pointers' dtypes, and a prepared launch doesn't check them.
     kind = (z.dtype, sigma.dtype if levels else None, *(t.dtype for t in tensors), *key)
-    found = _launches.get(kind) or _launches.keep(kind, _prepare(*key))
-    found(z if y is None else y, sigma if levels else z, z, *tensors, varying=(*words, level))
+    prepared = _launches.get(kind) or _launches.keep(kind, _prepare(*key))
+    prepared(z if y is None else y, sigma if levels else z, z, *tensors, varying=(*words, level))
 
 
 def _prepare(numel, levels, sigma_data, clean, noisy, seed_at, offset_at, rounds, device):

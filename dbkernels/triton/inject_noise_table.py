@@ -1,7 +1,7 @@
 """inject_noise with y as rows of a table, and the sums of its gradient, in Triton. Definition:
 dbkernels/inject_noise_table.py.
 
-A program takes some rows of z and walks over their columns in chunks, twice where rows are normalised (the second time
+A program takes some rows of z and loops over their columns in chunks, twice where rows are normalised (the second time
 they come from the cache). Groups of four elements cut the flat index, not the rows, so a row may begin within a group.
 """
 
@@ -12,11 +12,11 @@ import triton.language as tl
 from dbkernels.triton.launch import Kinds, Launch
 from dbkernels.triton.philox import address, box_muller, key_and_offset, philox4x32
 
-ELEMENTS = 2048  # that a program handles at once: 16 a thread with 4 warps, 4 of float64 (8 spill)
-WIDEST = 512  # columns of a chunk
+ELEMENTS = 2048  # at a time per program: 16 per thread with 4 warps, 4 of float64 (8 spill)
+WIDEST = 512  # columns per chunk
 SUM_ROWS, SUM_COLUMNS = 8, 256  # a tile of the gradient's sums
 LAUNCHED = 1024  # programs that the sums are cut into, over rows of the table
-accepted, _launches = Kinds(), Kinds()  # kinds of input that passed the checks; what was prepared for them
+_launches = Kinds()
 
 
 @triton.jit(do_not_specialize=["rows", "count", "per_level", "seed_low", "seed_high", "offset"])
@@ -26,8 +26,8 @@ def inject_noise_table_kernel(
     NORMALIZE: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, GIVEN: tl.constexpr,
     SEED_AT: tl.constexpr, OFFSET_AT: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """`rows` of z, from a table of `count` rows of `width`. per_level: rows that share a noise level; GIVEN: all do.
-    ALIGNED: width is a multiple of four, so that rows begin with a group."""
+    """Compute `rows` of z, from a table of `count` rows of `width`. per_level: rows per level. GIVEN: one level for
+    all. ALIGNED: width is a multiple of four, so that rows begin with a group."""
     wide: tl.constexpr = tl.float64 if z_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -54,7 +54,7 @@ def inject_noise_table_kernel(
         data = tl.full((), sigma_data, wide)
         scale = tl.rsqrt(sigma * sigma + data * data)
 
-    first = row * width  # the flat index that a row begins at
+    first = row * width  # the flat index at which a row begins
     begin = first // 4
     lead = (first - begin * 4).to(tl.int32)  # elements of its first group that belong to the row before
     key0, key1, word = key_and_offset(seed_ptr, offset_ptr, seed_low, seed_high, offset, SEED_AT, OFFSET_AT)
@@ -76,7 +76,7 @@ def inject_noise_table_kernel(
 
 
 def tile_of(width, dtype):
-    """(rows, groups) of a program: a chunk that the width fills well, and rows to make up for a narrow one."""
+    """Return (rows, groups) per program: a chunk that the width fills well, and more rows for a narrow one."""
     chunk = WIDEST
     while chunk > 64 and triton.cdiv(width, chunk) * chunk > 1.15 * triton.cdiv(width, 16) * 16:
         chunk //= 2
@@ -91,10 +91,10 @@ def launch(indices, table, sigma, z, sigma_data, normalize, seed, offset, rounds
     levels, level = (0, sigma) if isinstance(sigma, float) else (sigma.numel(), 0.0)
     tensors, words, form = address(seed, offset, z)
     key = (indices.numel(), levels, table.shape, table.dtype, sigma_data, normalize, *form, rounds, z.get_device())
-    # A kernel is compiled for its pointers' dtypes, and a prepared launch doesn't look at them.
+    # A kernel is compiled for its pointers' dtypes, and a prepared launch doesn't check them.
     kind = (indices.dtype, sigma.dtype if levels else None, *(t.dtype for t in tensors), *key)
-    found = _launches.get(kind) or _launches.keep(kind, _prepare(*key))
-    found(indices, table, sigma if levels else z, z, *tensors, varying=(*words, level))
+    prepared = _launches.get(kind) or _launches.keep(kind, _prepare(*key))
+    prepared(indices, table, sigma if levels else z, z, *tensors, varying=(*words, level))
 
 
 def _prepare(rows, levels, shape, dtype, sigma_data, normalize, seed_at, offset_at, rounds, device):
@@ -112,7 +112,7 @@ def row_sums_kernel(
     grad_ptr, order_ptr, first_ptr, sigma_ptr, out_ptr, width, per_level, parts, sigma_data: tl.float64,
     SCALED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One part of the places of one row of the table, in their order: no atomics, the same bits each time."""
+    """Sum one part of the positions of one row of the table, in their order: no atomics, the same bits each time."""
     wide: tl.constexpr = sigma_ptr.dtype.element_ty
     k, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     begin, end = tl.load(first_ptr + k), tl.load(first_ptr + k + 1)
@@ -134,7 +134,7 @@ def row_sums_kernel(
 
 
 def launch_sums(grad, indices, count, sigma, sigma_data):
-    """Sum of c_in·grad over the places of each index: (count, width), in sigma's dtype. No host sync."""
+    """Sum c_in·grad over the positions of each index: (count, width), in sigma's dtype. No host sync."""
     width = grad.shape[-1]
     ordered, order = torch.sort(indices.flatten(), stable=True)
     first = torch.searchsorted(ordered, torch.arange(count + 1, device=grad.device))

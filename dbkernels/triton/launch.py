@@ -1,8 +1,8 @@
-"""Launch a Triton kernel that was prepared once for a kind of input.
+"""Launch a Triton kernel that was prepared once per kind of input.
 
 `kernel[grid](...)` binds, types and hashes every argument in each call: for thirty arguments that is more host time
-than eager PyTorch takes for three ops. What it finds depends on shapes, strides and dtypes alone, so an op finds it
-once for each kind of input and keeps a `Launch`; from then on a call hands its pointers to the compiled kernel.
+than eager PyTorch takes for three ops. The result depends on shapes, strides and dtypes alone, so an op computes it
+once per kind of input and keeps a `Launch`; from then on a call passes its pointers to the compiled kernel.
 
     launches = Kinds()
 
@@ -29,10 +29,10 @@ ALIGNMENT = 16  # bytes: Triton compiles another kernel where a pointer isn't a 
 
 
 class Kinds(dict[Hashable, Any]):
-    """What was prepared, by kind of input; forgotten when there are too many."""
+    """Prepared objects by kind of input; cleared when there are too many."""
 
     def keep(self, kind: Hashable, prepared: Any) -> Any:
-        """Remember and return what was prepared for a kind."""
+        """Store and return the object prepared for a kind of input."""
         if len(self) >= MOST_KINDS:
             self.clear()
         self[kind] = prepared
@@ -40,7 +40,7 @@ class Kinds(dict[Hashable, Any]):
 
 
 class Launch:
-    """One kernel with all but its tensors fixed.
+    """A kernel with all arguments but its tensors fixed.
 
     The kernel's parameters must be, in this order: pointers; numbers that vary from call to call, if any (floats, or
     integers in `do_not_specialize` that lie in int32); other numbers; constexprs.
@@ -77,9 +77,9 @@ class Launch:
         compiled = self.compiled
         aligned = not bits % ALIGNMENT
         if compiled is None or not aligned or knobs.runtime.launch_enter_hook.calls:
-            found = self.kernel[self.grid](*tensors, *varying, *self.numbers, **self.constants)
+            launched = self.kernel[self.grid](*tensors, *varying, *self.numbers, **self.constants)
             if aligned:
-                self.compiled = found  # None in the interpreter, which compiles nothing
+                self.compiled = launched  # None in the interpreter, which compiles nothing
             return
         compiled.run(
             *self.grid, driver.active.get_current_stream(self.device), compiled.function, compiled.packed_metadata,

@@ -1,7 +1,7 @@
 """Philox4x32 and Box-Muller by element index, in Triton. Definition and addressing: dbkernels/philox.py; the results
 are those of csrc/philox.h.
 
-Instructions limit whoever draws noise, so factors that are powers of two are moved into the polynomials' coefficients
+Instructions limit the drawing of noise, so factors that are powers of two are moved into the polynomials' coefficients
 (which changes no bit), and quadrants are read from the word itself.
 
 Address arithmetic is 64-bit in the scalar part, 32-bit within a program: a program's first group is a multiple of
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr = 10):
-    """Philox4x32 of ROUNDS rounds on uint32 words."""
+    """Compute Philox4x32 of ROUNDS rounds on uint32 words."""
     for _ in tl.static_range(ROUNDS):
         # One wide multiply gives both halves; umulhi and a product would be two instructions.
         p0 = c0.to(tl.uint64) * 0xD2511F53
@@ -29,9 +29,9 @@ def philox4x32(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr = 10):
 
 @triton.jit
 def minus_two_log(u):
-    """-2·ln u for u in [2^-33, 1], u = 2^e·(1 + f): csrc/philox.h's polynomial in g = -2·f, from -2·e·ln 2."""
+    """Return -2·ln u for u = 2^e·(1 + f) in [2^-33, 1]: csrc/philox.h's polynomial in g = -2·f, plus -2·e·ln 2."""
     bits = u.to(tl.uint32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) & 0xFF800000  # e, where a float has it
+    exponent = (bits - 0x3F3504F3) & 0xFF800000  # e, in the exponent bits of a float
     g = tl.fma((bits - exponent).to(tl.float32, bitcast=True), -2.0, 2.0)
     q = tl.fma(g, 0.076342255 * 2.0**-9, 0.12761468 * 2.0**-8)
     q = tl.fma(q, g, 0.13160233 * 2.0**-7)
@@ -50,7 +50,7 @@ def minus_two_log(u):
 
 @triton.jit
 def box_muller(x0, x1):
-    """Two normals from two words: see csrc/philox.h."""
+    """Return two normals from two words: see csrc/philox.h."""
     square = minus_two_log(tl.fma(x0.to(tl.float32), 2.0**-32, 2.0**-33))
     # The root by one Newton step on the fast reciprocal root: right to the last bit but for rare ties, at a third of
     # the instructions of sqrt_rn. u = 1 gives 0, whose reciprocal root is infinite; the next square is 1.2e-7.
@@ -78,7 +78,7 @@ def box_muller(x0, x1):
 
 @triton.jit
 def key_and_offset(seed_ptr, offset_ptr, seed_low, seed_high, offset, SEED_AT: tl.constexpr, OFFSET_AT: tl.constexpr):
-    """The address as unsigned words: the key's two and the offset, from memory where SEED_AT or OFFSET_AT says so."""
+    """Return the address as unsigned words, the key's two and the offset: from memory with SEED_AT or OFFSET_AT."""
     if SEED_AT:
         seed = tl.load(seed_ptr).to(tl.int64)
         key0, key1 = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
@@ -93,7 +93,7 @@ def key_and_offset(seed_ptr, offset_ptr, seed_low, seed_high, offset, SEED_AT: t
 
 @triton.jit
 def in_element_order(a0, a1, a2, a3, GROUPS: tl.constexpr):
-    """The four values of each group as one block of 4·GROUPS."""
+    """Return the four values of each group as one block of 4·GROUPS."""
     return tl.join(tl.join(a0, a2), tl.join(a1, a3)).reshape(4 * GROUPS)
 
 
@@ -101,7 +101,7 @@ def in_element_order(a0, a1, a2, a3, GROUPS: tl.constexpr):
 def words_of_groups(
     first_group, key0, key1, offset, STREAM: tl.constexpr, GROUPS: tl.constexpr, ROUNDS: tl.constexpr = 10
 ):
-    """The four words of each of GROUPS groups from `first_group` (int64) on."""
+    """Return the four words of each of GROUPS groups from `first_group` (int64) on."""
     low = (first_group & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, GROUPS)
     high = (first_group >> 32).to(tl.uint32)
     key0, key1 = key0.to(tl.uint32), key1.to(tl.uint32)
@@ -110,7 +110,7 @@ def words_of_groups(
 
 @triton.jit
 def normals_of_groups(first_group, key0, key1, offset, GROUPS: tl.constexpr, ROUNDS: tl.constexpr = 10):
-    """Standard normals of GROUPS groups, in element order, float32."""
+    """Draw standard normals of GROUPS groups, in element order, float32."""
     x0, x1, x2, x3 = words_of_groups(first_group, key0, key1, offset, 0, GROUPS, ROUNDS)
     n0, n1 = box_muller(x0, x1)
     n2, n3 = box_muller(x2, x3)
@@ -119,27 +119,26 @@ def normals_of_groups(first_group, key0, key1, offset, GROUPS: tl.constexpr, ROU
 
 @triton.jit
 def uniforms_of_groups(first_group, key0, key1, offset, GROUPS: tl.constexpr):
-    """Uniforms in (0, 1) of GROUPS groups, in element order, float32."""
+    """Draw uniforms in (0, 1) of GROUPS groups, in element order, float32."""
     x0, x1, x2, x3 = words_of_groups(first_group, key0, key1, offset, 1, GROUPS)
     word = in_element_order(x0, x1, x2, x3, GROUPS)
     return ((word >> 9).to(tl.float32) + 0.5) * 2.0**-23
 
 
 def _signed(word):
-    """A 32-bit word as a signed int: Triton types an int argument by its value, and one type means one
-    compilation."""
+    """Return a 32-bit word as a signed int: Triton types an int by its value, and one type means one compilation."""
     return word - 2**32 if word >= 2**31 else word
 
 
 def address_words(seed, offset):
-    """(seed, offset), the seed signed or not, as the three words a kernel takes."""
+    """Return (seed, offset), the seed signed or not, as the three words a kernel takes."""
     seed %= 2**64
     return _signed(seed & 0xFFFFFFFF), _signed(seed >> 32), _signed(offset)
 
 
 def address(seed, offset, dummy):
-    """(seed, offset), each an int (the seed signed or not) or a 0-dim tensor, as a kernel takes it: two tensors,
-    `dummy` where there is none, three words, and what it is compiled for: SEED_AT and OFFSET_AT."""
+    """Return (seed, offset), each an int (the seed signed or not) or a 0-dim tensor, as a kernel takes them: two
+    tensors (`dummy` for an int), three words, and the constants (SEED_AT, OFFSET_AT)."""
     seed_at, offset_at = isinstance(seed, torch.Tensor), isinstance(offset, torch.Tensor)
     tensors = seed if seed_at else dummy, offset if offset_at else dummy
     return tensors, address_words(0 if seed_at else seed, 0 if offset_at else offset), (seed_at, offset_at)

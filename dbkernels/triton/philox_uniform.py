@@ -6,7 +6,7 @@ import triton.language as tl
 from dbkernels.triton.launch import Kinds, Launch
 from dbkernels.triton.philox import address, key_and_offset, uniforms_of_groups
 
-GROUPS = 256  # groups of four elements a program takes
+GROUPS = 256  # groups of four elements per program
 _launches = Kinds()
 
 
@@ -30,9 +30,9 @@ def launch(out, seed, offset):
         return
     tensors, words, form = address(seed, offset, out)
     key = numel, form, out.get_device()
-    kind = (*key, *(t.dtype for t in tensors))  # a prepared launch doesn't look at its pointers' dtypes
-    found = _launches.get(kind) or _launches.keep(kind, _prepare(*key))
-    found(out, *tensors, varying=words)
+    kind = (*key, *(t.dtype for t in tensors))  # a prepared launch doesn't check its pointers' dtypes
+    prepared = _launches.get(kind) or _launches.keep(kind, _prepare(*key))
+    prepared(out, *tensors, varying=words)
 
 
 def _prepare(numel, form, device):

@@ -1,4 +1,4 @@
-"""two_stream_attention on a GPU: the op and its gradient, by the path that is fastest for a kind of input.
+"""two_stream_attention on a GPU: the op and its gradient, by the fastest path per kind of input.
 Definition: dbkernels/two_stream_attention.py; paths: two_stream_plans.py.
 """
 
@@ -13,7 +13,7 @@ _chosen: dict[tuple[object, ...], Choice] = {}
 
 
 def path_of(plan, arguments, tensors):
-    """Return the path of a call of plan.run(path, *arguments). The first call of a kind times all paths.
+    """Return the path of a call of plan.run(path, *arguments). The first call per kind of input times all paths.
 
     The user may forbid cuDNN's attention; its gradients differ from run to run, so deterministic algorithms do too.
     """
@@ -42,7 +42,7 @@ def run(plan, *arguments):
 
 
 def adjacent(tensor):
-    """Whether rows are of adjacent elements, as the kernels read them, and those of a tile lie within 2^31 elements."""
+    """Return whether a row's elements are adjacent, as the kernels read them, and a tile's lie within 2^31 elements."""
     return tensor is None or (tensor.stride(-1) == 1 and tensor.stride(2) <= 2**23)
 
 
@@ -55,7 +55,7 @@ accepted = Kinds()  # kinds of input that passed the checks, and their scale
 
 
 def forward(q, k, v, q_noisy, k_noisy, v_noisy, group_size, scale, cu_seqlens, key=None):
-    """The op under the CUDA key. key: `kind_of` all arguments, if it is known."""
+    """Run the op under the CUDA key. key: `kind_of` all arguments, if it is known."""
     key = key or kind_of(q, k, v, q_noisy, k_noisy, v_noisy, group_size, scale, cu_seqlens)
     streams = q, k, v, q_noisy, k_noisy, v_noisy
     plan = plans.get(key)
@@ -69,7 +69,7 @@ def forward(q, k, v, q_noisy, k_noisy, v_noisy, group_size, scale, cu_seqlens, k
 
 def backward(grad, grad_noisy, q, k, v, q_noisy, k_noisy, v_noisy, out, out_noisy, lse, lse_noisy, group_size, scale,
              cu_seqlens):  # fmt: skip
-    """The gradient's op under the CUDA key."""
+    """Run the gradient's op under the CUDA key."""
     given = grad, grad_noisy, q, k, v, q_noisy, k_noisy, v_noisy
     key = kind_of(*given, out, out_noisy, group_size, scale, cu_seqlens)
     plan = plans.get(key)
@@ -77,9 +77,9 @@ def backward(grad, grad_noisy, q, k, v, q_noisy, k_noisy, v_noisy, out, out_nois
         if not all(map(adjacent, given)):
             likes = given[2:]
             outs = out, out_noisy, lse, lse_noisy
-            found = backward(*with_rows(given), *outs, group_size, scale, cu_seqlens)
+            grads = backward(*with_rows(given), *outs, group_size, scale, cu_seqlens)
             return [g if t is None or adjacent(t) else torch.empty_like(t).copy_(g)
-                    for g, t in zip(found, likes, strict=True)]  # fmt: skip
+                    for g, t in zip(grads, likes, strict=True)]  # fmt: skip
         sequences = None if cu_seqlens is None else len(cu_seqlens) - 1
         plan = plans.keep(key, Backward(Options(group_size, scale, sequences), *given[2:6]))
     return run(plan, *given, out, out_noisy, lse, lse_noisy, cu_seqlens)

@@ -1,8 +1,8 @@
 """Attention of the clean and of the noisy stream, forward, in Triton. Definition: dbkernels/two_stream_attention.py.
 
-A program takes a tile of queries of one stream and walks over the clean keys that it sees; a noisy one also over the
-keys of its own groups. Two programs of one stream each read as many keys a query as one program of both would, with
-half of the registers. Tiles that no query sees are never visited.
+A program takes a tile of queries of one stream and loops over its visible clean keys; a noisy one also over the keys of
+its own groups. Two programs of one stream each read as many keys per query as one program of both would, with half of
+the registers. Tiles of masked keys are never visited.
 """
 
 import torch
@@ -16,7 +16,7 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def place(tiles_ptr, tile, length, BLOCK: tl.constexpr, VARLEN: tl.constexpr):
-    """Tile number `tile`: where its sequence begins, how long the sequence is, and the tile's first row in it."""
+    """Return the begin and length of the sequence of tile number `tile`, and the tile's first row in it."""
     begin = tl.full((), 0, tl.int64)
     first = tile * BLOCK
     if VARLEN:
@@ -28,7 +28,7 @@ def place(tiles_ptr, tile, length, BLOCK: tl.constexpr, VARLEN: tl.constexpr):
 
 @triton.jit
 def load_rows(base, first, length, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows from `first` on of a sequence that begins at `base`, zero from row `length` on: (ROWS, BLOCK_D)."""
+    """Load rows from `first` on of a sequence that begins at `base`, zero from row `length` on: (ROWS, BLOCK_D)."""
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     start = base + (tl.full((), 0, tl.int64) + first) * stride
     inside = (row < length - first)[:, None]
@@ -47,7 +47,7 @@ def store_rows(base, values, first, length, stride, ROWS: tl.constexpr, D: tl.co
 
 @triton.jit
 def end_of_sight(row, group_size, NOISY: tl.constexpr):
-    """The first clean key that query `row` doesn't see."""
+    """Return the first clean key that is masked for query `row`."""
     if NOISY:
         return row // group_size * group_size
     return row + 1
@@ -55,17 +55,17 @@ def end_of_sight(row, group_size, NOISY: tl.constexpr):
 
 @triton.jit
 def own_groups(first, stop, length, group_size):
-    """The keys of the groups that rows first .. stop - 1 belong to: from, to."""
+    """Return the bounds (from, to) of the keys of the groups that rows first .. stop - 1 belong to."""
     return first // group_size * group_size, tl.minimum(length, (stop - 1) // group_size * group_size + group_size)
 
 
 @triton.jit
 def absorb(q, k, v, m, l, total, scale, seen, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One tile of keys into the online softmax: m is the row's maximum in bits, l its sum, total the weighted sum."""
+    """Add a tile of keys to the online softmax: m is the row's maximum in bits, l its sum, total the weighted sum."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if MASKED:
         s = tl.where(seen, s, float("-inf"))
-    # Never NaN by m - m of two infinities: m starts finite, so a row that has seen nothing yet keeps weights of zero.
+    # Never NaN by m - m of two infinities: m starts finite, so a row without visible keys so far keeps weights of zero.
     above = tl.maximum(m, tl.max(s, 1))
     p = tl.exp2(s - above[:, None])
     fade = tl.exp2(m - above)
@@ -82,9 +82,9 @@ def forward_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     NOISY: tl.constexpr, SINGLE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head. tiles: of a head. ratio: query heads that share a key head. scale: of the scores,
-    in bits. SINGLE: groups of one token."""
-    tile = tiles - 1 - tl.program_id(0) % tiles  # the longest walks first
+    """Compute out and lse of a tile of queries of one head. tiles: per head. ratio: query heads per key head. scale: of
+    the scores, in bits. SINGLE: groups of one token."""
+    tile = tiles - 1 - tl.program_id(0) % tiles  # the longest loops first
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
     head = tl.program_id(0) // tiles % heads
     total_length = length
@@ -135,12 +135,12 @@ def forward_kernel(
 
 
 def block_of(D):
-    """The width of a tile of head dimension D: the next power of two."""
+    """Return the width of a tile of head dimension D: the next power of two."""
     return triton.next_power_of_2(D)
 
 
 def forward_layout(D, dtype, arch):
-    """(rows, columns, warps, stages) of a program: what fits registers without spills. arch: 80, 90, ..."""
+    """Return (rows, columns, warps, stages) per program that fit registers without spills. arch: 80, 90, ..."""
     if dtype == torch.float32:
         return float32_layout(D)
     if block_of(D) == 256:
@@ -149,29 +149,29 @@ def forward_layout(D, dtype, arch):
 
 
 def float32_layout(D):
-    """Of any of the kernels. At D = 256 some 40 registers spill whatever the tile."""
+    """Return the layout of any of the kernels for float32. At D = 256 some 40 registers spill whatever the tile."""
     return {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)}[max(64, block_of(D))]
 
 
 def arch_of(tensor):
-    """The GPU's compute capability as one number: 90 for 9.0."""
+    """Return the GPU's compute capability as one number: 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (8, 0)
     return 10 * major + minor
 
 
 def precision(dtype):
-    """float32 as three products of TF32, which keep its bits: one would keep ten."""
+    """Return tl.dot's input precision: for float32 three products of TF32, which keep its bits; one would keep ten."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def strides(*tensors):
-    """Batch, head and row strides of (B, H, N, D) tensors, for the kernels."""
+    """Return batch, head and row strides of (B, H, N, D) tensors, for the kernels."""
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
 def sequence_tiles(cu_seqlens, total, block):
-    """Find, on the device, where the tiles of sequences of any lengths lie, (tiles, 3) int32: the sequence's begin and
-    length and the tile's first row. More tiles than there can be; those left over have length 0."""
+    """Compute, on the device, a table of the tiles of sequences of any lengths, (tiles, 3) int32: the sequence's begin
+    and length and the tile's first row. It has an upper bound of tiles; those left over have length 0."""
     lengths = cu_seqlens.diff()
     counts = (lengths + block - 1) // block
     ends = counts.cumsum(0)
@@ -186,13 +186,13 @@ def sequence_tiles(cu_seqlens, total, block):
 
 
 def count_tiles(length, sequences, block):
-    """Return how many tiles of `block` rows a head has: no fewer than `sequence_tiles` finds, where there are any."""
+    """Return the tiles of `block` rows per head: with sequences, at least as many as `sequence_tiles` returns."""
     return triton.cdiv(length, block) if sequences is None else length // block + sequences
 
 
 def prepare_forward(q, k, v, own_k, own_v, out, group_size, scale, sequences):
-    """Return (launch, its rows a tile) that fills out and lse of one stream: the noisy one if own_k is given. Rows of
-    adjacent elements, any other strides. Launch: q, k, v, own_k, own_v, out, lse, places of the tiles."""
+    """Return (launch, its rows per tile) that fills out and lse of one stream: the noisy one if own_k is given. Rows
+    have adjacent elements, any other strides. Launch: q, k, v, own_k, own_v, out, lse, places of the tiles."""
     B, H, N, D = q.shape
     noisy = own_k is not None
     own_k, own_v = (own_k, own_v) if noisy else (k, v)

@@ -1,6 +1,6 @@
 """One group of noisy queries against a cache of clean keys, in Triton. Definition: dbkernels/two_stream_decode.py.
 
-Query heads that share a key head are one tile of queries, so each cached key is read once. The cache is split over
+Query heads that share a key head form one tile of queries, so each cached key is read once. The cache is split over
 programs, each with its own softmax; their outputs are merged by log-sum-exp.
 """
 
@@ -14,7 +14,7 @@ from dbkernels.triton.two_stream import with_rows
 from dbkernels.triton.two_stream_attention import LOG2E, absorb, block_of, load_rows, precision, store_rows, strides
 
 PROGRAMS = 256  # to fill a GPU with
-LEAST = 256  # keys of a split
+LEAST = 256  # keys per split
 
 
 @triton.jit
@@ -26,8 +26,8 @@ def decode_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the queries of one key head, over one split of the cache; the first split also takes the group's own
-    keys. q: (B, heads, rows, D); out: (B, heads, splits, rows, D) float32; lse: (B, heads, splits, rows)."""
+    """Attend from a tile of the queries of one key head to one split of the cache; the first split also takes the
+    group's own keys. q: (B, heads, rows, D); out: (B, heads, splits, rows, D), float32; lse: the same without D."""
     split = tl.program_id(0) % splits
     batch = (tl.program_id(0) // splits // heads).to(tl.int64)
     key = (tl.program_id(0) // splits % heads).to(tl.int64)
@@ -62,7 +62,7 @@ def decode_kernel(
 
 
 def layout(rows, D, dtype):
-    """(rows, columns, warps, stages) of a program."""
+    """Return (rows, columns, warps, stages) per program."""
     tall = min(64 if dtype != torch.float32 and block_of(D) <= 128 else 16, max(16, triton.next_power_of_2(rows)))
     return tall, 32 if dtype == torch.float32 or block_of(D) == 256 else 64, 4, 2
 
@@ -88,7 +88,7 @@ def prepare(q, k, v, k_cache, v_cache, cache_lengths, scale):
 
 
 def decode(q, k, v, k_cache, v_cache, cache_lengths, scale):
-    """The op under the CUDA key."""
+    """Run the op under the CUDA key."""
     B, H, group, D = q.shape
     q = q.contiguous()
     k, v, k_cache, v_cache = with_rows((k, v, k_cache, v_cache))

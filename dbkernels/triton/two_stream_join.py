@@ -1,9 +1,9 @@
-"""Groups of one where cuDNN attends to the clean keys: what each token's look at itself adds, in Triton. Definition:
+"""Groups of one where cuDNN attends to the clean keys: add each token's attention to itself, in Triton. Definition:
 dbkernels/two_stream_attention.py.
 
-Noisy token i sees itself and the clean tokens before it: causal attention of queries 1 on to keys up to the last but
-one. That is cuDNN's part; a pass over the rows joins the two parts, forward and backward. Each is one kernel, since
-every pass over six tensors costs a tenth of the attention itself.
+Noisy token i attends to itself and to the clean tokens before it: causal attention of queries from 1 on to keys up to
+the last but one. That is cuDNN's part; a pass over the rows joins the two parts, forward and backward. Each is one
+kernel, since every pass over six tensors costs a tenth of the attention itself.
 """
 
 import triton
@@ -15,7 +15,7 @@ from dbkernels.triton.two_stream_attention import block_of, load_rows, store_row
 
 @triton.jit
 def rows_behind(base, first, length, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows first - 1 on, as float32; zero before row 0: what cuDNN found for queries that begin at the second."""
+    """Load rows from first - 1 on, as float32, zero before row 0: cuDNN's results, whose queries begin at row 1."""
     row, column = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     inside = ((row + first > 0) & (row < length - first))[:, None] & (column < D)[None, :]
     start = base + (tl.full((), 0, tl.int64) + first - 1) * stride
@@ -29,7 +29,7 @@ def join_kernel(
     out_batch, out_head, out_row, tiles, heads, ratio, length, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out and lse of a tile of noisy rows, from far and far_lse, cuDNN's of rows 1 on. k, v: the noisy stream's."""
+    """Compute out and lse of a tile of noisy rows. far, far_lse: cuDNN's, from row 1 on. k, v: the noisy stream's."""
     first = tl.program_id(0) % tiles * ROWS
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
@@ -67,9 +67,9 @@ def separate_kernel(
     tiles, heads, length, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, RATIO: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a tile of rows of one key head: dq, own_dk, own_dv of the noisy stream, dk, dv of the clean one.
-    far_*: cuDNN's, of queries 1 on and keys up to the last but one. ADD: to what dk and dv hold, the clean queries'
-    part; otherwise there is none."""
+    """Compute all gradients of a tile of rows of one key head: dq, own_dk, own_dv of the noisy stream, dk, dv of the
+    clean one. far_*: cuDNN's, of queries from 1 on and keys up to the last but one. ADD: to the clean queries' part,
+    which dk and dv hold; otherwise there is none."""
     first = tl.program_id(0) % tiles * ROWS
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
     key = (tl.program_id(0) // tiles % heads).to(tl.int64)
@@ -108,7 +108,7 @@ def separate_kernel(
 
 
 def layout(D):
-    """(rows, warps) of a program: of each operand a thread holds 16 elements, two loads of 16 bytes."""
+    """Return (rows, warps) per program: a thread holds 16 elements of each operand, two loads of 16 bytes."""
     return max(16, 2048 // block_of(D)), 4
 
 

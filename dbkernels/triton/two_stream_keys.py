@@ -1,7 +1,7 @@
 """The gradients of keys and values of both streams, in Triton. Definition: dbkernels/two_stream_attention.py.
 
-One program a tile of keys gathers what the queries of one stream add to it. Clean keys serve the queries of both
-streams, which come one after the other: the second adds to what the first left. Noisy keys serve only their own groups.
+One program per tile of keys sums the contributions of one stream's queries. Clean keys serve the queries of both
+streams, in two launches: the second adds to the first's result. Noisy keys serve only their own groups.
 """
 
 import torch
@@ -28,10 +28,10 @@ from dbkernels.triton.two_stream_queries import room
 
 @triton.jit
 def row_numbers(numbers, first, length, ROWS: tl.constexpr, VARLEN: tl.constexpr):
-    """The log-sum-exp in bits, infinite beyond the sequence, and delta, of rows `first` on.
+    """Load the log-sum-exp in bits, infinite beyond the sequence, and delta, of rows from `first` on.
 
-    They are loaded as one vector of twice the rows: of fewer elements than a program has threads, every thread would
-    copy all that it needs by itself, 4 bytes at a time.
+    They are loaded as one vector of twice the rows: with fewer elements than threads, every thread would copy all that
+    it needs by itself, 4 bytes at a time.
     """
     at = tl.arange(0, 2 * ROWS)
     if VARLEN:
@@ -53,10 +53,10 @@ def key_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RATIO: tl.constexpr,
     OWN: tl.constexpr, ADD: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile of keys and values, from the queries of one stream that see them: those of the keys' own
-    groups if OWN, otherwise those of the groups behind, `shift` rows earlier. heads: of keys. RATIO: query heads that
-    share one. ADD: to what dk and dv hold."""
-    tile = tl.program_id(0) % tiles  # the longest walks first
+    """Compute the gradients of a tile of keys and values, from the queries of one stream that attend to them: those of
+    the keys' own groups if OWN, otherwise those of the groups behind, `shift` rows earlier. heads: of keys. RATIO:
+    query heads per key head. ADD: to the values of dk and dv."""
+    tile = tl.program_id(0) % tiles  # the longest loops first
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
     key = (tl.program_id(0) // tiles % heads).to(tl.int64)
     begin, length, first = place(tiles_ptr, tile, length, COLUMNS, VARLEN)
@@ -64,7 +64,7 @@ def key_kernel(
     v = load_rows(v_ptr + batch * v_batch + key * v_head + begin * v_row, first, length, v_row, COLUMNS, D, BLOCK_D)
     dk = tl.zeros((COLUMNS, BLOCK_D), tl.float32)
     dv = tl.zeros((COLUMNS, BLOCK_D), tl.float32)
-    # The rows that see a key, as bounds of the row: no division within the loop.
+    # Visibility as bounds of the row: no division within the loop.
     column = first + tl.arange(0, COLUMNS)
     if OWN:
         start, stop = own_groups(first, tl.minimum(first + COLUMNS, length), length, group_size)
@@ -111,7 +111,7 @@ def itself_kernel(
     tiles, heads, length, pitch, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, COLUMNS: tl.constexpr, RATIO: tl.constexpr,
 ):  # fmt: skip
-    """The same for groups of one: of a tile of noisy keys and values, from each token's look at itself."""
+    """Compute the same for groups of one: of a tile of noisy keys and values, from each token's attention to itself."""
     first = tl.program_id(0) % tiles * COLUMNS
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
     key = (tl.program_id(0) // tiles % heads).to(tl.int64)
@@ -137,12 +137,12 @@ def itself_kernel(
 
 
 def layout(D, dtype, arch):
-    """(rows, columns, warps, stages) of a program: what fits registers without spills. Rows divide the queries' rows,
-    whose program writes the numbers. arch: 80, 90, ..."""
+    """Return (rows, columns, warps, stages) per program that fit registers without spills. Rows divide the rows of the
+    queries' program, which writes the numbers. arch: 80, 90, ..."""
     if dtype == torch.float32:
         return float32_layout(D)
     if arch >= 90 and block_of(D) <= 128:
-        # Two warp groups an SM, and a third stage that hides the loads behind a whole tile of products.
+        # Two warp groups per SM, and a third stage that hides the loads behind a whole tile of products.
         return (64, 64, 4, 3) if block_of(D) <= 64 else (32, 128, 8, 3)
     if block_of(D) <= 64:
         return 32, 128, 8, 2
@@ -153,7 +153,7 @@ ITSELF = 16, 4, 1  # columns, warps, stages: six operands of a small tile fit re
 
 
 def prepare_keys(k, v, dk, dv, q, grad, group_size, shift, scale, sequences, own=False, add=False):
-    """Return (launch, its columns a tile) that fills dk and dv, or adds to them, from the queries of one stream.
+    """Return (launch, its columns per tile) that fills dk and dv, or adds to them, from the queries of one stream.
     Launch: k, v, dk, dv, q, grad, numbers of `prepare_queries`, places of the tiles."""
     B, heads, N, D = k.shape
     ratio = q.shape[1] // heads
@@ -171,7 +171,7 @@ def prepare_keys(k, v, dk, dv, q, grad, group_size, shift, scale, sequences, own
 
 
 def prepare_itself(k, v, dk, dv, q, grad, scale):
-    """The same for groups of one and their own keys, of sequences of any lengths too: tokens see themselves alone."""
+    """Return the same for groups of one and their own keys, whatever the sequences: a token attends to itself."""
     B, heads, N, D = k.shape
     columns, warps, stages = ITSELF
     tiles = triton.cdiv(N, columns)

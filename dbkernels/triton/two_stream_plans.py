@@ -1,7 +1,7 @@
-"""The paths that two_stream_attention may take on a GPU, and their launches, prepared once for a kind of input.
+"""The paths that two_stream_attention may take on a GPU, and their launches, prepared once per kind of input.
 
-The clean stream is plain causal attention, and for groups of one the noisy stream's look at clean keys is causal one
-place apart: both may be cuDNN's. The kernels of this folder serve everything else. Given the merged output and
+The clean stream is plain causal attention, and for groups of one the noisy stream's attention to clean keys is causal,
+shifted by one: both may be cuDNN's. The kernels of this folder serve everything else. Given the merged output and
 log-sum-exp, every part's gradient is exact by itself, so forward and backward may take different paths.
 """
 
@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 
 from dbkernels._fastest import Choice
+from dbkernels._two_stream import like_rows
 from dbkernels.triton import two_stream_join as joins
 from dbkernels.triton import two_stream_keys as keys
 from dbkernels.triton import two_stream_queries as queries
 from dbkernels.triton.two_stream_attention import prepare_forward, sequence_tiles
 
 TRITON, CLEAN, BOTH = "triton", "cudnn for the clean stream, triton", "cudnn, joined by triton"
-SHORTEST = 128  # tokens: below, a call's host time decides, and one launch a stream is the least
+SHORTEST = 128  # tokens: below, a call's host time decides, and one launch per stream is the least
 
 # PyTorch keeps cuDNN's graphs by the layouts of q, k and v alone, though those of out and of its gradient are part of a
 # graph (torch 2.11). Ours always have one layout; a probability of -0 keeps them apart from those of other callers.
@@ -24,37 +25,31 @@ NO_DROPOUT = -0.0
 
 
 def cudnn_forward(q, k, v, scale):
-    """Causal attention: out, laid out as q, and its log-sum-exp (B, H, N), contiguous."""
+    """Attend causally. Return out, laid out as q, and its log-sum-exp (B, H, N), contiguous."""
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention.default
     out, lse, *_ = attend(q, k, v, None, True, NO_DROPOUT, True, False, scale=scale)
     return out, lse.view(q.shape[:3])
 
 
 def cudnn_backward(grad, q, k, v, out, lse, scale):
-    """dq, dk, dv, laid out as q, k, v, of the part of attention that has these weights under this log-sum-exp."""
+    """Return dq, dk, dv, laid out as q, k, v, of the part of attention whose weights are exp(scores - lse)."""
     back = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
-    number = torch.empty((), dtype=torch.int64, device=q.device)  # the seed of a dropout that there isn't
+    number = torch.empty((), dtype=torch.int64, device=q.device)  # the seed of a dropout that is off
     lengths = q.shape[2], k.shape[2]
     options = number, number, None, None, None, *lengths, NO_DROPOUT, True
     return back(grad, q, k, v, out, lse.unsqueeze(-1), *options, scale=scale)
 
 
 class Options(NamedTuple):
-    """What isn't a tensor. sequences: how many cu_seqlens has, if it is given."""
+    """The arguments that aren't tensors. sequences: their number, if cu_seqlens is given."""
 
     group_size: int
     scale: float
     sequences: int | None
 
 
-def as_rows(q):
-    """Empty, of q's shape (B, H, N, D), laid out as (B, N, H, D)."""
-    B, H, N, D = q.shape
-    return torch.empty_strided((B, H, N, D), (N * H * D, D, H * D, 1), dtype=q.dtype, device=q.device)
-
-
 def order_of(t):
-    """How a tensor's dimensions lie in memory, and which are expanded: another layout isn't known to be right."""
+    """Return the order of a tensor's dimensions in memory, and whether any is expanded: cuDNN is checked per layout."""
     strides = t.stride()
     return tuple(sorted(range(t.dim()), key=strides.__getitem__)), 0 in strides
 
@@ -68,7 +63,7 @@ def before(t):
 
 
 class Places:
-    """Tables of the tiles of one call's sequences, by the tile's rows."""
+    """Tables of the tiles of one call's sequences, by rows per tile."""
 
     def __init__(self, cu_seqlens, length, instead):
         self.cu_seqlens, self.length, self.instead, self.tables = cu_seqlens, length, instead, {}
@@ -97,7 +92,7 @@ def unfit(q, k, v, q_noisy, sequences):
 
 
 class Forward:
-    """The forward pass of one kind of input, by each of its paths."""
+    """The forward pass for one kind of input, by each of its paths."""
 
     backward = False
 
@@ -120,7 +115,7 @@ class Forward:
         return self.launches[name]
 
     def by_triton(self, name, q, k, v, own_k, own_v, places):
-        out, lse = as_rows(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        out, lse = like_rows(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         launch, rows = self.prepared(name, prepare_forward, q, k, v, own_k, own_v, out, *self.options)
         own = (k, v) if own_k is None else (own_k, own_v)
         launch(q, k, v, *own, out, lse, places(rows))
@@ -128,11 +123,11 @@ class Forward:
 
     def by_cudnn(self, q, k, v):
         out, lse = cudnn_forward(q, k, v, self.options.scale)
-        return (out if out.transpose(1, 2).is_contiguous() else as_rows(q).copy_(out)), lse
+        return (out if out.transpose(1, 2).is_contiguous() else like_rows(q).copy_(out)), lse
 
     def joined(self, q, k, v, own_k, own_v):
         far, far_lse = cudnn_forward(behind(q), before(k), before(v), self.options.scale)
-        out, lse = as_rows(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        out, lse = like_rows(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         launch = self.prepared("join", joins.prepare_join, q, own_k, own_v, far, out, self.options.scale)
         launch(q, own_k, own_v, far, far_lse, out, lse)
         return out, lse
@@ -152,7 +147,7 @@ class Forward:
 
 
 class Backward(Forward):
-    """The backward pass of one kind of input, by each of its paths."""
+    """The backward pass for one kind of input, by each of its paths."""
 
     backward = True
 
@@ -174,7 +169,7 @@ class Backward(Forward):
         launch(k, v, dk, dv, q, grad, numbers, places(columns))
 
     def clean(self, path, grad, q, k, v, out, lse, places):
-        """dq, dk, dv of the clean queries."""
+        """Return dq, dk, dv of the clean queries."""
         if path != TRITON:
             return cudnn_backward(grad, q, k, v, out, lse, self.options.scale)
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
@@ -183,7 +178,7 @@ class Backward(Forward):
         return dq, dk, dv
 
     def noisy(self, dk, dv, add, grad, q, k, v, own_k, own_v, out, lse, places):
-        """dq, own_dk, own_dv; fill dk and dv, or add to them."""
+        """Return dq, own_dk, own_dv; fill dk and dv, or add to them."""
         dq, own_dk, own_dv = (torch.empty_like(t) for t in (q, own_k, own_v))
         group = self.options.group_size
         numbers = self.queries_by_triton("noisy queries", dq, grad, q, k, v, own_k, own_v, out, lse, places)
@@ -192,7 +187,7 @@ class Backward(Forward):
         return dq, own_dk, own_dv
 
     def separated(self, dk, dv, add, grad, q, k, v, own_k, own_v, out, lse):
-        """The same by cuDNN for the clean keys."""
+        """Return the same, by cuDNN for the clean keys."""
         scale = self.options.scale
         part = behind(grad), behind(q), before(k), before(v), behind(out), behind(lse).contiguous()
         far = cudnn_backward(*part, scale)
@@ -214,10 +209,10 @@ class Backward(Forward):
         else:
             dq, dk, dv = grad_noisy.new_empty(0), torch.empty_like(k), torch.empty_like(v)
         noisy = dk, dv, add, grad_noisy, q_noisy, k, v, k_noisy, v_noisy, out_noisy, lse_noisy
-        mine = self.separated(*noisy) if path == BOTH else self.noisy(*noisy, places)
-        return [dq, dk, dv, *mine]
+        noisy_grads = self.separated(*noisy) if path == BOTH else self.noisy(*noisy, places)
+        return [dq, dk, dv, *noisy_grads]
 
 
 def like_out(grad, out):
-    """The gradient laid out as its output."""
-    return grad if grad is None or grad.stride() == out.stride() else as_rows(grad).copy_(grad)
+    """Return the gradient, laid out as its output."""
+    return grad if grad is None or grad.stride() == out.stride() else like_rows(grad).copy_(grad)

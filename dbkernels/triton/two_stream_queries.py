@@ -1,4 +1,4 @@
-"""The gradient of the queries of one stream, in Triton, and the two numbers of a row that the keys' gradients want.
+"""The gradient of the queries of one stream, in Triton, and the two numbers per row that the keys' gradients need.
 Definition: dbkernels/two_stream_attention.py.
 
 With the merged output and log-sum-exp, P = exp(S - lse) and delta = rowsum(dO·O) hold for every part of the keys, so
@@ -25,12 +25,12 @@ from dbkernels.triton.two_stream_attention import (
     strides,
 )
 
-PAD = 128  # rows: the numbers of a head fill whole tiles of the kernels that read them
+PAD = 128  # rows: the numbers per head fill whole tiles of the kernels that read them
 
 
 @triton.jit
 def weights(q, k, lse, scale, seen, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """P of a tile. lse: in bits; infinite beyond the sequence, where P is then 0."""
+    """Return P of a tile. lse: in bits; infinite beyond the sequence, where P is then 0."""
     p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
     if MASKED:
         p = tl.where(seen, p, 0.0)
@@ -39,7 +39,7 @@ def weights(q, k, lse, scale, seen, MASKED: tl.constexpr, PRECISION: tl.constexp
 
 @triton.jit
 def slope(grad, v, p, delta, PRECISION: tl.constexpr):
-    """The gradient of the scores of a tile: P·(dP - delta)."""
+    """Return the gradient of the scores of a tile: P·(dP - delta)."""
     return p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
 
 
@@ -53,8 +53,8 @@ def query_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     NOISY: tl.constexpr, SINGLE: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of queries: the walk of the forward pass again. numbers: (B, heads, pitch, 2), of a row
-    its log-sum-exp in bits and delta side by side, so that the keys' kernels copy both of a tile at once."""
+    """Compute the gradient of a tile of queries, by the forward pass's loops. numbers: (B, heads, pitch, 2), each row's
+    log-sum-exp in bits and delta side by side, so that the keys' kernels copy both of a tile at once."""
     tile = tiles - 1 - tl.program_id(0) % tiles
     batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
@@ -118,7 +118,7 @@ def query_kernel(
 
 
 def layout(D, dtype, arch):
-    """(rows, columns, warps, stages) of a program: what fits registers without spills. arch: 80, 90, ..."""
+    """Return (rows, columns, warps, stages) per program that fit registers without spills. arch: 80, 90, ..."""
     if dtype == torch.float32:
         return float32_layout(D)
     return (64, 64, 4, 3) if block_of(D) <= 64 else (64, 32, 4, 3) if block_of(D) == 128 else (32, 32, 4, 2)
@@ -130,8 +130,8 @@ def room(length):
 
 
 def prepare_queries(q, k, v, own_k, own_v, grad, out, dq, group_size, scale, sequences):
-    """Return (launch, its rows a tile) that fills dq, of the noisy stream if own_k is given, and numbers. Launch: q, k,
-    v, own_k, own_v, grad, out, lse, dq, numbers (B, H, room(N), 2) float32, places of the tiles."""
+    """Return (launch, its rows per tile) that fills dq, of the noisy stream if own_k is given, and numbers. Launch: q,
+    k, v, own_k, own_v, grad, out, lse, dq, numbers (B, H, room(N), 2) float32, places of the tiles."""
     B, H, N, D = q.shape
     noisy = own_k is not None
     own_k, own_v = (own_k, own_v) if noisy else (k, v)

@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for a GPU that isn't here, and read what came out: spills, registers, SASS length.
+"""Compile a Triton kernel for an absent GPU and report spills, registers and SASS length.
 
 Triton brings ptxas, cuobjdump and nvdisasm, so no driver is needed. Gate on spills and on the instruction
 count: the register count alone misleads, and a kernel whose work was optimised away would pass with a stub.

@@ -1,4 +1,4 @@
-"""A GPU that isn't there: Triton compiles for sm_90, loads and launches by a driver that does nothing.
+"""A fake GPU: Triton compiles for sm_90, loads and launches by a driver that does nothing.
 
 Run in a process of its own (`run_faked`), since Triton's driver is one for a process. Kernels don't run, so outputs
 hold anything; what can be seen is the host's side: launches, grids, arguments, time.
@@ -29,7 +29,7 @@ def run_faked(script, *arguments):
 
 
 class FakeGPU:
-    """What the driver saw."""
+    """The calls that the driver recorded."""
 
     def __init__(self, library):
         self.library = library

@@ -36,14 +36,14 @@ def fastest(call, count=200):
 
 
 def both(op, tensors):
-    """Forward and backward, all upstream gradients ones."""
+    """Run forward and backward, with upstream gradients of one."""
     outs = op(*tensors)
     outs = outs if isinstance(outs, tuple) else (outs,)
     torch.autograd.grad(outs, tensors, [torch.ones_like(out) for out in outs])
 
 
 def check_launches(name, op, tensors, backward):
-    """One launch forward, `backward` of them backward; the same by the second call's plan as by the first's."""
+    """Check for one launch forward and `backward` of them backward, by the second call's plan as by the first's."""
     for _ in range(2):
         gpu.launches()
         with torch.no_grad():
@@ -54,7 +54,7 @@ def check_launches(name, op, tensors, backward):
 
 
 def check_time(name, ours, eager, tensors):
-    """By this thread's time, since tests run beside each other. The aim is 1.2; the rest is for a machine's noise."""
+    """Compare this thread's time, since tests run in parallel. The aim is 1.2; the rest allows for noise."""
     with torch.no_grad():
         forward = fastest(lambda: ours(*tensors)), fastest(lambda: eager(*tensors))
     whole = fastest(lambda: both(ours, tensors)), fastest(lambda: both(eager, tensors))

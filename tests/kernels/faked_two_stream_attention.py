@@ -28,9 +28,9 @@ for group_size in (1, 4):
     for _ in range(2):  # the first call prepares
         outs = two_stream_attention(*given, group_size=group_size)
         assert gpu.launches() == 2
-        found = torch.autograd.grad(outs, given, grads)
+        results = torch.autograd.grad(outs, given, grads)
         assert gpu.launches() == 5  # queries and keys of each stream, own keys
-    assert [t.stride() for t in found] == [torch.empty_like(t).stride() for t in given]
+    assert [t.stride() for t in results] == [torch.empty_like(t).stride() for t in given]
     with torch.no_grad():
         two_stream_attention(*given, group_size=group_size)
     assert gpu.launches() == 2
@@ -65,7 +65,7 @@ def fastest(call):
 
 
 def eager(given):
-    """As few calls as it takes: causal attention of each stream, and no merge."""
+    """Attend with the fewest calls: causal attention of each stream, and no merge."""
     q, k, v, q_noisy, k_noisy, v_noisy = given
     return tuple(
         functional.scaled_dot_product_attention(*t, is_causal=True) for t in ((q, k, v), (q_noisy, k_noisy, v_noisy))

@@ -128,12 +128,6 @@ def uniforms(draw, dtype):
     return draw.choice([dk.philox_uniform, dk.philox_normal]), {"shape": tuple(shape), **address(draw)}
 
 
-def levels(draw, dtype):
-    low = draw.uniform(0.01, 1.0)
-    given = {"block_range": (low, low * draw.uniform(1.5, 20)), "shape": (draw.choice([0, 1, 50]),), **address(draw)}
-    return dk.sample_sigma, given
-
-
 def masks(draw, dtype):
     alpha = draw.choice([draw.random(), tensor(draw, 3).abs().clamp(max=1)])
     return dk.mask_tokens, {
@@ -161,7 +155,7 @@ def optimizer(draw, dtype):
     return torch.no_grad()(step), given
 
 
-DRAWING = (uniforms, levels, masks)
+DRAWING = (uniforms, masks)
 OPS = (
     norm,
     norm,
@@ -177,7 +171,7 @@ OPS = (
     *DRAWING,
     optimizer,
 )
-FIXED = ("sigma", "row_weight")  # that take no gradient
+FIXED = ("sigma", "row_weight")  # not differentiable
 # Normals are float32 numbers that kernels draw to two units in the last place, whatever the dtype
 FLOOR = {**dict.fromkeys(DRAWING, 4e-6), inject_noise: 4e-6, inject_rows: 4e-6, edm_loss: 4e-5}
 IN_INTERPRETER = (norm, gated, edm_loss, inject_noise, inject_rows)  # ops whose launchers take a CPU's tensors there
@@ -185,7 +179,7 @@ IN_INTERPRETER = (norm, gated, edm_loss, inject_noise, inject_rows)  # ops whose
 
 @contextlib.contextmanager
 def patched(name, function):
-    """Within it every module of dbkernels that imported `name` has `function`."""
+    """Replace `name` by `function` in every module of dbkernels that imported it."""
     modules = [m for n, m in list(sys.modules.items()) if n.startswith("dbkernels.") and hasattr(m, name)]
     before = [getattr(m, name) for m in modules]
     try:
@@ -198,7 +192,7 @@ def patched(name, function):
 
 
 def results(op, given, upstream):
-    """Outputs, and the gradients of all floating inputs of the case's dtype."""
+    """Return the outputs, and the gradients of all floating inputs of the case's dtype."""
     leaves = {n: t for n, t in given.items() if torch.is_tensor(t) and t.is_floating_point() and n not in FIXED}
     leaves = {n: t.detach().requires_grad_() for n, t in leaves.items()}
     outs = op(**given | leaves)
@@ -231,9 +225,9 @@ def case(seed, number):
         ours = results(op, given, upstream)
     shapes = {n: (tuple(t.shape), t.stride()) if torch.is_tensor(t) else t for n, t in given.items()}
     where = f"{make.__name__} {dtype} {shapes}\n  python tests/kernels/fuzz.py --seed {seed} --case {number}\n"
-    for kind, found in (("kernel", ours), ("definition", defined)):
-        assert len(found) == len(exact), f"{kind} of {where}"
-        for i, (a, b) in enumerate(zip(found, exact, strict=True)):
+    for kind, actual in (("kernel", ours), ("definition", defined)):
+        assert len(actual) == len(exact), f"{kind} of {where}"
+        for i, (a, b) in enumerate(zip(actual, exact, strict=True)):
             size = b.double().abs().max().nan_to_num() if b.numel() else 0
             band = max(TOLERANCE[dtype], FLOOR.get(make, 0.0)) * (1 + float(size))
             words_ = f"{kind}, result {i} of {where}"

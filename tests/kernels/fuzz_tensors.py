@@ -1,4 +1,4 @@
-"""Random tensors for the fuzzer: any strides, each within a larger buffer of NaN, so that a read beside it shows."""
+"""Random tensors for the fuzzer: any strides, each within a larger buffer of NaN, so that a read outside it shows."""
 
 import torch
 

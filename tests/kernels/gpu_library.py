@@ -9,7 +9,7 @@ from dbkernels.cross_entropy_rows import cross_entropy_columns_definition
 
 
 def _wide(tensor):
-    """Float32 of halves, as a NumPy array."""
+    """Convert halves to float32, as a NumPy array."""
     if tensor.dtype.itemsize == 4:
         return tensor.numpy()
     if tensor.dtype == torch.float16:
@@ -30,14 +30,14 @@ def _add_product(total, a, b):
 
 
 def _columns(logits, target, at, loss, factor, first, out):
-    """The definition for a few rows at a time, so that its temporaries are small."""
+    """Run the definition for a few rows at a time, so that its temporaries are small."""
     for r in range(0, len(logits), 16):
         row = slice(r, r + 16)
         cross_entropy_columns_definition(logits[row], target[row], at[row], loss[row], factor[row], first, out[row])
 
 
 def stand_in(monkeypatch, logits, least_rows=16, tile=8):
-    """Let CPU tensors go the way of halves on a GPU, with chunks of so many logits."""
+    """Run CPU tensors through the GPU path for halves, with chunks of the given number of logits."""
     monkeypatch.setattr(products, "mixed", lambda weight: weight.dtype.itemsize == 2)
     monkeypatch.setattr(products, "wide", lambda a, b: products.product(a, b, torch.empty(len(a), b.shape[1])))
     product, add = products.product, products.add_product

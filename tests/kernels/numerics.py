@@ -1,4 +1,4 @@
-"""Comparisons that the kernel tests share."""
+"""Comparisons shared by the kernel tests."""
 
 import torch
 
@@ -6,7 +6,7 @@ EPSILON = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0*
 
 
 def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """How many float32 numbers lie between a and b; -0 and 0 are one."""
+    """Count the float32 numbers between a and b; -0 and 0 are one."""
 
     def rank(x):
         bits = x.contiguous().view(torch.int32).to(torch.int64)
@@ -16,7 +16,7 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def assert_as_good_as_eager(ours, eager, exact, dtype):
-    """Error against float64 at most twice eager PyTorch's at the same dtype, plus a rounding band.
+    """Check that the error against float64 is at most twice eager PyTorch's at the same dtype, plus a rounding band.
 
     The band is one unit in the last place of the largest value: where eager happens to round exactly, ours
     may not.

@@ -20,7 +20,7 @@ class OnGPU:
 def x(monkeypatch):
     monkeypatch.setattr(_direct, "_PLAIN", (OnGPU, torch.Tensor, torch.nn.Parameter))
     monkeypatch.setattr(_direct, "_has_storage", lambda t: isinstance(t, OnGPU) or torch._C._has_storage(t))
-    monkeypatch.setattr(_direct, "_HAS_TRITON", True)
+    monkeypatch.setattr(_direct, "HAS_TRITON", True)
     return OnGPU()
 
 
@@ -71,9 +71,9 @@ def test_batched_gradients_go_through_the_dispatcher(x):
 
 
 def test_without_triton_or_as_the_definition_the_dispatcher_serves(x, monkeypatch):
-    monkeypatch.setattr(_direct, "_HAS_TRITON", False)
+    monkeypatch.setattr(_direct, "HAS_TRITON", False)
     assert not direct(x)
-    monkeypatch.setattr(_direct, "_HAS_TRITON", True)
+    monkeypatch.setattr(_direct, "HAS_TRITON", True)
     monkeypatch.setattr(_direct, "backend", lambda: "reference")
     assert not direct(x)
     monkeypatch.undo()

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dbkernels
-from dbkernels.inject_noise import gather_rows
-from dbkernels.inject_noise_table import row_sums
+from dbkernels.inject_noise_table import gather_rows, row_sums
 from dbkernels.philox import normal_reference
 from numerics import EPSILON, assert_as_good_as_eager
 

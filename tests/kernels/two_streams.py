@@ -1,4 +1,4 @@
-"""Examples of two streams, and dense attention under the explicit mask, which the tests of the op share."""
+"""Examples of two streams, and dense attention under the explicit mask, shared by the op's tests."""
 
 import torch
 import torch.nn.functional as functional
@@ -9,7 +9,7 @@ NAMES = ("q", "k", "v", "q_noisy", "k_noisy", "v_noisy")
 
 
 def example(B=2, H=4, heads=2, N=37, D=16, dtype=torch.float32, device="cpu", clean=True):
-    """(q, k, v, q_noisy, k_noisy, v_noisy) that require gradients, with the strides of a packed projection."""
+    """Return (q, k, v, q_noisy, k_noisy, v_noisy) that require gradients, with a packed projection's strides."""
     packed = torch.randn(2, B, N, H + 2 * heads, D, device=device).to(dtype)
     streams = []
     for one in packed:
@@ -18,13 +18,13 @@ def example(B=2, H=4, heads=2, N=37, D=16, dtype=torch.float32, device="cpu", cl
 
 
 def dense_mask(N, group_size, device="cpu"):
-    """Who sees whom in the sequence of 2N, clean tokens first: (2N, 2N) bool, a row a query."""
+    """Return the mask of the sequence of 2N, clean tokens first: (2N, 2N) bool, one row per query."""
     clean, noisy, own = visible(N, group_size, device)
     return torch.cat([torch.cat([clean, torch.zeros_like(clean)], 1), torch.cat([noisy, own], 1)])
 
 
 def dense(streams, group_size, scale=None):
-    """As one would write it: one sequence of 2N under the mask. (out, out_noisy)."""
+    """Attend within one sequence of 2N under the mask. Return (out, out_noisy)."""
     q, k, v, q_noisy, k_noisy, v_noisy = streams
     N = k.shape[2]
     queries = q_noisy if q is None else torch.cat([q, q_noisy], 2)
@@ -39,7 +39,7 @@ def double(streams):
 
 
 def both_ways(outs, streams, upstream):
-    """Outputs, then all gradients."""
+    """Return the outputs, then all gradients."""
     kept = [out for out in outs[:2] if out is not None]
     leaves = [t for t in streams if t is not None]
     ups = [up.to(out.dtype) for up, out in zip(upstream[-len(kept) :], kept, strict=True)]
