@@ -1,9 +1,10 @@
-"""What goes into a checkpoint comes out bit for bit."""
+"""A checkpoint folder holds what was saved to it, and only that."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -14,13 +15,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusionblocks.checkpoint import files as checkpoint
-from diffusionblocks.checkpoint.files import load_part, read_state, save
+from diffusionblocks.checkpoint import parts as part_files
+from diffusionblocks.checkpoint.files import CheckpointError, load_part, read_state, save
 
-DTYPES = sorted(checkpoint._DTYPES, key=str)
+DTYPES = sorted(part_files.DTYPES, key=str)
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "itself": lambda x: x,
     "transposed": lambda x: x.mT if x.dim() > 1 else x,
@@ -80,54 +80,6 @@ def test_tensors_and_state_come_back_bit_for_bit(parts: dict[str, dict[str, Tens
             assert {key: bits(x) for key, x in loaded.items()} == {key: bits(x) for key, x in part.items()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_safetensors_itself_reads_the_files(dtype: torch.dtype, tmp_path: Path) -> None:
-    part = {
-        "x": random_bits(dtype, [3, 5], 0),
-        "scalar": random_bits(dtype, [], 1),
-        "empty": torch.empty(0, 2),
-    }
-    file = save(tmp_path, {"block_0": part}, {}).parts["block_0"].file
-    assert {k: bits(x) for k, x in load_file(tmp_path / file).items()} == {k: bits(x) for k, x in part.items()}
-
-
-def test_tensors_that_are_one_are_written_once_and_load_as_one(tmp_path: Path) -> None:
-    w = torch.randn(100, 100)
-    part = {"embed.weight": torch.nn.Parameter(w), "head.weight": w, "other": w.clone()}
-    manifest = save(tmp_path, {"shared": part}, {})
-    assert manifest.parts["shared"].tied == {"head.weight": "embed.weight"}
-    assert 2 * w.nbytes < manifest.parts["shared"].size < 2.1 * w.nbytes
-    loaded = load_part(tmp_path, "shared")
-    assert loaded["head.weight"] is loaded["embed.weight"]
-    assert loaded["other"].data_ptr() != loaded["head.weight"].data_ptr()
-    assert all(torch.equal(loaded[name], w) for name in part)
-
-
-def test_views_that_overlap_otherwise_load_as_tensors_of_their_own(tmp_path: Path) -> None:
-    w = torch.randn(6, 6)
-    z = torch.randn(3, dtype=torch.complex64)
-    part = {
-        "w": w, "flat": w.view(-1), "rows": w[:2], "t": w.t(), "diagonal": w.diagonal(),
-        "as int": w.view(torch.int32), "z": z,
-        "conj": z.conj(), "imag": z.conj().imag, "no_a": torch.empty(0), "no_b": torch.empty(0),
-    }  # fmt: skip
-    assert save(tmp_path, {"p": part}, {}).parts["p"].tied == {}
-    loaded = load_part(tmp_path, "p")
-    for name, x in part.items():
-        assert bits(loaded[name]) == bits(x.resolve_conj().resolve_neg()), name
-    assert len({x.untyped_storage().data_ptr() for x in loaded.values() if x.numel()}) == len(part) - 2
-
-
-def test_loaded_tensors_are_ordinary_ones(tmp_path: Path) -> None:
-    """Aligned as torch's own are, and of no more storage than they show: no views into the mapped file."""
-    part = {"a": torch.randn(7), "b": torch.randn(1000), "flag": torch.tensor(True)}
-    save(tmp_path, {"p": part}, {})
-    loaded = load_part(tmp_path, "p", device=torch.device("cpu"))
-    for name, x in loaded.items():
-        assert torch.equal(x, part[name]) and x.untyped_storage().nbytes() == x.nbytes
-        assert x.data_ptr() % 64 == 0 and not x.requires_grad
-
-
 def test_functions_are_called_one_at_a_time(tmp_path: Path) -> None:
     alive: list[weakref.ref[Tensor]] = []
 
@@ -156,7 +108,90 @@ def test_keep_carries_a_part_over_without_touching_its_file(tmp_path: Path) -> N
     assert torch.equal(load_part(tmp_path, "b")["x"], torch.ones(2))
 
 
+def test_an_error_while_a_part_is_made_frees_what_was_written(folder: Path) -> None:
+    before = sorted(folder.iterdir())
+
+    def broken() -> dict[str, Tensor]:
+        raise RuntimeError("out of memory, in the test")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        save(folder, {"shared": {"w": torch.ones(3)}, "block_0": broken}, {})
+    assert sorted(folder.iterdir()) == before
+    assert torch.equal(load_part(folder, "shared")["x"], torch.arange(100.0))
+
+
+def test_a_full_disk_is_one_error_and_frees_what_was_half_written(folder: Path) -> None:
+    """The system itself refuses to write more than 100 kB of a file."""
+    before = sorted(folder.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large; nothing was saved, the save before it is whole") as caught:
+            save(folder, {"shared": {"x": torch.ones(50_000)}}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(folder / "shared.save2.safetensors.tmp")
+    assert sorted(folder.iterdir()) == before
+    assert torch.equal(load_part(folder, "shared")["x"], torch.arange(100.0))
+
+
+def test_a_folder_that_cannot_be_made_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"nothing was saved, the folder holds no earlier save; .*/file/run"):
+        save(tmp_path / "file" / "run", {}, {})
+
+
+def test_the_next_save_removes_what_a_dead_one_left_and_nothing_else(folder: Path) -> None:
+    left = ("block_0.save2.safetensors", "shared.save2.safetensors.tmp", "manifest.json.tmp")
+    others = ("model.safetensors", "model-00001-of-00002.safetensors", "notes.tmp", "config.json")
+    for name in (*left, *others):
+        (folder / name).write_bytes(b"half")
+    save(folder, {}, {}, keep=["shared"])
+    assert {path.name for path in folder.iterdir()} == {*others, "manifest.json", "shared.save1.safetensors"}
+
+
 def test_files_have_the_rights_that_the_user_gives_new_files(tmp_path: Path) -> None:
     (tmp_path / "ordinary").touch()
     save(tmp_path, {"a": {"x": torch.zeros(2)}}, {})
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save(tmp_path / "run", {"shared": {"x": torch.arange(100.0)}}, {"lr": 0.125, "names": ["a", "b"]})
+    return tmp_path / "run"
+
+
+def part_path(folder: Path) -> Path:
+    return folder / "shared.save1.safetensors"
+
+
+def refused(path: Path, match: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    with pytest.raises(CheckpointError, match=match) as caught:
+        call(*args, **kwargs)
+    assert str(path) in str(caught.value)
+
+
+def test_missing(folder: Path) -> None:
+    manifest = folder / "manifest.json"
+    refused(manifest, "has no part 'block_9'; it has \\['shared'\\]", load_part, folder, "block_9")
+    part_path(folder).unlink()
+    refused(part_path(folder), "is missing; restore", load_part, folder, "shared")
+    refused(part_path(folder), "is missing; restore", save, folder, {}, {}, keep=["shared"])
+    manifest.unlink()
+    refused(manifest, "is missing: no save", read_state, folder)
+    refused(folder / "no" / "manifest.json", "is missing", load_part, folder / "no", "shared")
+
+
+@pytest.mark.parametrize("name", ["", "Block", "a-b", "../a", "a/b", "block.0", "x" * 101, 3])
+def test_a_part_name_that_no_file_can_have(folder: Path, name: Any) -> None:
+    refused(folder / "manifest.json", "can't name a part", save, folder, {name: {}}, {})
+
+
+def test_keep_of_what_is_written_or_not_there(folder: Path) -> None:
+    manifest = folder / "manifest.json"
+    refused(manifest, "both write and keep the part 'shared'", save, folder, {"shared": {}}, {}, keep=["shared"])
+    refused(manifest, "has no part 'b' to keep; it has \\['shared'\\]", save, folder, {}, {}, keep=["b"])
+    fresh = folder / "fresh"
+    refused(fresh / "manifest.json", "has no part 'a' to keep; it has \\[\\]", save, fresh, {}, {}, keep=["a"])
+    assert not fresh.exists()

@@ -1,4 +1,4 @@
-"""One process trains in a run folder at a time, by an advisory lock that the kernel releases when the process ends."""
+"""Let one process at a time train in a run folder: an advisory lock that the kernel releases when the process ends."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ class RunLocked(ValueError):
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; commands that only read need no lock.
+    """Hold the folder for this process. Commands that only read need no lock.
 
-    Raises: RunLocked, naming host and process, if another one holds it.
+    Args:
+        folder: An existing folder.
+
+    Raises:
+        RunLocked: Another process holds it; the message names process and host.
     """
     with open(folder / LOCK, "a+") as file:
         try:

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint, as text: what a save committed. checkpoint.py reads and writes the file.
+"""The manifest of a save: the caller's state and the record of each part's file, as JSON.
 
-The text is JSON with a SHA-256 of its own content, so that a flipped byte in it can't pass for another
-learning rate. What JSON would change on the way (tuples, NaN, integer keys) is refused instead of bent.
+The JSON holds a SHA-256 of its own content, so that a flipped byte in it can't pass for another learning rate. Values
+that JSON would change (tuples, NaN, integer keys) are refused.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from typing import Any, NoReturn
 FORMAT = "diffusionblocks-checkpoint"
 FORMAT_VERSION = 1
 
-# Lower case, so that two parts never meet in one file where the file system ignores case.
-PART_NAME = re.compile(r"[a-z0-9_]{1,100}")
-PART_FILE = re.compile(r"[a-z0-9_]{1,100}\.save\d+\.safetensors")
+_PART_NAME = re.compile(r"[a-z0-9_]{1,100}")
+_PART_FILE = re.compile(r"[a-z0-9_.]{1,200}\.safetensors")  # without a slash, which would reach outside the folder
 
 
 class CheckpointError(ValueError):
@@ -29,7 +28,14 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class PartFile:
-    """The file of one part. `tied`: names of tensors that are the same as another, and that other's name."""
+    """The file of one part.
+
+    Attributes:
+        file: Its name in the folder.
+        size: Its size in bytes.
+        sha256: The SHA-256 of its content, in hexadecimal.
+        tied: Further names of tensors in it, each with the name that the tensor is stored under.
+    """
 
     file: str
     size: int
@@ -39,7 +45,7 @@ class PartFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What one save committed: the caller's state, each part's file, and how many saves there were."""
+    """A committed save: the caller's state, each part's file, and the number of saves so far."""
 
     state: dict[str, Any]
     parts: dict[str, PartFile]
@@ -48,11 +54,17 @@ class Manifest:
 
 
 def refuse(path: Path, why: str) -> NoReturn:
+    """Raise CheckpointError: the path, what is wrong with it, and what to do."""
     raise CheckpointError(f"{path} {why}")
 
 
-def dumps(manifest: Manifest) -> str:
-    """The manifest as the text that `loads` reads."""
+def files(manifest: Manifest | None) -> set[str]:
+    """Return the names of the files that a manifest names."""
+    return {part.file for part in manifest.parts.values()} if manifest else set()
+
+
+def to_record(manifest: Manifest) -> dict[str, Any]:
+    """Return the manifest as a dict for JSON, with its SHA-256; `parse` reads it."""
     record = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -61,24 +73,31 @@ def dumps(manifest: Manifest) -> str:
         "parts": {name: vars(part) for name, part in manifest.parts.items()},
         "state": manifest.state,
     }
-    return json.dumps({**record, "sha256": _digest(record)}, indent=1)
+    return {**record, "sha256": digest(record)}
 
 
-def loads(text: bytes, path: Path) -> Manifest:
-    """The manifest in `text`, which was read from `path`.
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file. Raise CheckpointError if it is missing, truncated or corrupt."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        refuse(path, "is missing: no save was completed there; give the folder of a save")
+    except (ValueError, RecursionError):
+        refuse(path, "is truncated, corrupt, or no JSON at all; restore it from a copy")
+
+
+def parse(record: Any, path: Path) -> Manifest:
+    """Return the manifest in `record`, which was read from `path`.
 
     Raises:
-        CheckpointError: it is truncated, corrupt, foreign, or of a newer format.
+        CheckpointError: It is corrupt, foreign, or of a newer format.
     """
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        refuse(path, "is truncated, corrupt, or no manifest at all; restore it from a copy")
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         refuse(path, f"is foreign: its format isn't {FORMAT!r}; give a folder that diffusionblocks wrote")
     _check_version(record, path)
-    _check_json(record, path, "manifest")
-    if record.pop("sha256", None) != _digest(record):
+    check_json(record, path, "manifest")
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    if record.get("sha256") != digest(content):
         refuse(path, "is corrupt: its content doesn't match its SHA-256; restore it from a copy")
     try:
         parts = {name: _part(part) for name, part in record["parts"].items()}
@@ -87,21 +106,27 @@ def loads(text: bytes, path: Path) -> Manifest:
         refuse(path, f"is foreign ({error!r}); give a folder that diffusionblocks wrote")
 
 
-def check_state(state: object, path: Path) -> None:
-    """Raise CheckpointError unless `state` is a dict that comes back from JSON as it went in."""
-    if not isinstance(state, dict):
-        refuse(path, f"can't hold a state that is a {type(state).__name__}; make it a dict")
-    _check_json(state, path, "state")
-
-
-def _check_json(value: object, path: Path, where: str) -> None:
+def check_json(value: object, path: Path, where: str) -> None:
+    """Raise CheckpointError unless `value`, called `where`, is a dict that comes back from JSON as it went in."""
+    if not isinstance(value, dict):
+        refuse(path, f"can't hold a {where} that is a {type(value).__name__}; make it a dict")
     try:
-        _walk(value, path, where)
+        _check_value(value, path, where)
     except RecursionError:
         refuse(path, f"can't hold {where}: nested too deeply; flatten it")
 
 
+def check_part_name(name: object, path: Path) -> None:
+    """Raise CheckpointError unless `name` can be part of a file's name.
+
+    Lower case only, so that two parts never meet in one file where the file system ignores case.
+    """
+    if not isinstance(name, str) or not _PART_NAME.fullmatch(name):
+        refuse(path, f"can't name a part {name!r}; use lower-case letters, digits and underscores")
+
+
 def package_version() -> str:
+    """Return the version of the installed diffusionblocks, or "unknown"."""
     try:
         return metadata.version("diffusionblocks")
     except metadata.PackageNotFoundError:  # run from a source tree
@@ -110,7 +135,7 @@ def package_version() -> str:
 
 def _part(record: dict[str, Any]) -> PartFile:
     part = PartFile(**record)
-    if not PART_FILE.fullmatch(part.file):  # a name with a slash would reach outside the folder
+    if not _PART_FILE.fullmatch(part.file):
         raise ValueError(f"no name for a part's file: {part.file!r}")
     return PartFile(part.file, int(part.size), str(part.sha256), dict(part.tied))
 
@@ -124,15 +149,15 @@ def _check_version(record: dict[str, Any], path: Path) -> None:
         refuse(path, f"{newer}, and this one reads up to {FORMAT_VERSION}: upgrade diffusionblocks")
 
 
-def _walk(value: object, path: Path, where: str) -> None:
+def _check_value(value: object, path: Path, where: str) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
                 refuse(path, f"can't hold {where}: the key {key!r} isn't a string; make it one")
-            _walk(item, path, f"{where}.{key}")
+            _check_value(item, path, f"{where}.{key}")
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            _walk(item, path, f"{where}[{index}]")
+            _check_value(item, path, f"{where}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
         refuse(path, f"can't hold {where} = {value}; make it a finite number or None")
     elif value is not None and not isinstance(value, (str, int, float)):
@@ -140,5 +165,6 @@ def _walk(value: object, path: Path, where: str) -> None:
         refuse(path, f"can't hold {where}: a {kind} isn't JSON; use a dict, list, str or number")
 
 
-def _digest(record: dict[str, Any]) -> str:
+def digest(record: dict[str, Any]) -> str:
+    """Return the SHA-256 of a dict's JSON, in hexadecimal."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode("ascii")).hexdigest()

@@ -1,0 +1,133 @@
+"""Replace a set of files as one, whatever interrupts it.
+
+One file, the manifest, names all others. A file that it names is never written to again: a save writes new files
+beside the old ones, replaces the manifest in one step (the commit), and only then removes the files that the new
+manifest doesn't name. A process killed, or a machine switched off, at any instant leaves the old files or the new
+ones, whole, and the disk never holds more than both. One process saves to a folder at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+
+TEMPORARY = ".tmp"
+
+
+@contextlib.contextmanager
+def saving(path: Path, own: re.Pattern[str], named: Collection[str]) -> Iterator[None]:
+    """Prepare a folder for a save; if the save fails, remove its files and report what was kept.
+
+    Args:
+        path: The manifest. Its folder is made if missing, and freed of what a killed save left.
+        own: Matches the names of files that saves write to this folder, temporary ones included.
+        named: The files of the present save.
+
+    Raises:
+        OSError: The disk refused (full, read-only); the message names the file and what the folder holds now.
+    """
+    before = _content(path)
+    try:
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True)
+            _sync_folder(path.parent.parent)
+        sweep(path.parent, own, named)
+        yield
+    except BaseException as error:
+        committed = _content(path) != before
+        if not committed:
+            with contextlib.suppress(OSError):  # report the first error; the next save sweeps again
+                sweep(path.parent, own, named)
+        if isinstance(error, OSError) and error.errno is not None:
+            words = f"{error.strerror}; {_outcome(committed, before)}"
+            raise OSError(error.errno, words, str(error.filename or path)) from error
+        raise
+
+
+def _outcome(committed: bool, before: bytes | None) -> str:
+    if committed:
+        return "but the save itself is complete: what loads now is the new one"
+    kept = "the save before it is whole" if before is not None else "the folder holds no earlier save"
+    return f"nothing was saved, {kept}; free space or make the folder writable, and save again"
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:  # missing, or in a folder that can't be read
+        return None
+
+
+def commit(folder: Path, texts: Mapping[str, bytes], own: re.Pattern[str], named: Collection[str]) -> None:
+    """Write the manifest, which commits a save, and remove the files that it doesn't name.
+
+    Args:
+        folder: The folder of the save.
+        texts: File names and contents: the manifest first, then files that must go with it (renamed right after).
+        own: As in `saving`.
+        named: The files of the new save.
+    """
+    for name, text in texts.items():
+        _write_aside(folder / name, [text])
+    for name in texts:
+        os.replace(folder / (name + TEMPORARY), folder / name)
+    _sync_folder(folder)
+    sweep(folder, own, named)
+
+
+def write(path: Path, content: Iterable[bytes | memoryview]) -> str:
+    """Write a file under a temporary name and rename it, durably: first the bytes, then the name.
+
+    Returns:
+        The SHA-256 of the content, in hexadecimal.
+    """
+    sha256 = _write_aside(path, content)
+    os.replace(path.with_name(path.name + TEMPORARY), path)
+    _sync_folder(path.parent)
+    return sha256
+
+
+def sweep(folder: Path, own: re.Pattern[str], named: Collection[str]) -> None:
+    """Remove the files that `own` matches and the manifest on disk doesn't name."""
+    stale = [path for path in sorted(folder.iterdir()) if own.fullmatch(path.name) and path.name not in named]
+    if stale:
+        _sync_folder(folder)  # or a power cut could undo the manifest's renaming and keep the removals
+    for path in stale:
+        path.unlink()
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha256.update(chunk)
+    return sha256.hexdigest()
+
+
+def _write_aside(path: Path, content: Iterable[bytes | memoryview]) -> str:
+    temporary = path.with_name(path.name + TEMPORARY)
+    sha256 = hashlib.sha256()
+    try:
+        with open(temporary, "wb") as file:
+            for piece in content:
+                sha256.update(piece)
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # a failed write or fsync doesn't name its file
+        error.filename = error.filename or str(temporary)
+        raise
+    return sha256.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
