@@ -12,15 +12,16 @@ from torch import nn
 
 import dbkernels
 from diffusionblocks.blocks import SHARING, DiffusionBlocks
-from diffusionblocks.denoiser import Ends
+from diffusionblocks.denoiser import StemHead
 from diffusionblocks.experiments.models.vit import ViT, ViTConfig
 from diffusionblocks.noise.density import LogNormal
 from diffusionblocks.noise.partition import make_partition
 from diffusionblocks.noise.rng import stream
+from diffusionblocks.targets.base import Features, Output
 from diffusionblocks.targets.continuous import ContinuousTarget
-from diffusionblocks.targets.labels import ClassTarget, spread_codebook
+from diffusionblocks.targets.labels import LabelTarget
 
-CONFIG = ViTConfig(image_size=4, channels=1, classes=5, patch=2, dim=8, layers=5, heads=2, mlp=16, cond=4)
+CONFIG = ViTConfig(image_size=4, channels=1, num_classes=5, patch=2, dim=8, layers=5, heads=2, mlp=16, cond=4)
 B = 3
 
 
@@ -36,10 +37,16 @@ def network() -> ViT:
 def make(shared: str = "shared", *, blocks: int = B, trainable: bool = False, **options) -> DiffusionBlocks:
     torch.manual_seed(0)
     networks = [network() for _ in range(blocks if shared == "per_block" else 1)]
-    ends = [Ends(n.stem, n.head) for n in networks]
-    target = ClassTarget(spread_codebook(5, 8), trainable=trainable)
+    around = [StemHead(n.stem, n.head) for n in networks]
+    target = LabelTarget(5, 8)
+    target.table.requires_grad_(trainable)
     partition = make_partition(LogNormal(-0.5, 1.0, 0.05, 20.0), 5, blocks)
-    return DiffusionBlocks(ends, list(networks[0].layers), target, partition, shared=shared, **options)
+    return DiffusionBlocks(around, list(networks[0].layers), target, partition, shared=shared, **options)
+
+
+def read(model: DiffusionBlocks, block: int, x: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> Output:
+    features: Features = model.blocks[block](x, *model.target.inputs(z, sigma), model.stem_head)
+    return model.target.read(features, z, sigma)
 
 
 def batch(count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,15 +62,15 @@ def test_loss_touches_the_active_block_alone(shared, block):
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     wanted = {f"blocks.{block}."}
     if shared == "shared":
-        wanted |= {"ends.", "target."}
+        wanted |= {"stem_head.", "target."}
     should = {n for n, _ in model.named_parameters() if n.startswith(tuple(wanted))}
     assert trained == should
     assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.grad is not None)
 
 
-def test_frozen_ends_get_no_gradient_and_are_not_trainable():
+def test_a_frozen_stem_and_head_get_no_gradient_and_are_not_trainable():
     model = make("frozen")
-    assert not any(p.requires_grad for p in model.ends.parameters())
+    assert not any(p.requires_grad for p in model.stem_head.parameters())
     assert all(p.requires_grad for p in model.blocks.parameters())
 
 
@@ -92,9 +99,9 @@ def test_layers_run_in_order_and_none_is_dropped(shared):
 def test_same_address_same_loss_to_the_bit():
     model, (x, y) = make(), batch()
     torch.manual_seed(1)
-    first = model.loss(1, x, y, seed=4, step=7)
+    first = model.loss(1, x, y, seed=4, step=7, error=True)
     torch.manual_seed(2)
-    again = model.loss(1, x, y, seed=4, step=7)
+    again = model.loss(1, x, y, seed=4, step=7, error=True)
     for name in ("loss", "sigma", "per_sample", "error"):
         assert torch.equal(getattr(first, name), getattr(again, name))
     for other in ({"seed": 4, "step": 8}, {"seed": 5, "step": 7}):
@@ -106,11 +113,11 @@ def test_same_address_same_loss_to_the_bit():
 
 def test_loss_is_the_mean_cross_entropy_of_the_noised_label():
     model, (x, y) = make(), batch()
-    got = model.loss(1, x, y, seed=4, step=7)
+    got = model.loss(1, x, y, seed=4, step=7, error=True)
     eps = dbkernels.philox_normal((6, 8), seed=stream(4, "eps", 1), offset=7)
     clean = model.target.table[y]
     z = clean + got.sigma[:, None] * eps
-    output = model.target.read(*model.blocks[1](x, z, got.sigma, model.target, model.ends), z, got.sigma)
+    output = read(model, 1, x, z, got.sigma)
     # The same float32 sums in the same order, but for z, a fused multiply-add in the kernel.
     per_sample = nn.functional.cross_entropy(output.raw, y, reduction="none")
     assert torch.allclose(got.per_sample, per_sample, rtol=1e-3, atol=1e-5)
@@ -192,7 +199,7 @@ def test_denoise_uses_the_owner():
         sigma = math.sqrt(low * high)
         got = model.denoise(x, z, sigma)
         level = torch.full((6,), sigma)
-        want = model.target.read(*model.blocks[block](x, z, level, model.target, model.ends), z, level)
+        want = read(model, block, x, z, level)
         assert torch.equal(got.raw, want.raw) and torch.equal(got.denoised, want.denoised)
         assert not got.raw.requires_grad
         other = model.denoise(x, z, sigma, block=(block + 1) % B)
@@ -238,12 +245,12 @@ def test_a_continuous_target_of_any_shape_is_weighted_l2(shape, count, block):
     torch.manual_seed(0)
     partition = make_partition(LogNormal(), 3, 2)
     model = DiffusionBlocks(
-        Ends(PlainStem(), PlainHead()), [PlainLayer() for _ in range(3)], ContinuousTarget(0.5), partition
+        StemHead(PlainStem(), PlainHead()), [PlainLayer() for _ in range(3)], ContinuousTarget(0.5), partition
     )
     x, y = torch.randn(2, count, *shape, 4).unbind()
-    got = model.loss(block, x, y, seed=0, step=0)
+    got = model.loss(block, x, y, seed=0, step=0, error=True)
     z = model.target.noised(y, got.sigma, seed=stream(0, "eps", block), offset=0)
-    D = model.target.read(*model.blocks[block](x, z, got.sigma, model.target, model.ends), z, got.sigma).denoised
+    D = read(model, block, x, z, got.sigma).denoised
     sigma = got.sigma.double().reshape(-1, *[1] * (y.dim() - 1))
     weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
     want = (weight * (D.double() - y.double()) ** 2).flatten(1).mean(1)
@@ -251,7 +258,7 @@ def test_a_continuous_target_of_any_shape_is_weighted_l2(shape, count, block):
     assert torch.allclose(got.per_sample.double(), want, rtol=1e-3, atol=1e-3)
     assert got.per_sample.shape == got.error.shape == (count,)
     error = (D - y).square().flatten(1).sum(1)
-    assert torch.allclose(got.error, error, rtol=1e-5)
+    assert torch.allclose(got.error, error, rtol=1e-3, atol=1e-3)  # from the loss, whose z was scaled
 
 
 def test_streams_differ_by_seed_and_purpose_and_are_stable():

@@ -10,24 +10,27 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import diffusionblocks as db
+import small
 from diffusionblocks.blocks import DiffusionBlocks
-from diffusionblocks.denoiser import Ends
+from diffusionblocks.denoiser import StemHead
 from diffusionblocks.experiments.models.vit import ViT, ViTConfig
 from diffusionblocks.noise.density import LogNormal
 from diffusionblocks.noise.partition import make_partition
-from diffusionblocks.targets.labels import ClassTarget, spread_codebook
+from diffusionblocks.targets.labels import LabelTarget
 
-CONFIG = ViTConfig(image_size=4, channels=1, classes=5, patch=2, dim=8, layers=5, heads=2, mlp=16, cond=4)
+CONFIG = ViTConfig(image_size=4, channels=1, num_classes=5, patch=2, dim=8, layers=5, heads=2, mlp=16, cond=4)
 
 
-def ends() -> Ends:
+def around() -> StemHead:
     vit = ViT(CONFIG, conditioned=True)
-    return Ends(vit.stem, vit.head)
+    return StemHead(vit.stem, vit.head)
 
 
 def make(shared: str = "shared", *, blocks: int = 3, trainable: bool = False, **options) -> DiffusionBlocks:
-    copies = [ends() for _ in range(blocks if shared == "per_block" else 1)]
-    target = ClassTarget(spread_codebook(5, 8), trainable=trainable)
+    copies = [around() for _ in range(blocks if shared == "per_block" else 1)]
+    target = LabelTarget(5, 8)
+    target.table.requires_grad_(trainable)
     partition = make_partition(LogNormal(-0.5, 1.0, 0.05, 20.0), 5, blocks)
     layers = ViT(CONFIG, conditioned=True).layers
     return DiffusionBlocks(copies, list(layers), target, partition, shared=shared, **options)
@@ -107,20 +110,19 @@ NAN, INF = math.nan, math.inf
         *[(lambda s=s: make(s, trainable=True), "codebook") for s in ("per_block", "frozen")],
         (lambda: make("separate"), "shared"),
         (lambda: make(blocks=6), "blocks"),  # B > L
-        (lambda: make(weighting="mean"), "weighting"),
         *[(lambda c=c: make(context=c), "context") for c in (-0.1, 1.1, NAN)],
-        (lambda: DiffusionBlocks(ends(), [], MODEL.target, MODEL.partition), "layers"),
+        (lambda: DiffusionBlocks(around(), [], MODEL.target, MODEL.partition), "layers"),
         (
             lambda: DiffusionBlocks(
-                [ends()] * 2, [nn.Identity()] * 5, MODEL.target, MODEL.partition, shared="per_block"
+                [around()] * 2, [nn.Identity()] * 5, MODEL.target, MODEL.partition, shared="per_block"
             ),
-            "Ends",
+            "StemHead",
         ),
         (
             lambda: DiffusionBlocks(
-                [ends()] * 3, [nn.Identity()] * 5, MODEL.target, MODEL.partition, shared="per_block"
+                [around()] * 3, [nn.Identity()] * 5, MODEL.target, MODEL.partition, shared="per_block"
             ),
-            "ends of their own",
+            "StemHead of its own",
         ),
     ],
 )
@@ -129,12 +131,23 @@ def test_bad_arguments_are_refused_by_name(call, name):
         call()
 
 
-def test_a_block_whose_weights_are_elsewhere_is_refused():
-    model, (x, y) = make(), batch()
-    for p in model.blocks[1].parameters():
-        p.data = torch.empty(0)  # how residency leaves a block that isn't on the device
-    with pytest.raises(ValueError, match="block 1 is not resident"):
-        model.loss(1, x, y, **FRAME)
-    with pytest.raises(ValueError, match="block 1 is not resident"):
-        model.denoise(x, torch.zeros(6, 8), 1.0, block=1)
-    model.loss(0, x, y, **FRAME)
+@pytest.mark.parametrize("logits", [1, 4])
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("kind", ["labels", "tokens", "masked"])
+def test_a_head_of_another_number_of_classes_is_refused(kind, linear, logits):
+    model = small.model(kind)
+    head = nn.Linear(8, logits)
+    model.stem_head.head.head = head if linear else nn.Sequential(head)
+    with pytest.raises(ValueError, match=r"one logit per class|posterior's z .* and table"):
+        model.loss(0, *small.batch(kind))
+
+
+def test_layers_without_parameters_train():
+    class Shift(nn.Module):
+        def forward(self, h, cond):
+            return h + 1
+
+    around = {"stem": nn.Linear(6, 8), "head": nn.Linear(8, 3), "target": db.LabelTarget(3, 8)}
+    model = db.from_layers([Shift(), Shift()], blocks=2, dim=8, **around)
+    model.loss(1, *small.batch()).loss.backward()
+    assert model.stem_head.head.head.weight.grad is not None

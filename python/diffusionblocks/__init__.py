@@ -1,39 +1,63 @@
 """DiffusionBlocks: train a transformer one block at a time, each block a denoiser for its own range of noise."""
 
-from .blocks import BlockLoss, DiffusionBlocks
-from .convert.transformers import huggingface_vit
-from .denoiser import Block, Ends
+from .blocks import DiffusionBlocks
+from .convert.layers import from_layers
+from .convert.pretrained import load
+from .convert.registry import convert, register
+from .denoiser import Block, BlockLoss, StemHead
 from .noise.density import LogNormal, LogUniform, NoiseDensity, Tabulated, Uniform
 from .noise.partition import Partition, make_partition, step_levels
+from .sampling.sample import sample
+from .sampling.sampler import Sampler
 from .sampling.samplers import dpmpp_2m, euler, heun
 from .targets.base import Target
+from .targets.codebook import spread_codebook
 from .targets.continuous import ContinuousTarget
-from .targets.labels import ClassTarget, spread_codebook
-from .training.offload import Residency
-from .training.optimizer import PartOptimizer
+from .targets.labels import LabelTarget
+from .targets.masked import MaskedTarget
+from .targets.tokens import TokenTarget
+from .training.config import TrainerConfig
+from .training.finite import NonFiniteLoss
+from .training.offload import Offloader
+from .training.optimizer import BlockAdamW
+from .training.plan import Plan, plan
+from .training.trainer import StepOutput, Trainer
 
 __version__ = "0.1.0"
 __all__ = [
     "Block",
+    "BlockAdamW",
     "BlockLoss",
-    "ClassTarget",
     "ContinuousTarget",
     "DiffusionBlocks",
-    "Ends",
+    "LabelTarget",
     "LogNormal",
     "LogUniform",
+    "MaskedTarget",
     "NoiseDensity",
-    "PartOptimizer",
+    "NonFiniteLoss",
+    "Offloader",
     "Partition",
-    "Residency",
+    "Plan",
+    "Sampler",
+    "StemHead",
+    "StepOutput",
     "Tabulated",
     "Target",
+    "TokenTarget",
+    "Trainer",
+    "TrainerConfig",
     "Uniform",
+    "convert",
     "dpmpp_2m",
     "euler",
+    "from_layers",
     "heun",
-    "huggingface_vit",
+    "load",
     "make_partition",
+    "plan",
+    "register",
+    "sample",
     "spread_codebook",
     "step_levels",
 ]

@@ -1,27 +1,19 @@
-"""One block as a complete denoiser: what stands before its layers, the layers, and what reads them."""
+"""One block as a complete denoiser: stem, layers, head; and the loss it returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .targets.base import Target
+from .targets.base import Features
 
 
-class Features(NamedTuple):
-    """What a block's layers leave to be read: the head, its features h, and the conditioning."""
+class StemHead(nn.Module):
+    """The stem (input embedding) and head (output projection) around a block's layers.
 
-    head: nn.Module
-    h: Tensor
-    cond: Tensor
-
-
-class Ends(nn.Module):
-    """What stands before and after a block's layers.
-
-    stem(x, c_in z, c_noise) -> (h, cond); head.features(h) -> what is read; head(features, cond) -> logits or F.
+    stem(x, c_in z, c_noise) -> (h, cond); head.features(h) -> features; head(features, cond) -> logits or F.
     """
 
     def __init__(self, stem: nn.Module, head: nn.Module):
@@ -30,50 +22,46 @@ class Ends(nn.Module):
 
 
 class Block(nn.Module):
-    """Some layers of the network, with ends of their own or shared ones: a complete denoiser.
+    """Some of the network's layers, with a stem and head of their own or the shared ones: a complete denoiser."""
 
-    carry: (h, before) -> h, how what the blocks before made of x enters, for a network that carries it on.
-    """
-
-    def __init__(self, layers: Iterable[nn.Module], ends: Ends | None = None, carry: nn.Module | None = None):
+    def __init__(self, layers: Iterable[nn.Module], stem_head: StemHead | None = None):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.ends = ends
-        self.carry = carry
+        self.stem_head = stem_head
 
-    def forward(
-        self, x: Tensor, z: Tensor, sigma: Tensor, target: Target, shared: Ends | None, before: Tensor | None = None
-    ) -> Features:
-        """x: the conditioning; z: noised target, (B, ...); sigma: (B,); before: see `clean` -> what the head reads."""
-        ends = self.own(shared)
-        h, cond = ends.stem(x, *target.inputs(z, sigma))
-        h = self.run(h, cond, before)
-        return Features(ends.head, ends.head.features(h), cond)
+    def forward(self, x: Tensor, scaled: Tensor, c_noise: Tensor, shared: StemHead | None) -> Features:
+        """Return features from the conditioning x and the stem's inputs c_in z and c_noise."""
+        around = self.around(shared)
+        h, cond = around.stem(x, scaled, c_noise)
+        return self._decoded(h, cond, around)
 
-    def clean(self, x: Tensor, shared: Ends | None, before: Tensor | None) -> Tensor:
-        """What this block makes of x alone, for the next one; before: what the one before made of it."""
-        return self.run(self.own(shared).stem.clean(x), None, before)
+    def logits(self, x: Tensor, shared: StemHead | None) -> Tensor:
+        """Return the logits from x alone, float32; the stem has clean(x)."""
+        around = self.around(shared)
+        head, h, cond = self._decoded(around.stem.clean(x), None, around)
+        return head(h, cond).float()
 
-    def logits(self, x: Tensor, shared: Ends | None) -> Tensor:
-        """What this block says from x alone, float32."""
-        head = self.own(shared).head
-        return head(head.features(self.clean(x, shared, None)), None).float()
+    def around(self, shared: StemHead | None) -> StemHead:
+        """Return the stem and head in use."""
+        around = self.stem_head if self.stem_head is not None else shared
+        assert around is not None
+        return around
 
-    def run(self, h: Any, cond: Tensor | None, before: Tensor | None) -> Any:
-        """The layers, behind what the blocks before made of x."""
-        if before is not None and self.carry is not None:
-            h = self.carry(h, before)
+    def _decoded(self, h: Any, cond: Any, around: StemHead) -> Features:
         for layer in self.layers:
             h = layer(h, cond)
-        return h
-
-    def own(self, shared: Ends | None) -> Ends:
-        """The ends in use."""
-        ends = self.ends if self.ends is not None else shared
-        assert ends is not None
-        return ends
+        return Features(around.head, around.head.features(h), cond)
 
 
-def mean_with(head: nn.Module, said: Tensor, count: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The head whose logits are the mean of its own and of `count` others', whose sum is `said`."""
-    return lambda h, cond: (head(h, cond).float() + said) / (count + 1)
+class BlockLoss(NamedTuple):
+    """One block's loss on one batch.
+
+    loss: 0-dim, to backpropagate, times the weight asked for. sigma: the levels drawn, of the target's level_shape.
+    per_sample: unweighted loss, of sigma's shape, finer, or means of it; error: |y - D|^2, of sigma's shape, None
+    unless asked for; both without gradient.
+    """
+
+    loss: Tensor
+    sigma: Tensor
+    per_sample: Tensor
+    error: Tensor | None

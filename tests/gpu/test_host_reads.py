@@ -13,9 +13,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import tiny_all
-from diffusionblocks.experiments import session as training
+import diffusionblocks as db
+import small
 from diffusionblocks.targets.devices import check_labels, on_host, send
+from diffusionblocks.training import trainer as training
 
 META = torch.device("meta")
 FIRST, LAST = 3, 9  # steps that are watched, all of one visit: activating a block may wait, and so may a round's report
@@ -24,8 +25,8 @@ FINDS_MASKS = pytest.mark.xfail(
     raises=(RuntimeError, NotImplementedError),
     reason="masked_cross_entropy waits once a call for the number of masks",
 )
-every_architecture = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=FINDS_MASKS) if n == "masked_lm" else n for n in tiny_all.CONFIGS]
+every_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=FINDS_MASKS) if kind == "masked" else kind for kind in small.KINDS]
 )
 
 
@@ -70,57 +71,39 @@ def no_copies():
     assert not copies.waited + numbers.waited
 
 
-class Resident:
-    """Stands for Residency where the whole model is on the device."""
-
-    def __init__(self, model, optimizers, **_):
-        self.parts, self.active = model.parts(), None
-
-    def activate(self, block):
-        self.active = block
-
-
-def watched(session, watch):
+def watched(trainer, kind, watch):
     """Train, within `watch` from step FIRST to step LAST; returns the steps it saw."""
-    steps, within = [], contextlib.ExitStack()
-
-    def on_step():
-        if session.step == FIRST:
-            within.enter_context(watch)
-        elif session.step > FIRST:
-            steps.append(session.step - 1)
-        if session.step > LAST:
-            raise tiny_all.Stop
-
-    with within, contextlib.suppress(tiny_all.Stop):
-        batches = tiny_all.adapter(session.config).batches(session.device)
-        training.train(session, batches, on_log=lambda row: None, on_step=on_step)
-    return steps
+    for step in range(FIRST):
+        trainer.step(*small.batch(kind, step))
+    batches, begin = [small.batch(kind, step) for step in range(99)], trainer.steps_done
+    with watch:
+        while trainer.steps_done <= LAST:
+            trainer.step(*batches.pop())
+    return list(range(begin, trainer.steps_done))
 
 
-def config(name, tmp_path, **changes):
-    return tiny_all.config(name, tmp_path, steps=400, visit=20, **changes)
-
-
-@every_architecture
+@every_kind
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_reads_no_value(name, accumulate, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "Residency", Resident)
+def test_a_step_reads_no_value(kind, accumulate, monkeypatch):
+    monkeypatch.setattr(training, "pick_device", torch.device)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # meta has none,
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *args: False)  # and to ask is an error
-    settings = config(name, tmp_path, accumulate=accumulate)
-    session = training.Session(tiny_all.adapter(settings).blocks().to(META), settings, device=META)
-    session.step = 1  # the first one of a round reports
-    assert watched(session, no_copies()) == list(range(FIRST, LAST + 1))
+    model = small.model(kind, blocks=3, layers=3).to(META)
+    trainer = db.Trainer(model, device="meta", offload=None, visit=20, accumulate=accumulate, log_every=100)
+    trainer.steps_done = 1  # the first one of a round reports
+    trainer.model.activate(trainer.block)
+    seen = watched(trainer, kind, no_copies())
+    assert len(seen) >= 5 and seen[-1] == LAST
 
 
-@every_architecture
+@every_kind
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_cuda_reports_no_wait_in_a_step(name, precision, tmp_path):
-    session = tiny_all.session(config(name, tmp_path, precision=precision), torch.device("cuda"))
-    assert watched(session, no_waits()) == list(range(FIRST, LAST + 1))
-    session.check()
+def test_cuda_reports_no_wait_in_a_step(kind, precision):
+    model = small.model(kind, blocks=3, layers=3)
+    trainer = db.Trainer(model, device="cuda", offload="cpu", visit=20, precision=precision, log_every=100)
+    assert watched(trainer, kind, no_waits()) == list(range(FIRST, LAST + 1))
+    trainer.check()
 
 
 @contextlib.contextmanager

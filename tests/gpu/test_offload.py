@@ -5,118 +5,149 @@ from __future__ import annotations
 import pytest
 import torch
 
-import tiny_all
-from diffusionblocks.sampling.sampler import Walker
+import diffusionblocks as db
+import small
 from diffusionblocks.training.memory import count_bytes
 
-stores = pytest.mark.parametrize("store", ["host", "disk"])
+waiting = pytest.mark.parametrize("offload", ["cpu", "disk"])
 
 
-def scrambled(tmp_path, device, store):
-    """Return a session whose blocks, moments and averages hold numbers of their own, and copies of them."""
-    session = tiny_all.session(tiny_all.config("dit", tmp_path, store=store), device)
+def trainer(tmp_path, device, offload, kind="images", **settings):
+    settings = {"visit": 1, "ema": 0.9, "folder": tmp_path / "waiting", **settings}
+    return db.Trainer(small.model(kind, blocks=3, layers=3), device=str(device), offload=offload, **settings)
+
+
+def scrambled(tmp_path, device, offload, **settings):
+    """Return a trainer whose blocks, moments and averages hold numbers of their own, and copies of them."""
+    made = trainer(tmp_path, device, offload, **settings)
+    made.fit(small.Loader("images"), steps=3, progress=False)
     generator = torch.Generator().manual_seed(3)
-    for part in session.residency.parts:
-        values = session.residency.tensors(part)
-        session.residency.load(part, {name: torch.randn(t.shape, generator=generator) for name, t in values.items()})
-    return session, tiny_all.tensors(session)
+    for part in made.offloader.parts:
+        values = made.offloader.tensors(part)
+        made.offloader.load(part, {
+            name: torch.randn(t.shape, generator=generator).to(t.dtype) if t.is_floating_point() else t
+            for name, t in values.items()
+        })  # fmt: skip
+    return made.offloader, everything(made.offloader)
 
 
-def same(session, expected):
-    found = tiny_all.tensors(session)
-    assert found.keys() == expected.keys()
-    return all(torch.equal(t, expected[name]) for name, t in found.items())
+def everything(offloader):
+    tensors = {f"{part}/{name}": t for part in offloader.parts for name, t in offloader.tensors(part).items()}
+    return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
 
 
-@stores
-def test_offloaded_blocks_come_back_bit_for_bit(tmp_path, device, store):
-    session, expected = scrambled(tmp_path, device, store)
-    residency = session.residency
+def same(offloader, expected):
+    found = everything(offloader)
+    return found.keys() == expected.keys() and all(torch.equal(t, expected[name]) for name, t in found.items())
+
+
+def live(offloader, part):
+    return offloader.parts[part].tensors()
+
+
+@waiting
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_offloaded_blocks_come_back_bit_for_bit(tmp_path, device, offload, precision):
+    offloader, expected = scrambled(tmp_path, device, offload, precision=precision)
     for block in (0, 2, 1, 0, 1):
-        residency.activate(block)
-        for part in residency.parts:
-            there = {t.device.type for t in residency._live(part).values()}
+        offloader.activate(block)
+        for part in offloader.parts:
+            there = {t.device.type for t in live(offloader, part).values()}
             assert there == {device.type if part in ("shared", f"block_{block}") else "cpu"}, part
-        assert same(session, expected)
-    residency.retire()
-    assert same(session, expected)
+        assert same(offloader, expected)
+    offloader.retire()
+    assert same(offloader, expected)
 
 
-@stores
-def test_only_one_block_is_on_the_device(tmp_path, device, store):
-    session, _ = scrambled(tmp_path, device, store)
-    residency = session.residency
+@waiting
+def test_only_one_block_is_on_the_device(tmp_path, device, offload):
+    offloader, _ = scrambled(tmp_path, device, offload)
     for block in (1, 0):
-        residency.activate(block)
-        mine = [*residency._live("shared").values(), *residency._live(f"block_{block}").values()]
-        used = residency.usage().by_category
-        if device.type == "cuda" or store == "disk":  # a host that trains holds what waits on it
-            assert sum(used.values()) == count_bytes(mine, device)
+        offloader.activate(block)
+        resident = [*live(offloader, "shared").values(), *live(offloader, f"block_{block}").values()]
+        used = offloader.usage().by_category
+        if device.type == "cuda" or offload == "disk":  # a host that trains holds what waits on it
+            assert sum(used.values()) == count_bytes(resident, device)
 
 
-@stores
-def test_a_block_read_ahead_is_the_one_read_then(tmp_path, device, store):
-    session, expected = scrambled(tmp_path, device, store)
-    residency = session.residency
-    residency.activate(0)
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@waiting
+def test_torchs_optimizers_go_with_their_blocks(tmp_path, device, offload, name):
+    made = trainer(tmp_path, device, offload, optimizer={
+        "SGD": lambda params: torch.optim.SGD(params, 0.1, momentum=0.9),
+        "AdamW": lambda params: torch.optim.AdamW(params, 0.01),
+    }[name])  # fmt: skip
+    made.fit(small.Loader("images"), steps=6, progress=False)
+    made.model.activate(1)
+    for part in made.offloader.parts:
+        resident = part in ("shared", "block_1")
+        for key, t in live(made.offloader, part).items():
+            on_host = key.startswith("step/") or not resident
+            assert t.device.type == ("cpu" if on_host else device.type), key
+    assert made.offloader.load("block_1", made.offloader.tensors("block_1")) is None
+    made.fit(made.loader, steps=9, progress=False)
+
+
+@waiting
+def test_a_block_read_ahead_is_the_one_read_then(tmp_path, device, offload):
+    offloader, expected = scrambled(tmp_path, device, offload)
+    offloader.activate(0)
     work = torch.randn(512, 512, device=device)
     for block in (1, 2, 0, 2, 1):
-        residency.prefetch(block)
+        offloader.prefetch(block)
         for _ in range(8):
             work = torch.tanh(work @ work)  # what the copy runs beside
-        residency.activate(block)
-        at_once = {name: t.detach() * 2 for name, t in residency.tensors(f"block_{block}").items()}
+        offloader.activate(block)
+        at_once = {name: t.detach() * 2 for name, t in offloader.tensors(f"block_{block}").items()}
         assert all(torch.equal(t.cpu(), expected[f"block_{block}/{name}"] * 2) for name, t in at_once.items())
-        assert same(session, expected)
-    residency.prefetch(2)
-    residency.activate(0)  # another than was asked for
-    assert same(session, expected)
+        assert same(offloader, expected)
+    offloader.prefetch(2)
+    offloader.activate(0)  # another than was asked for
+    assert same(offloader, expected)
 
 
-@stores
-def test_averages_swap_in_and_out_wherever_blocks_wait(tmp_path, device, store):
-    session, expected = scrambled(tmp_path, device, store)
-    residency = session.residency
-    with residency.averages():
+@waiting
+def test_averages_swap_in_and_out_wherever_blocks_wait(tmp_path, device, offload):
+    offloader, expected = scrambled(tmp_path, device, offload)
+    averages = [key for key in expected if "/ema/" in key]
+    with offloader.averages():
         for block in (0, 2):
-            residency.prefetch(block)
-            residency.activate(block)
-            names = session.optimizers[f"block_{block}"].names
-            live = dict(residency.parts[f"block_{block}"].named_parameters())
-            for name in names:
-                assert torch.equal(live[name].cpu(), expected[f"block_{block}/ema/{name}"])
-        gathered = residency.weights()
+            offloader.prefetch(block)
+            offloader.activate(block)
+            weights = dict(offloader.parts[f"block_{block}"].module.named_parameters())
+            for name, p in weights.items():
+                assert torch.equal(p.cpu(), expected[f"block_{block}/ema/{name}"])
+        gathered = offloader.weights()
         assert {t.device.type for t in gathered.values()} == {"cpu"}
-        for name in session.optimizers["block_1"].names:  # one that waits
-            assert torch.equal(gathered[f"blocks.1.{name}"], expected[f"block_1/ema/{name}"])
-    assert same(session, expected)
+        own = [key for key in averages if key.startswith("block_1/")]  # one that waits
+        assert own and all(torch.equal(gathered["blocks.1." + key[12:]], expected[key]) for key in own)
+    assert same(offloader, expected)
 
 
 def test_training_with_prefetch_between_visits_changes_no_bit(tmp_path, device, repeatable):
     results = []
     for prefetch in (False, True):
-        session = tiny_all.session(tiny_all.config("vit", tmp_path / str(prefetch), steps=20), device)
+        made = trainer(tmp_path / str(prefetch), device, "cpu", "labels", visit=2)
         if prefetch:
-            activate = session.residency.activate
+            activate = made.offloader.activate
 
-            def ahead(block, session=session, activate=activate):
-                session.residency.prefetch(block)
+            def ahead(block, made=made, activate=activate):
+                made.offloader.prefetch(block)
                 activate(block)
-                session.residency.prefetch((block + 1) % 3)  # the right one or not
+                made.offloader.prefetch((block + 1) % 3)  # the right one or not
 
-            session.residency.activate = ahead
-        tiny_all.run(session, until=12)
-        results.append(tiny_all.tensors(session))
+            made.offloader.activate = ahead
+        made.fit(small.Loader(), steps=12, progress=False)
+        results.append(everything(made.offloader))
     assert all(torch.equal(t, results[1][name]) for name, t in results[0].items())
 
 
-def test_a_lent_block_leaves_the_device_again(tmp_path, device):
-    session, expected = scrambled(tmp_path, device, "host")
-    residency = session.residency
-    residency.activate(0)
-    with residency.borrowed(2):
-        weights = {t.device.type for name, t in residency._live("block_2").items() if name.startswith("weight/")}
-        assert weights == {device.type}
-    assert same(session, expected)
-    assert {t.device.type for t in residency._live("block_2").values()} == {"cpu"}
-    assert Walker(session.model, residency).device == torch.device(device)
+@waiting
+def test_release_brings_all_to_the_host(tmp_path, device, offload):
+    offloader, expected = scrambled(tmp_path, device, offload)
+    offloader.activate(1)
+    offloader.release()
+    found = {f"{part}/{name}": t for part in offloader.parts for name, t in live(offloader, part).items()}
+    assert all(t.device.type == "cpu" and torch.equal(t, expected[name]) for name, t in found.items())
+    model = offloader.model.to(device)
+    assert db.sample(model, torch.arange(3, device=device), steps=3).device.type == device.type

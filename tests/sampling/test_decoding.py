@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from diffusionblocks.noise import rng
 from diffusionblocks.sampling import decoding
 
 
@@ -32,7 +33,7 @@ def test_cold_draws_take_the_likeliest_word(temperature, options):
     logits = torch.randn(50, 7) * 30
     cold = decoding.filtered(logits, temperature=temperature, **options)
     assert not cold.isnan().any()
-    assert torch.equal(decoding.draw(cold, seed=1), logits.argmax(-1))
+    assert torch.equal(rng.draw(cold, seed=1), logits.argmax(-1))
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.4, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.81, 3), (1.0, 4)])
@@ -44,12 +45,12 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p, kept):
 
 def test_draws_follow_the_distribution_and_repeat():
     logits = torch.tensor([0.1, 0.6, 0.3]).log().expand(20000, 3)
-    tokens = decoding.draw(logits, seed=3)
+    tokens = rng.draw(logits, seed=3)
     shares = torch.bincount(tokens, minlength=3) / len(tokens)
     assert (shares - torch.tensor([0.1, 0.6, 0.3])).abs().max() < 4 * (0.25 / len(tokens)) ** 0.5
-    assert torch.equal(tokens, decoding.draw(logits, seed=3)) and not torch.equal(tokens, decoding.draw(logits, seed=4))
+    assert torch.equal(tokens, rng.draw(logits, seed=3)) and not torch.equal(tokens, rng.draw(logits, seed=4))
     banned = decoding.filtered(logits, top_k=2)
-    assert 0 not in decoding.draw(banned, seed=3)
+    assert 0 not in rng.draw(banned, seed=3)
 
 
 @pytest.mark.parametrize("word", [0, 1])
@@ -62,28 +63,12 @@ def test_draws_have_the_tail_of_improbable_words(word, monkeypatch):
         uniforms[..., word] = 2.0**-24
         return uniforms
 
-    monkeypatch.setattr(decoding.dbkernels, "philox_uniform", extreme)
+    monkeypatch.setattr(rng.dbkernels, "philox_uniform", extreme)
     logits = torch.zeros(2, dtype=torch.float64)
     logits[word] = -46 * math.log(2)
-    assert decoding.draw(logits, seed=0) == word
+    assert rng.draw(logits, seed=0) == word
     logits[word] = -60 * math.log(2)
-    assert decoding.draw(logits, seed=0) == 1 - word
-
-
-def test_mixture_is_the_mean_of_probabilities():
-    logits = torch.randn(5, 7, 11)
-    torch.testing.assert_close(decoding.mixture(logits).exp(), logits.softmax(-1).mean(0))
-
-
-def test_bridges():
-    table = torch.randn(11, 4)
-    logits = torch.randn(5, 11)
-    torch.testing.assert_close(decoding.bridge(logits, table), logits.softmax(-1) @ table)
-    assert torch.equal(decoding.bridge(logits, table, "argmax"), table[logits.argmax(-1)])
-    assert torch.equal(decoding.bridge(logits, table, "sample", seed=1), table[decoding.draw(logits, seed=1)])
-    sure = torch.full((5, 11), -torch.inf).scatter(1, torch.arange(5)[:, None], 0.0)
-    for how in ("mean", "argmax", "sample"):
-        torch.testing.assert_close(decoding.bridge(sure, table, how), table[:5])
+    assert rng.draw(logits, seed=0) == 1 - word
 
 
 def test_distinct_2():
@@ -97,7 +82,6 @@ def test_distinct_2():
         (lambda: decoding.filtered(torch.zeros(3), temperature=0.0), "temperature=0.0"),
         (lambda: decoding.filtered(torch.zeros(3), top_k=0), "top_k=0"),
         (lambda: decoding.filtered(torch.zeros(3), top_p=1.5), "top_p=1.5"),
-        (lambda: decoding.bridge(torch.zeros(3), torch.zeros(3, 2), "best"), "how must be"),
         (lambda: decoding.distinct_2(torch.zeros(2, 1)), "tokens must be"),
     ],
 )

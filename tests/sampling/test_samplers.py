@@ -29,7 +29,7 @@ def start() -> torch.Tensor:
     return HIGH * torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def walk(sampler, steps: int) -> torch.Tensor:
+def trajectory(sampler, steps: int) -> torch.Tensor:
     """z after `steps` steps of equal ratio from HIGH to LOW: what the denoiser is given there."""
     seen = {}
 
@@ -45,7 +45,7 @@ def walk(sampler, steps: int) -> torch.Tensor:
 @pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2), (dpmpp_2m, 2)])
 def test_convergence_order_on_a_gaussian_target(sampler, order):
     exact = solution(start(), HIGH, LOW)
-    errors = [float((walk(sampler, steps) - exact).abs().max()) for steps in (100, 200, 400)]
+    errors = [float((trajectory(sampler, steps) - exact).abs().max()) for steps in (100, 200, 400)]
     measured = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     # The next term of the expansion is one order higher: a few per cent at a step of 5.3 / 100 in ln sigma.
     assert measured == pytest.approx([order] * 2, abs=0.12)
@@ -82,7 +82,7 @@ def printed_sign(denoise, z, sigmas):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-def test_noise_shrinks_along_the_walk_and_grows_with_the_printed_sign(sampler):
+def test_noise_shrinks_along_the_trajectory_and_grows_with_the_printed_sign(sampler):
     levels = [*karras_sigmas(18, LOW, HIGH), 0.0]
     # Samples of N(0.7, 0.6^2): the deviation of 64 draws is within 30 % (three and a half standard errors).
     # Euler's 18 steps stop 10 % short of it.

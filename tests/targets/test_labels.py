@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from diffusionblocks.targets.base import Output
+from diffusionblocks.targets.base import Features, Noised
+from diffusionblocks.targets.codebook import spread_codebook
 from diffusionblocks.targets.continuous import ContinuousTarget
-from diffusionblocks.targets.labels import ClassTarget, spread_codebook
+from diffusionblocks.targets.labels import LabelTarget
 
 K, D, N = 7, 5, 6
 
@@ -29,6 +30,10 @@ class LinearHead(nn.Module):
         return h @ self.weight.T
 
 
+def label_target(table: torch.Tensor) -> LabelTarget:
+    return LabelTarget(*table.shape, table=table)
+
+
 def batch(spread: float = 1.0):
     generator = torch.Generator().manual_seed(0)
     table, h, eps = (torch.randn(n, D, generator=generator) for n in (K, N, N))
@@ -40,7 +45,7 @@ def batch(spread: float = 1.0):
 @pytest.mark.parametrize("spread", [1.0, 0.3])
 def test_posterior_readout_of_a_silent_head_is_bayes_rule(spread):
     table, h, z, sigma, _ = batch(spread)  # rows of unequal norm: |E|^2 / 2 counts
-    output = ClassTarget(table).read(LinearHead(0), h, None, z, sigma)
+    output = label_target(table).read(Features(LinearHead(0), h, None), z, sigma)
     distance = (z[:, None].double() - table.double()).square().sum(-1)
     likelihood = torch.exp(-(distance - distance.min(1, keepdim=True).values) / (2 * sigma[:, None].double() ** 2))
     posterior = likelihood / likelihood.sum(1, keepdim=True)
@@ -52,7 +57,7 @@ def test_posterior_readout_of_a_silent_head_is_bayes_rule(spread):
 def test_posterior_readout_multiplies_the_heads_prior_by_the_likelihood():
     table, h, z, sigma, _ = batch()
     head = LinearHead(1.0)
-    got = ClassTarget(table).read(head, h, None, z, sigma).raw.double().softmax(-1)
+    got = label_target(table).read(Features(head, h, None), z, sigma).raw.double().softmax(-1)
     prior = head(h, None).double().softmax(-1)
     likelihood = torch.exp(
         -((z[:, None].double() - table.double()).square().sum(-1)) / (2 * sigma[:, None].double() ** 2)
@@ -62,47 +67,12 @@ def test_posterior_readout_multiplies_the_heads_prior_by_the_likelihood():
     assert torch.allclose(got[rows], (want / want.sum(1, keepdim=True))[rows], atol=1e-4)
 
 
-@pytest.mark.parametrize("sigma_data", [0.5, None])
-def test_edm_readout_is_the_head_of_the_preconditioned_features(sigma_data):
-    table, h, z, sigma, _ = batch()
-    head = LinearHead(1.0)
-    output = ClassTarget(table, sigma_data=sigma_data, readout="edm").read(head, h, None, z, sigma)
-    s = sigma_data or 1 / math.sqrt(D)
-    for i, level in enumerate(sigma.double().tolist()):
-        total = level**2 + s**2
-        mixed = level * s / math.sqrt(total) * h[i].double() + s**2 / total * z[i].double()
-        logits = head.weight.double() @ mixed
-        assert torch.allclose(output.raw[i].double(), logits, rtol=1e-4, atol=1e-5)  # a float32 dot product
-        assert torch.allclose(output.denoised[i].double(), logits.softmax(-1) @ table.double(), atol=1e-4)
-
-
-def test_plain_readout_never_sees_z():
-    table, h, z, sigma, _ = batch()
-    target, head = ClassTarget(table, readout="plain"), LinearHead(1.0)
-    output = target.read(head, h, None, z, sigma)
-    assert torch.equal(output.raw, head(h, None))
-    assert torch.equal(output.raw, target.read(head, h, None, z + 1, sigma).raw)
-
-
-def test_normalised_table_is_used_everywhere_and_the_raw_estimate_leaves_it():
-    table, h, z, sigma, y = batch(3.0)
-    unit = table.double() / table.double().norm(dim=-1, keepdim=True)
-    head = LinearHead(1.0)
-    target = ClassTarget(table, normalize=True, readout="plain")
-    assert torch.allclose(target.clean(y).double(), unit[y], atol=1e-6)
-    output = target.read(head, h, None, z, sigma)
-    p = output.raw.double().softmax(-1)
-    assert torch.allclose(output.denoised.double(), p @ unit, atol=1e-5)
-    raw = ClassTarget(table, normalize=True, readout="plain", raw_estimate=True).read(head, h, None, z, sigma)
-    assert torch.allclose(raw.denoised.double(), p @ table.double(), atol=1e-5)
-
-
 def test_logits_and_estimate_stay_float32_under_autocast():
     table, h, z, sigma, _ = batch()
-    target, head = ClassTarget(table), LinearHead(0)
-    exact = target.read(head, h, None, z, sigma)
+    target, head = label_target(table), LinearHead(0)
+    exact = target.read(Features(head, h, None), z, sigma)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = target.read(head, h, None, z, sigma)
+        output = target.read(Features(head, h, None), z, sigma)
     assert output.raw.dtype == output.denoised.dtype == torch.float32
     assert torch.equal(output.raw, exact.raw)  # the evidence is large at low noise: bfloat16 would ruin it
 
@@ -112,8 +82,10 @@ def test_loss_is_the_cross_entropy_of_each_sample(dtype):
     logits = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
     y = torch.arange(N)
     want = torch.stack([logits[i].double().exp().sum().log() - logits[i, y[i]].double() for i in range(N)])
-    target = ClassTarget(torch.eye(K))
-    got = target.loss(Output(logits, logits), torch.zeros(N, K), y.to(dtype), torch.ones(N))
+    target = LabelTarget(K, K, table=torch.eye(K))
+    features = Features(lambda h, cond: h, logits, None)
+    z = torch.zeros(N, K)  # equal evidence for all
+    got = target.loss(features, Noised(z, z, z), y.to(dtype), torch.ones(N)).per_sample
     assert torch.allclose(got.double(), want, rtol=1e-5)  # float32 log-sum-exp
     target.check(y.to(dtype))
 
@@ -142,15 +114,10 @@ def test_codebook_depends_on_the_seed_alone():
 
 def test_sigma_data_of_a_class_target_is_its_root_mean_square():
     table = spread_codebook(10, 16)
-    assert ClassTarget(table).sigma_data == pytest.approx(float(table.square().mean().sqrt()), rel=1e-6)
+    assert label_target(table).sigma_data == pytest.approx(float(table.square().mean().sqrt()), rel=1e-6)
 
 
-def test_table_is_trained_only_when_asked():
-    assert not ClassTarget(torch.eye(K)).table.requires_grad
-    assert ClassTarget(torch.eye(K), trainable=True).table.requires_grad
-
-
-CLASS, IMAGE = ClassTarget(torch.eye(K)), ContinuousTarget()
+CLASS, IMAGE = LabelTarget(K, K, table=torch.eye(K)), ContinuousTarget()
 
 
 @pytest.mark.parametrize(
@@ -184,10 +151,11 @@ CLASS, IMAGE = ClassTarget(torch.eye(K)), ContinuousTarget()
         (lambda: IMAGE.check_noised(torch.tensor(1.0)), "z must"),
         (lambda: ContinuousTarget(0), "sigma_data"),
         (lambda: ContinuousTarget(math.nan), "sigma_data"),
-        (lambda: ClassTarget(torch.eye(K), sigma_data=-1), "sigma_data"),
-        (lambda: ClassTarget(torch.eye(K), readout="logits"), "readout"),
-        (lambda: ClassTarget(torch.zeros(K)), "table"),
-        (lambda: ClassTarget(torch.zeros(1, K)), "table"),
+        (lambda: LabelTarget(K, 4, sigma_data=-1), "sigma_data"),
+        (lambda: LabelTarget(K, K, table=torch.zeros(K)), "table"),
+        (lambda: LabelTarget(1, K, table=torch.zeros(1, K)), "table"),
+        (lambda: LabelTarget(1, K), "num_classes"),
+        (lambda: LabelTarget(K, 0), "dim"),
         (lambda: spread_codebook(1, 4), "classes"),
         (lambda: spread_codebook(4, 0), "dim"),
     ],

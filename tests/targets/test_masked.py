@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from diffusionblocks import DiffusionBlocks, Ends, Uniform, make_partition
+from diffusionblocks import DiffusionBlocks, StemHead, Uniform, make_partition
 from diffusionblocks.experiments.models.masked_lm import Head, MaskedLMConfig, Stem, layers
 from diffusionblocks.noise import mask_schedule as masking
+from diffusionblocks.targets.base import Features, Noised
 from diffusionblocks.targets.masked import T_MIN, MaskedTarget
 
-CONFIG = MaskedLMConfig(dim=16, layers=3, heads=2, mlp=32, cond=8, symbols=5)
+CONFIG = MaskedLMConfig(dim=16, layers=3, heads=2, mlp=32, cond=8, vocab_size=5)
 TARGET = MaskedTarget(5)
 NOTHING = torch.zeros(4, 0, dtype=torch.int64)
 
@@ -21,12 +22,16 @@ NOTHING = torch.zeros(4, 0, dtype=torch.int64)
 def model(blocks: int = 3) -> DiffusionBlocks:
     """A network that says something: neither head nor modulation is zero."""
     torch.manual_seed(1)
-    ends, partition = Ends(Stem(CONFIG), Head(CONFIG)), make_partition(Uniform(T_MIN, 1.0), 3, blocks, overlap=0)
-    made = DiffusionBlocks(ends, layers(CONFIG), TARGET, partition)
+    around, partition = StemHead(Stem(CONFIG), Head(CONFIG)), make_partition(Uniform(T_MIN, 1.0), 3, blocks, overlap=0)
+    made = DiffusionBlocks(around, layers(CONFIG), TARGET, partition)
     for parameter in made.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.3)
     return made
+
+
+def loss(features: Features, z: torch.Tensor, y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return TARGET.loss(features, Noised(z, *TARGET.inputs(z, t)), y, t).per_sample
 
 
 def tokens(seed: int = 0) -> torch.Tensor:
@@ -47,25 +52,25 @@ def test_noise_is_masks_by_address_at_the_rate_of_the_time():
 def test_the_fused_loss_is_its_definition():
     made, y, t = model(), tokens(), torch.tensor([0.9, 0.5, 0.3, 0.02])
     z = TARGET.noised(y, t, seed=0, offset=0)
-    head, h, cond = made.blocks[0](NOTHING, z, t, TARGET, made.ends)
-    by_definition = TARGET.loss(TARGET.read(head, h, cond, z, t), z, y, t)
-    log_p = head(h, cond).log_softmax(-1)
+    features = made.blocks[0](NOTHING, *TARGET.inputs(z, t), made.stem_head)
+    by_definition = loss(features._replace(head=lambda h, cond: features.head(h, cond)), z, y, t)
+    log_p = features.head(features.h, features.cond).log_softmax(-1)
     by_hand = [
         sum(-log_p[i, n, y[i, n]] for n in range(9) if z[i, n] == 5) * masking.weight(t)[i] / 9 for i in range(4)
     ]
-    torch.testing.assert_close(TARGET.objective(head, h, cond, z, y, t).per_sample, by_definition)
+    torch.testing.assert_close(loss(features, z, y, t), by_definition)
     torch.testing.assert_close(by_definition, torch.stack([torch.as_tensor(v) for v in by_hand]).float())
 
 
 def test_logits_of_visible_places_do_not_matter():
     made, y, t = model(), tokens(), torch.full((4,), 0.5)
     z = TARGET.noised(y, t, seed=0, offset=0)
-    head, h, cond = made.blocks[0](NOTHING, z, t, TARGET, made.ends)
+    features = made.blocks[0](NOTHING, *TARGET.inputs(z, t), made.stem_head)
     visible = (z != TARGET.mask_id).unsqueeze(-1)
     assert visible.any() and not visible.all()
-    clean = TARGET.objective(head, h, cond, z, y, t).per_sample
-    assert torch.equal(TARGET.objective(head, h + 100 * visible, cond, z, y, t).per_sample, clean)
-    assert not torch.equal(TARGET.objective(head, h + 0.1 * ~visible, cond, z, y, t).per_sample, clean)
+    clean = loss(features, z, y, t)
+    assert torch.equal(loss(features._replace(h=features.h + 100 * visible), z, y, t), clean)
+    assert not torch.equal(loss(features._replace(h=features.h + 0.1 * ~visible), z, y, t), clean)
 
 
 def test_the_network_sees_visible_tokens_and_no_hidden_one():
@@ -93,7 +98,7 @@ def test_positions_count():
     swapped = torch.tensor([[2, 1, 0, 5, 3]])
     x = NOTHING[:1]
     assert not torch.allclose(made.denoise(x, z, 0.5).raw[0, 3], made.denoise(x, swapped, 0.5).raw[0, 3], atol=1e-4)
-    nn.init.zeros_(made.ends.stem.near.weight)
+    nn.init.zeros_(made.stem_head.stem.near.weight)
     assert not torch.allclose(made.denoise(x, z, 0.5).raw[0, 3], made.denoise(x, swapped, 0.5).raw[0, 3], atol=1e-4)
 
 
@@ -113,7 +118,7 @@ def test_gradients_reach_the_active_block_and_the_ends_alone(block):
     for b, own in enumerate(made.blocks):
         touched = {name: p.grad is not None and bool(p.grad.any()) for name, p in own.named_parameters()}
         assert all(touched.values()) if b == block else not any(touched.values()), (b, touched)
-    assert all(p.grad is not None and p.grad.any() for p in made.ends.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in made.stem_head.parameters())
 
 
 def test_each_block_is_trained_on_its_own_times_spread_evenly():
@@ -138,8 +143,8 @@ def test_the_mean_over_blocks_of_the_mean_loss_is_the_integral_over_time():
             for hidden in itertools.product((False, True), repeat=3):
                 chance = torch.tensor([1 - keep if m else keep for m in hidden]).prod()
                 z = torch.where(torch.tensor([hidden]), 5, y)
-                head, h, cond = made.blocks[block](NOTHING[:1], z, level, TARGET, made.ends)
-                drawn += float(chance * TARGET.objective(head, h, cond, z, y, level).per_sample.detach()) / grid / 3
+                features = made.blocks[block](NOTHING[:1], *TARGET.inputs(z, level), made.stem_head)
+                drawn += float(chance * loss(features, z, y, level).detach()) / grid / 3
     many = y.expand(1024, 3)
     x = many[:, :0]
     with torch.no_grad():
@@ -148,7 +153,7 @@ def test_the_mean_over_blocks_of_the_mean_loss_is_the_integral_over_time():
 
 
 @pytest.mark.parametrize(("call", "words"), [
-    (lambda: MaskedTarget(1), "symbols=1"),
+    (lambda: MaskedTarget(1), "vocab_size=1"),
     (lambda: TARGET.check(torch.zeros(2, 3)), "y must be non-empty int64 tokens"),
     (lambda: TARGET.check(torch.zeros(2, 0, dtype=torch.int64)), "non-empty"),
     (lambda: TARGET.check(torch.tensor([[0, 5]])), r"y's tokens must be in \[0, 5\)"),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from diffusionblocks.targets.labels import spread_codebook
+from diffusionblocks.targets.base import Features
+from diffusionblocks.targets.codebook import spread_codebook
 from diffusionblocks.targets.tokens import TokenTarget
 
 
@@ -35,7 +36,7 @@ def parts(group_size: int, N: int = 5):
 def test_the_readout_is_bayes_rule_by_hand(group_size, groups):
     target, head, h, y, sigma = parts(group_size)
     z = target.noised(y, sigma, seed=1, offset=2)
-    output = target.read(head, h, None, z, sigma)
+    output = target.read(Features(head, h, None), z, sigma)
     prior = (h.double() @ head.linear.weight.double().T + head.linear.bias.double()).softmax(-1)
     table = target.table.double()
     for i in range(3):
@@ -52,9 +53,10 @@ def test_training_computes_what_reading_says(group_size):
     """Mean loss and error per group without logits, against those made from the logits."""
     target, head, h, y, sigma = parts(group_size)
     z = target.noised(y, sigma, seed=1, offset=2)
-    output = target.read(head, h, None, z, sigma)
+    output = target.read(Features(head, h, None), z, sigma)
     loss = nn.functional.cross_entropy(output.raw.flatten(0, 1), y.flatten(), reduction="none")
-    found = target.objective(head, h, None, z, y, sigma)
+    noised = target.add_noise(y, sigma, seed=1, offset=2)
+    found = target.loss(Features(head, h, None), noised, y, sigma, error=True)
     torch.testing.assert_close(found.per_sample.mean(), loss.mean(), rtol=1e-4, atol=1e-5)
     error = (target.clean(y) - output.denoised).square().sum(-1)
     size = group_size or 5
@@ -77,7 +79,7 @@ def test_one_token_with_two_classes_has_the_logistic_posterior():
     nn.init.zeros_(head.linear.weight)
     nn.init.zeros_(head.linear.bias)
     z, sigma = torch.tensor([[[0.3, -9.0]]]), torch.tensor([[0.5]])
-    output = target.read(head, torch.zeros(1, 1, 3), torch.zeros(1), z, sigma)
+    output = target.read(Features(head, torch.zeros(1, 1, 3), None), z, sigma)
     expected = 1 / (1 + math.exp(-2 * 0.3 / 0.25))
     assert output.raw.softmax(-1)[0, 0, 0].item() == pytest.approx(expected, rel=1e-5)
 

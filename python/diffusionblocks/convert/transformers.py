@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import DiffusionBlocks
-from ..denoiser import Ends
-from ..noise.information import closed_form_density
-from ..noise.partition import make_partition
-from ..targets.labels import ClassTarget, spread_codebook
-from .conditioning import Conditioned, NoiseEmbedding
+from ..denoiser import StemHead
+from ..noise.partition import spread_layers
+from ..targets.codebook import spread_codebook
+from ..targets.labels import LabelTarget
+from .conditioning import Z_GAIN, Conditioned, NoiseEmbedding
+from .layers import CONTEXT, partition_for
+from .registry import register
 
-Z_GAIN = 0.1  # of z beside the first token
-CONTEXT = 0.5  # share of a batch at sigma_max, where the answer must come from x alone
 
-
-class HuggingFaceStem(nn.Module):
+class ViTStem(nn.Module):
     """The patch and position embeddings of transformers' ViT; z is added to the [CLS] token."""
 
     def __init__(self, embeddings: nn.Module, cond: int):
@@ -29,13 +29,13 @@ class HuggingFaceStem(nn.Module):
         self.noise.mlp.to(own.dtype)  # the angles stay float32: halves would merge neighbouring noise levels
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
-        patches = self.embeddings.patch_embeddings(x.to(self.embeddings.cls_token.dtype))
+        patches = self.embeddings.patch_embeddings(x.to(self.embeddings.cls_token.dtype))  # (B, N, D)
         token = self.embeddings.cls_token + (Z_GAIN * z).unsqueeze(1)
-        tokens = torch.cat([token.to(patches.dtype), patches], dim=1)
+        tokens = torch.cat([token.to(patches.dtype), patches], dim=1)  # (B, 1 + N, D)
         return tokens + self.embeddings.position_embeddings, self.noise(c_noise)
 
 
-class HuggingFaceHead(nn.Module):
+class ViTHead(nn.Module):
     """transformers' final norm and classifier."""
 
     def __init__(self, norm: nn.Module, classifier: nn.Module):
@@ -49,29 +49,45 @@ class HuggingFaceHead(nn.Module):
         return self.classifier(h)
 
 
-def huggingface_vit(
+def build_vit(config: dict[str, Any]) -> nn.Module:
+    """Return an untrained ViTForImageClassification of a config."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig.from_dict(config))
+
+
+@register(
+    "transformers.models.vit.modeling_vit.ViTForImageClassification",
+    describe=lambda network: json.loads(network.config.to_json_string(use_diff=False)),
+    build=build_vit,
+)
+def convert_vit(
     network: nn.Module, blocks: int, *, shared: str = "shared", overlap: float = 0.05, cond: int | None = None
 ) -> DiffusionBlocks:
-    """transformers' ViTForImageClassification, pretrained or not, as `blocks` denoisers; its modules are used in place.
+    """Return transformers' ViTForImageClassification as `blocks` denoisers; its modules are used in place.
 
-    What is added has the network's device and dtype. cond: width of the noise conditioning, a quarter of the hidden
-    size by default.
-    Raises: TypeError if `network` is another model; ValueError if blocks exceeds its layers.
+    New modules get the network's device and dtype.
+
+    Args:
+        network: Pretrained or not.
+        blocks: How many.
+        shared: "shared", "per_block" or "frozen", as for DiffusionBlocks.
+        overlap: Share of its width in ln sigma by which each block's range of noise is widened in training.
+        cond: Width of the noise conditioning; a quarter of the hidden size by default.
+
+    Raises: ValueError if blocks exceeds its layers.
     """
-    from transformers import ViTForImageClassification
-
-    if not isinstance(network, ViTForImageClassification):
-        raise TypeError(f"network must be a transformers ViTForImageClassification, got {type(network).__name__}")
     config: Any = network.config
     width = config.hidden_size
     cond = cond or width // 4
-    encoder = network.vit
+    encoder: Any = network.vit
     layers = encoder.layers if hasattr(encoder, "layers") else encoder.encoder.layer
-    ends = Ends(HuggingFaceStem(encoder.embeddings, cond), HuggingFaceHead(encoder.layernorm, network.classifier))
-    target = ClassTarget(spread_codebook(config.num_labels, width).to(network.classifier.weight.device))
-    partition = make_partition(closed_form_density(target.embeddings()), len(layers), blocks, overlap=overlap)
+    around = StemHead(ViTStem(encoder.embeddings, cond), ViTHead(encoder.layernorm, network.classifier))
+    table = spread_codebook(config.num_labels, width).to(network.classifier.weight.device)
+    target = LabelTarget(config.num_labels, width, table=table)
+    partition = partition_for(target, spread_layers(len(layers), blocks), overlap=overlap)
     return DiffusionBlocks(
-        [copy.deepcopy(ends) for _ in range(blocks)] if shared == "per_block" else ends,
+        [copy.deepcopy(around) for _ in range(blocks)] if shared == "per_block" else around,
         [Conditioned(layer, width, cond) for layer in layers],
         target,
         partition,

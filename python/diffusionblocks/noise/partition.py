@@ -6,13 +6,15 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import edm
 from .density import LogUniform, NoiseDensity, Uniform
+from .density import from_dict as density_from_dict
+from .density import to_dict as density_to_dict
 
 LARGEST_EXPONENT = 700.0  # e to it is the largest float64, nearly: beyond any range's width
 
@@ -115,6 +117,17 @@ class Partition:
                 f"the density has no mass between {low:.4g} and {high:.4g}, which edges give to block {block}: "
                 "choose edges inside the density, or a wider density"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the partition as plain JSON values."""
+        noise = {k: list(v) if isinstance(v, tuple) else v for k, v in density_to_dict(self.density).items()}
+        return {"density": noise, "edges": list(self.edges), "layers": list(self.layers), "overlap": self.overlap}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Partition:
+        """Return the partition that `to_dict` wrote."""
+        noise = density_from_dict(values["density"])
+        return cls(noise, tuple(values["edges"]), tuple(values["layers"]), values["overlap"])
 
     def check_block(self, block: int) -> None:
         """Raise ValueError unless 0 <= block < B."""

@@ -1,4 +1,4 @@
-"""A trained model read where it stands, a block at a time."""
+"""A trained model as the denoiser of given conditioning: whole splits, one resident block at a time."""
 
 from __future__ import annotations
 
@@ -7,54 +7,48 @@ from torch import Tensor
 
 from ..blocks import DiffusionBlocks
 from ..targets.base import Output
-from ..training.offload import Residency, handed
 
 BATCH = 512
 
 
-class Walker:
-    """Denoises whole splits, one resident block at a time. Weights are used as they are: enter `residency.averages()`
-    for averages.
+class Sampler:
+    """Denoises z given x: what samplers and evaluation call at falling noise levels.
 
-    residency: where the blocks wait; None for a model that is wholly on its device. prefetch: while a block works,
-    bring the next one, which falling levels will want: no wait, for the memory of a second block.
+    Weights are used as they are: enter `trainer.averages()` for averages. A block whose layers don't see z is run once.
+
+    Args:
+        model: The model; offloaded blocks come by themselves.
+        x: Conditioning, (N, ...), the same for every level.
+        batch: Samples per call of the network.
+        prefetch: While a block works, bring the next one: no wait, for the memory of a second block.
     """
 
-    def __init__(self, model: DiffusionBlocks, residency: Residency | None = None, *, prefetch: bool = False):
-        self.model, self.residency, self.prefetch = model, residency, prefetch
-
-    @property
-    def device(self) -> torch.device:
-        """Where the active block is."""
-        return self.residency.device if self.residency else next(self.model.parameters()).device
-
-    def weights(self) -> dict[str, Tensor]:
-        """The weights in use, all blocks', by the names of the model's state_dict."""
-        return self.residency.weights() if self.residency else self.model.state_dict()
-
-    def owner(self, sigma: float) -> int:
-        """The block that owns `sigma`, on the device from now on."""
-        block = int(self.model.partition.block_of(sigma))
-        self.activate(block)
-        return block
-
-    def activate(self, block: int) -> None:
-        """Bring `block` to the device."""
-        if self.residency:
-            self.residency.activate(block)
-            if self.prefetch and block + 1 < len(self.model.blocks):
-                self.residency.prefetch(block + 1)
-
-    def handed(self, block: int, x: Tensor) -> Tensor | None:
-        """What other blocks hand `block`."""
-        return handed(self.model, self.residency, block, x) if self.residency else self.model.handed(block, x)
+    def __init__(self, model: DiffusionBlocks, x: Tensor, *, batch: int = BATCH, prefetch: bool = False):
+        self.model, self.x, self.batch, self.prefetch = model.eval(), x, batch, prefetch
+        self._asked: tuple[int, Tensor] | None = None  # the last block that doesn't see z, and its logits of x
 
     @torch.no_grad()
-    def read(self, x: Tensor, z: Tensor, sigma: float, batch: int = BATCH) -> Output:
-        """The owner's output for all of x, `batch` samples at a time."""
-        block = self.owner(sigma)
+    def __call__(self, z: Tensor, sigma: float) -> Output:
+        """Return the raw output and D of the block that owns `sigma`, for all of z."""
+        block = int(self.model.partition.block_of(sigma))
+        self.model.activate(block)
+        if self.prefetch and self.model.offloader and block + 1 < len(self.model.blocks):
+            self.model.offloader.prefetch(block + 1)
+        if not self.model.sees_z:
+            return self.model.target.posterior(self._logits(block), z, self._levels(z, sigma))
         pieces = [
-            self.model.denoise(x_, z_, sigma, block=block, handed=self.handed(block, x_))
-            for x_, z_ in zip(x.split(batch), z.split(batch), strict=True)
+            self.model.denoise(x, z_, sigma, block=block)
+            for x, z_ in zip(self.x.split(self.batch), z.split(self.batch), strict=True)
         ]
         return Output(torch.cat([p.raw for p in pieces]), torch.cat([p.denoised for p in pieces]))
+
+    def _logits(self, block: int) -> Tensor:
+        """Return the logits of x alone: the block's, or the mean over all of an ensemble."""
+        key = -1 if self.model.ensemble else block
+        if self._asked is None or self._asked[0] != key:
+            asked = None if self.model.ensemble else block
+            self._asked = key, torch.cat([self.model.logits(x, asked) for x in self.x.split(self.batch)])
+        return self._asked[1]
+
+    def _levels(self, z: Tensor, sigma: float) -> Tensor:
+        return torch.full(self.model.target.level_shape(z), sigma, dtype=torch.float32, device=z.device)

@@ -1,9 +1,11 @@
-"""What a block denoises: the space noise is added in, the loss there, and the denoised estimate."""
+"""The clean target y of a denoiser: how noise is added, the network's inputs, the loss, the denoised estimate."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 import dbkernels
@@ -11,73 +13,127 @@ import dbkernels
 from ..noise import edm
 
 
-class Output(NamedTuple):
-    """What a block says about a noised target.
+class Features(NamedTuple):
+    """A block's output: the features h, the head that decodes them, and the conditioning (or None)."""
 
-    raw: logits (B, K) or F, of the target's shape. denoised: D, of the target's shape.
-    """
+    head: Callable[[Tensor, Any], Tensor]
+    h: Tensor
+    cond: Any
+
+
+class Output(NamedTuple):
+    """A decoded output. raw: logits (..., K) or F, of y's shape. denoised: D, of z's shape."""
 
     raw: Tensor
     denoised: Tensor
 
 
-class Objective(NamedTuple):
-    """What training wants of a batch: the unweighted loss, of the levels' shape or their mean, and |y - D|^2 without
-    gradient, of the levels' shape."""
+class Noised(NamedTuple):
+    """A noised batch. z: what the loss takes; scaled: c_in z, and c_noise: the stem's inputs."""
+
+    z: Tensor
+    scaled: Tensor
+    c_noise: Tensor
+
+
+class Loss(NamedTuple):
+    """A batch's loss. per_sample: unreduced, of the levels' shape, or means of it; error: |y - D|^2, of the levels'
+    shape, without gradient, None unless asked for."""
 
     per_sample: Tensor
-    error: Tensor
+    error: Tensor | None
+
+
+def linear_of(head: Any) -> nn.Linear | None:
+    """Return the linear map from features to logits that a head consists of: itself or its `linear`; None if there is
+    none."""
+    linear = head if isinstance(head, nn.Linear) else getattr(head, "linear", None)
+    return linear if isinstance(linear, nn.Linear) else None
+
+
+def check_logits(made: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raise ValueError unless a head's logits have the shape wanted: others could be broadcast to it unseen."""
+    if tuple(made) != tuple(wanted):
+        raise ValueError(f"the head must give one logit per class, {tuple(wanted)}, got {tuple(made)}")
 
 
 class Target(nn.Module):
-    """What y is to a block: how noise hides it, what of it the network sees, how an estimate is read, and the loss.
+    """Base class of targets. All blocks share one, so independent blocks need it fixed.
 
-    The same for all blocks, so with independent blocks it is fixed. A subclass defines `read`, `loss`, `check` and
-    `check_noised`; one whose noise isn't y + sigma eps also `noised` and `inputs`.
-    sigma_data: root mean square of the clean target per element. stratified: a batch's levels are spread evenly over
-    their distribution, not drawn one by one.
+    A subclass defines `read`, `loss`, `check`, `check_noised`; one whose noise isn't y + sigma eps also `noised`,
+    `inputs`, `start` and `advance`.
+
+    Args:
+        sigma_data: Root mean square of the clean target per element.
+
+    Attributes:
+        shape: Shape of one sample of z, known from the first training batch if not before; sampling needs it.
     """
 
-    level = "sigma"  # what a noise level is called
-    stratified = False
+    level = "sigma"  # name of a noise level
+    stratified = False  # spread a batch's levels evenly over their distribution instead of drawing each
 
     def __init__(self, sigma_data: float):
         super().__init__()
         edm.check_sigma_data(sigma_data)
         self.sigma_data = sigma_data
+        self.shape: tuple[int, ...] | None = None
 
     def clean(self, y: Tensor) -> Tensor:
-        """The point that noise is added to."""
+        """Return the points that noise is added to."""
         return y
 
+    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
+        """Return the shape of one sample of z for a batch y."""
+        return tuple(y.shape[1:])
+
     def level_shape(self, y: Tensor) -> tuple[int, ...]:
-        """Shape of the noise levels to draw for a batch: (B,), one a sample."""
+        """Return the shape of a batch's noise levels: (B,), one per sample."""
         return (len(y),)
 
     def noised(self, y: Tensor, sigma: Tensor, *, seed: int, offset: int) -> Tensor:
-        """z = y + sigma eps, the same for the same address on every device."""
+        """Return z = y + sigma eps, the same for one (seed, offset) on every device."""
         return dbkernels.inject_noise(self.clean(y), sigma, seed=seed, offset=offset)
 
     def inputs(self, z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """What the stem gets of z and of sigma: c_in z and c_noise."""
+        """Return the stem's inputs c_in z and c_noise."""
         c = edm.precondition(sigma, self.sigma_data)
         return edm.expand_as(c.c_in, z) * z, c.c_noise
 
-    def read(self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, sigma: Tensor) -> Output:
-        """Features and conditioning -> raw output and D."""
+    def add_noise(self, y: Tensor, sigma: Tensor, *, seed: int, offset: int) -> Noised:
+        """Return the noised batch of a training step."""
+        z = self.noised(y, sigma, seed=seed, offset=offset)
+        return Noised(z, *self.inputs(z, sigma))
+
+    def read(self, features: Features, z: Tensor, sigma: Tensor) -> Output:
+        """Return the decoded output for z at the levels sigma."""
         raise NotImplementedError
 
-    def loss(self, output: Output, z: Tensor, y: Tensor, sigma: Tensor, weight: float = 1.0) -> Tensor:
-        """Return `weight` times the loss per sample, (B,)."""
+    def loss(
+        self, features: Features, noised: Noised, y: Tensor, sigma: Tensor, *, weight: float = 1.0, error: bool = False
+    ) -> Loss:
+        """Return `weight` times the loss of a batch, and the error if asked for."""
         raise NotImplementedError
 
-    def objective(
-        self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, y: Tensor, sigma: Tensor, weight: float = 1.0
-    ) -> Objective:
-        """Return `weight` times the loss, and the error, straight from features where the raw output isn't needed."""
-        output = self.read(head, h, cond, z, sigma)
-        error = (self.clean(y).detach() - output.denoised.detach()).square().flatten(1).sum(1)
-        return Objective(self.loss(output, z, y, sigma, weight), error)
+    def start(self, count: int, sigma: float, *, seed: int, device: torch.device) -> Tensor:
+        """Return z at the highest level, (count, *shape): sigma eps.
+
+        Raises: ValueError if the shape of a sample isn't known.
+        """
+        return sigma * dbkernels.philox_normal((count, *self.known_shape()), seed=seed, device=device)
+
+    def advance(self, z: Tensor, output: Output, sigma: float, below: float, *, seed: int, step: int) -> Tensor:
+        """Return z at the level `below`: an Euler step. Source: arXiv 2206.00364, algorithm 1 without churn."""
+        r = below / sigma
+        return r * z + (1 - r) * output.denoised
+
+    def known_shape(self) -> tuple[int, ...]:
+        """Return the shape of one sample of z. Raises: ValueError if it isn't known."""
+        if self.shape is None:
+            raise ValueError(
+                "the shape of a sample isn't known yet: train, or set model.target.shape, e.g. (3, 32, 32)"
+            )
+        return self.shape
 
     def check(self, y: Tensor) -> None:
         """Raise ValueError unless `y` is a batch of targets."""

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import dbkernels
 
 from ..noise import edm
-from .base import Output, Target
+from .base import Features, Loss, Noised, Output, Target
 
 
 class ContinuousTarget(Target):
-    """A target that is itself the point noise is added to (an image, a latent); EDM's weighted L2 loss.
+    """A target that is itself the point noise is added to.
 
-    sigma_data: root mean square of the target per element.
+    Args:
+        sigma_data: Root mean square of the target per element.
+        shape: Shape of one sample, e.g. (3, 32, 32); learnt from the first training batch if not given.
     """
 
-    def __init__(self, sigma_data: float = edm.SIGMA_DATA):
+    def __init__(self, sigma_data: float = edm.SIGMA_DATA, *, shape: tuple[int, ...] | None = None):
         super().__init__(sigma_data)
+        self.shape = None if shape is None else tuple(shape)
 
-    def read(self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, sigma: Tensor) -> Output:
-        """Features -> F = head(h, cond) and D = c_skip z + c_out F, float32."""
+    def add_noise(self, y: Tensor, sigma: Tensor, *, seed: int, offset: int) -> Noised:
+        """Return c_in z alone, written in one pass: the loss takes it as it is."""
+        scaled, c_noise = dbkernels.inject_noise(
+            y, sigma, sigma_data=self.sigma_data, return_c_noise=True, seed=seed, offset=offset
+        )
+        return Noised(scaled, scaled, c_noise)
+
+    def read(self, features: Features, z: Tensor, sigma: Tensor) -> Output:
+        """Return F = head(h, cond) and D = c_skip z + c_out F, float32."""
         c = edm.precondition(sigma, self.sigma_data)
-        F = head(h, cond).float()
+        F = features.head(features.h, features.cond).float()
         return Output(F, edm.expand_as(c.c_skip, z) * z.float() + edm.expand_as(c.c_out, z) * F)
 
-    def loss(self, output: Output, z: Tensor, y: Tensor, sigma: Tensor, weight: float = 1.0) -> Tensor:
-        """Return `weight` times EDM's weighted |D - y|^2 per sample, (B,), as |F - (y - c_skip z) / c_out|^2: no
-        overflow at small sigma. The factor is known to the op, so that backward has none left to apply."""
-        F, data = output.raw, self.sigma_data
-        return dbkernels.edm_loss(F, z, y, sigma, sigma_data=data, reduction="sample", weight=weight)
+    def loss(
+        self, features: Features, noised: Noised, y: Tensor, sigma: Tensor, *, weight: float = 1.0, error: bool = False
+    ) -> Loss:
+        """Return `weight` times EDM's weighted |D - y|^2 per sample, (B,), as |F - (y - c_skip z) / c_out|^2, which
+        doesn't overflow at small sigma. Source: arXiv 2206.00364, eq. 8."""
+        F = features.head(features.h, features.cond).float()
+        per_sample = dbkernels.edm_loss(
+            F, noised.z, y, sigma, sigma_data=self.sigma_data, z_scaled=True, reduction="sample", weight=weight
+        )
+        scale = edm.precondition(sigma, self.sigma_data).c_out.square() / weight if error else None
+        return Loss(per_sample, None if scale is None else per_sample.detach() * scale * F[0].numel())
 
     def check(self, y: Tensor) -> None:
         """Raise ValueError unless `y` is a non-empty floating tensor."""

@@ -8,6 +8,9 @@ from torch import Tensor
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Return `tensor` on `device`; from the host to a GPU through pinned memory, so that the host goes on at once."""
+    if not isinstance(tensor, Tensor):
+        kind = type(tensor).__name__
+        raise TypeError(f"a batch must be tensors (x, y), got {kind}; fit takes batch=, a function that makes them")
     device = torch.device(device)
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -26,6 +29,6 @@ def check_labels(name: str, labels: Tensor, end: int, closing: str = "") -> None
     """
     if not on_host(labels):
         return
-    low, high = (int(value) for value in labels.aminmax())
+    low, high = torch.stack(labels.aminmax()).tolist()
     if low < 0 or high >= end:
         raise ValueError(f"{name} must be in {closing or f'[0, {end})'}, got {low} to {high}")

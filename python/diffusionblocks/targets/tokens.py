@@ -5,97 +5,96 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as functional
+from torch import Tensor
 
 import dbkernels
 
-from .base import Objective, Output, Target
+from .base import Features, Loss, Noised, Output, linear_of
+from .codebook import CodebookTarget
 from .devices import check_labels
 
 
-class TokenTarget(Target):
-    """Labels (B, N) as points of a fixed codebook; cross-entropy under the posterior readout
-    head(h) + (z E^T - |E|^2/2) / sigma^2, which says exactly what z tells of its own token.
+class TokenTarget(CodebookTarget):
+    """Tokens (B, N) as points of a fixed codebook; cross-entropy under the posterior readout.
 
-    table: (K, d) embeddings. group_size: consecutive tokens that share a noise level; 0 is one level a sequence.
+    Args:
+        table: Embeddings, (K, d); `spread_codebook(vocab_size, dim)` makes one.
+        group_size: Consecutive tokens that share a noise level; 0 is one level per sequence.
+
     Raises: ValueError if the table is not (K >= 2, d) or group_size is negative. Source: docs/method.md.
     """
 
     def __init__(self, table: Tensor, *, group_size: int = 1):
-        if table.dim() != 2 or len(table) < 2:
-            raise ValueError(f"table must be (K, d) with K >= 2, got {tuple(table.shape)}")
+        super().__init__(table)
         if group_size < 0:
-            raise ValueError(f"group_size must be positive, or 0 for one level a sequence, got {group_size}")
-        super().__init__(1 / math.sqrt(table.shape[1]))
+            raise ValueError(f"group_size must be positive, or 0 for one level per sequence, got {group_size}")
         self.group_size = group_size
-        self.table = nn.Parameter(table.detach().clone(), requires_grad=False)
 
-    @property
-    def classes(self) -> int:
-        """K."""
-        return len(self.table)
-
-    def embeddings(self) -> Tensor:
-        """The codebook: (K, d)."""
-        return self.table
-
-    def evidence(self, z: Tensor) -> Tensor:
-        """What z says of each label, in units of 1 / sigma^2: (B, N, d) -> (B, N, K), float32."""
-        table = self.table.float()
-        with torch.autocast(z.device.type, enabled=False):
-            return z.float() @ table.T - table.square().sum(-1) / 2
-
-    def clean(self, y: Tensor) -> Tensor:
-        """Labels (B, N) -> (B, N, d)."""
-        return self.table[y]
+    def sample_shape(self, y: Tensor) -> tuple[int, ...]:
+        return (y.shape[1], self.table.shape[1])
 
     def level_shape(self, y: Tensor) -> tuple[int, ...]:
-        """(B, groups), for labels or noised tokens of N places."""
+        """Return (B, groups), for tokens or noised tokens of N places."""
         size = self.group_size or y.shape[1]
         return (len(y), -(-y.shape[1] // size))
 
-    def by_token(self, sigma: Tensor, y: Tensor) -> Tensor:
-        """Levels (B, groups) -> (B, N)."""
-        return sigma.repeat_interleave(self.group_size or y.shape[1], 1)[:, : y.shape[1]]
+    def level_per_point(self, sigma: Tensor, z: Tensor) -> Tensor:
+        """Return the level of each token: (B, groups) -> (B, N)."""
+        return sigma.repeat_interleave(self.group_size or z.shape[1], 1)[:, : z.shape[1]]
 
-    def by_group(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Means (B, groups) of values (B, N)."""
+    def group_means(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return means over groups: (B, N) -> (B, groups)."""
         size = self.group_size or values.shape[1]
-        full = nn.functional.pad(values, (0, shape[1] * size - values.shape[1]), value=math.nan)
+        full = functional.pad(values, (0, shape[1] * size - values.shape[1]), value=math.nan)
         return full.view(*shape, size).nanmean(-1)
 
     def noised(self, y: Tensor, sigma: Tensor, *, seed: int, offset: int) -> Tensor:
-        return dbkernels.inject_noise((y, self.table), self.by_token(sigma, y), seed=seed, offset=offset)
+        return dbkernels.inject_noise((y, self.table), self.level_per_point(sigma, y), seed=seed, offset=offset)
 
     def inputs(self, z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return super().inputs(z, self.by_token(sigma, z))
+        return super().inputs(z, self.level_per_point(sigma, z))
 
-    def read(self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, sigma: Tensor) -> Output:
-        """Features h (B, N, D), z (B, N, d), levels (B, groups) -> logits (B, N, K) and D (B, N, d), float32."""
-        logits = head(h, cond).float()
-        logits = logits + self.evidence(z) / self.by_token(sigma, z).float().square().unsqueeze(-1)
-        with torch.autocast(logits.device.type, enabled=False):
-            return Output(logits, logits.softmax(-1) @ self.table.float())
+    def read(self, features: Features, z: Tensor, sigma: Tensor) -> Output:
+        """Return logits (B, N, K) and D (B, N, d), float32, for z (B, N, d) and levels (B, groups)."""
+        return self.posterior(features.head(features.h, features.cond), z, sigma)
 
-    def objective(
-        self, head: nn.Module, h: Tensor, cond: Tensor, z: Tensor, y: Tensor, sigma: Tensor, weight: float = 1.0
-    ) -> Objective:
-        """The same, never holding all logits. head: has a `linear` from features to the vocabulary."""
-        linear, posterior = head.linear, (z, self.table, self.by_token(sigma, y))
-        rest = {"bias": linear.bias, "posterior": posterior}
+    def loss(
+        self, features: Features, noised: Noised, y: Tensor, sigma: Tensor, *, weight: float = 1.0, error: bool = False
+    ) -> Loss:
+        """Return `weight` times the cross-entropy, nats.
+
+        Its mean, 0-dim, if the head is linear: all logits are never held at once. Otherwise per token, (B, N).
+        """
+        linear = linear_of(features.head)
+        if linear is None:
+            return self._loss_of_logits(features, noised, y, sigma, weight, error)
+        posterior = (noised.z, self.table, self.level_per_point(sigma, y))
         row_weight = None if weight == 1 else torch.full(y.shape, weight, device=y.device)
-        loss = dbkernels.denoising_cross_entropy(h, linear.weight, y, row_weight=row_weight, **rest)
+        rest = {"bias": linear.bias, "posterior": posterior}
+        loss = dbkernels.denoising_cross_entropy(features.h, linear.weight, y, row_weight=row_weight, **rest)
+        if not error:
+            return Loss(loss, None)
         with torch.no_grad():
-            D = dbkernels.softmax_embedding(h, linear.weight, self.table, **rest)
-            error = (self.clean(y) - D).float().square().sum(-1)
-        return Objective(loss, self.by_group(error, sigma.shape))
+            D = dbkernels.softmax_embedding(features.h, linear.weight, self.table, **rest)
+        return Loss(loss, self._error(D, y, sigma))
+
+    def _loss_of_logits(
+        self, features: Features, noised: Noised, y: Tensor, sigma: Tensor, weight: float, error: bool
+    ) -> Loss:
+        output = self.read(features, noised.z, sigma)
+        entropy = functional.cross_entropy(output.raw.transpose(1, 2), y, reduction="none")
+        return Loss(entropy * weight, self._error(output.denoised.detach(), y, sigma) if error else None)
+
+    def _error(self, D: Tensor, y: Tensor, sigma: Tensor) -> Tensor:
+        return self.group_means((self.clean(y) - D).float().square().sum(-1), tuple(sigma.shape))
 
     def check(self, y: Tensor) -> None:
-        """Raise ValueError unless `y` is a non-empty (B, N) int64 tensor of labels in [0, K); on a device their values
+        """Raise ValueError unless `y` is a non-empty (B, N) int64 tensor of tokens in [0, K); on a device their values
         aren't read."""
         if y.dim() != 2 or y.dtype != torch.int64 or y.numel() == 0:
             raise ValueError(f"labels must be a non-empty (B, N) int64 tensor, got {tuple(y.shape)} {y.dtype}")
-        check_labels("labels", y, self.classes)
+        check_labels("labels", y, self.num_classes)
 
     def check_noised(self, z: Tensor) -> None:
         """Raise ValueError unless `z` is a non-empty floating (B, N, d)."""

@@ -1,4 +1,4 @@
-"""Bytes: what tensors hold, what a step saves for its backward pass, what a plan will take."""
+"""Bytes: held by tensors, saved by a step for its backward pass, as text."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ CATEGORIES = ("weights", "gradients", "moments", "averages", "activations")
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes by category (CATEGORIES)."""
+    """Bytes by category (CATEGORIES). allocated, reserved: peaks of the allocator, where they were asked for."""
 
     by_category: dict[str, int]
+    allocated: int = 0
+    reserved: int = 0
 
     @property
     def total(self) -> int:
-        """Bytes of all categories."""
+        """Sum of all categories."""
         return sum(self.by_category.values())
 
     def with_(self, **bytes_: int) -> Usage:
-        """The same with some categories replaced."""
+        """Return the same with some categories replaced."""
         return Usage(self.by_category | bytes_)
 
 
 def count_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
-    """Bytes of storage that the tensors hold on `device`, a shared storage counted once."""
+    """Return the bytes of storage that tensors hold on `device`, a shared storage counted once."""
     storages = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.device.type == device.type
     }
@@ -39,7 +41,7 @@ def count_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
 
 
 class SavedTensors:
-    """Counts the storage that autograd saves for backward, a storage once; weights are left out. `bytes` is the sum."""
+    """Counts the storage that autograd saves for the backward pass, each once and without weights. `bytes`: the sum."""
 
     def __init__(self, weights: Iterable[Tensor]):
         self.bytes = 0
@@ -55,14 +57,14 @@ class SavedTensors:
 
     @contextlib.contextmanager
     def count(self) -> Iterator[SavedTensors]:
-        """Within it, what autograd saves is counted, and kept alive so that no address comes twice."""
+        """Return a context within which saved tensors are counted, and kept alive so that no address comes twice."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t):
             yield self
         self._seen.clear()
 
 
 def allocated(device: torch.device) -> tuple[int, int]:
-    """(allocated, reserved) peak bytes: the CUDA allocator's; on the host the peak resident set size, twice."""
+    """Return peak bytes (allocated, reserved) of the CUDA allocator; on the host the peak resident set size, twice."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -70,13 +72,13 @@ def allocated(device: torch.device) -> tuple[int, int]:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peaks of `allocated`, which else are of whatever the process ran before; a host keeps its own."""
+    """Reset the peaks of `allocated`, which else are those of anything that ran before; the host's can't be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def parse_bytes(text: str) -> int:
-    """ "24GiB", "512MB", "1e9" -> bytes. Raises: ValueError on anything else."""
+    """Return "24GiB", "512MB" or "1e9" as a number of bytes. Raises: ValueError on anything else."""
     units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
     unit = text.strip().lower().lstrip("0123456789.e+- ")
     number = text.strip()[: len(text.strip()) - len(unit)]
@@ -84,13 +86,14 @@ def parse_bytes(text: str) -> int:
         value = float(number)
     except ValueError:
         value = -1
-    if unit not in units or not 0 < value < float("inf"):
+    count = value * units.get(unit, 0)
+    if not 1 <= count < float("inf"):
         raise ValueError(f"memory must be like 24GiB, 512MB or 1000000, got {text!r}")
-    return int(value * units[unit])
+    return int(count)
 
 
 def readable(count: float) -> str:
-    """Bytes as "1.5 MiB"."""
+    """Return bytes as text: "1.5 MiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

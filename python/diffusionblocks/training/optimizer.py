@@ -1,196 +1,236 @@
-"""The optimizer of one part (a block, or what the blocks share): AdamW and an exponential moving average of weights."""
+"""AdamW and an exponential moving average of weights in one fused step, for blocks that come and go."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import dbkernels
 
+from .config import TrainerConfig
 
-@dataclass
-class _Group:
-    """Parameters of one dtype that had a gradient in the same steps. following: 0-dim int64, the number of their next
-    update; on the device, since only it knows whether an update was skipped."""
+MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 
-    indices: list[int]
-    following: Tensor
+NEXT = "next_step"  # state: number of a parameter's next update, shared by all that were updated together
 
 
-class PartOptimizer:
-    """AdamW + EMA over one part's trainable parameters, its state in plain tensors that Residency can move.
+class BlockAdamW(torch.optim.Optimizer):
+    """AdamW + EMA by one fused call per group and dtype, without host reads.
 
     A parameter without a gradient isn't touched, nor are its moments, its average or its count of updates. An update
-    whose gradients' norm isn't finite changes nothing and doesn't count.
+    whose gradients' norm isn't finite changes nothing and doesn't count. Moments and averages are float32, float64 of
+    float64. Tensors with fewer than two dimensions (biases, norms) are not decayed. The average of a parameter is
+    `state[p]["ema"]`; Offloader.averages() puts them in place of weights.
 
-    named_parameters: (name, parameter) pairs of any floating dtypes; those without requires_grad are left out. Moments
-    and averages are float32, float64 of float64. betas, eps, weight_decay: AdamW's; tensors with fewer than two
-    dimensions (biases, norms) are not decayed. ema_decay: 0 keeps no average.
+    Args:
+        params: Parameters, (name, parameter) pairs or groups, as for any torch optimizer; of floating dtypes.
+        lr, betas, eps, weight_decay: AdamW's.
+        ema_decay: Decay of the moving average, shorter at first so that it forgets the start; 0 keeps none.
+        masters: Keep a float32 copy of float16 and bfloat16 parameters and update that; False rounds bfloat16
+            stochastically.
+
     Raises: ValueError on a setting out of range; TypeError on a parameter that isn't floating point.
     """
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        params: Iterable[Any],
+        lr: float = 1e-3,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         ema_decay: float = 0.0,
+        masters: bool = True,
     ):
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
-        if weight_decay < 0:
+        if not 0 <= weight_decay < math.inf:
             raise ValueError(f"weight_decay must be zero or positive, got {weight_decay}")
-        trained = [(name, p) for name, p in named_parameters if p.requires_grad]
-        for name, p in trained:
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr must be zero or positive, got {lr}")
+        own = dict(ema_decay=ema_decay, masters=masters)  # in the groups, so that copies and state_dicts have them
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **own))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as to any torch optimizer. Raises: TypeError on a dtype that can't be trained."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"]:
             if not p.is_floating_point():
-                raise TypeError(f"parameter {name} is {p.dtype}: only real floating point is trained; freeze it")
-        self.names = [name for name, _ in trained]
-        self.params = [p for _, p in trained]
-        self.betas, self.eps, self.ema_decay = betas, eps, ema_decay
-        self.weight_decay = [weight_decay if p.dim() > 1 else 0.0 for p in self.params]
-        self.exp_avgs = [torch.zeros_like(p, dtype=_wide(p)) for p in self.params]
-        self.exp_avg_sqs = [torch.zeros_like(p, dtype=_wide(p)) for p in self.params]
-        self.emas = [p.detach().to(_wide(p), copy=True) for p in self.params] if ema_decay else []
-        self._groups: list[_Group] = []
-        self._averaged, self._halves = False, dict[int, Tensor]()  # half weights while their averages stand in
-        self.counts = dict.fromkeys(self.names, 0)
+                raise TypeError(f"a parameter of shape {tuple(p.shape)} is {p.dtype}: only real floats are trained")
+            if p.dtype == torch.float16 and not group["masters"]:
+                raise TypeError("float16 parameters need masters=True: only bfloat16 is rounded stochastically")
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Updates that each parameter has had, by name. Waits for the device."""
-        counts = {i: int(group.following) - 1 for group in self._groups for i in group.indices}
-        return {name: counts[i] for i, name in enumerate(self.names)}
-
-    @counts.setter
-    def counts(self, counts: dict[str, int]) -> None:
-        alike: dict[tuple[torch.dtype, int], list[int]] = {}
-        for i, (name, p) in enumerate(zip(self.names, self.params, strict=True)):
-            alike.setdefault((p.dtype, counts[name]), []).append(i)
-        self._groups = [_Group(indices, torch.tensor(count + 1)) for (_, count), indices in alike.items()]
-
-    @property
-    def steps(self) -> int:
-        """Updates that the part has had. Waits for the device."""
-        return max(self.counts.values(), default=0)
+    def params(self) -> list[Tensor]:
+        """Return all parameters."""
+        return [p for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
-    def step(self, lr: float) -> Tensor | None:
-        """Make one update from the parameters' gradients. Returns their norm (0-dim, on the device), None without any.
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, norm: Tensor | None = None, max_norm: float | None = None
+    ) -> Any:
+        """Make one update from the parameters' gradients.
 
-        Where the norm isn't finite nothing changes. Gradients are released.
+        Args:
+            closure: Computes the loss anew, as for any torch optimizer.
+            norm: The gradients' 2-norm, 0-dim, if it is of more than this optimizer's; taken here by default.
+            max_norm: Scale gradients to a norm of at most this; None doesn't clip.
         """
-        for p in self.params:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moving = [p for p in self.params() if p.grad is not None]
+        for p in moving:
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.to_dense()
-        self._split()
-        groups = [group for group in self._groups if self.params[group.indices[0]].grad is not None]
-        norm = None
-        if len(groups) > 1:
-            moving = [[self.params[i] for i in group.indices] for group in groups]
-            norm = torch.nn.utils.get_total_norm([p.grad for part in moving for p in part])  # type: ignore[misc]
-            _hold_back(norm, moving)
-        for group in groups:
-            alone = self._update(group, lr)
-            norm = alone if norm is None else norm
-        self.zero_grad()
-        return norm
+        if moving:
+            norm = dbkernels.total_norm([p.grad for p in moving]) if norm is None else norm  # type: ignore[misc]
+            for group in self.param_groups:
+                for together in self._together(group):
+                    self._update(together, group, norm, max_norm)
+        return loss
 
-    def _split(self) -> None:
-        """Let parameters that have no gradient in this step count for themselves from now on."""
-        groups = []
-        for group in self._groups:
-            moving = [i for i in group.indices if self.params[i].grad is not None]
-            resting = [i for i in group.indices if self.params[i].grad is None]
-            both = moving and resting
-            groups += [_Group(part, group.following.clone() if both else group.following)
-                       for part in (moving, resting) if part]  # fmt: skip
-        self._groups = groups
+    def _together(self, group: dict[str, Any]) -> list[list[Tensor]]:
+        """Return a group's parameters that have gradients, by dtype and number of updates; new ones get their state."""
+        fresh: dict[torch.dtype, Tensor] = {}
+        alike: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None and p not in self.state:
+                one = torch.ones((), dtype=torch.int64, device=p.device)
+                self._begin(p, fresh.setdefault(p.dtype, one), group)
+            if p in self.state:
+                alike.setdefault((id(self.state[p][NEXT]), p.dtype), []).append(p)
+        moving = []
+        for members in alike.values():
+            moving.append([p for p in members if p.grad is not None])
+            if 0 < len(moving[-1]) < len(members):  # from now on they have had more updates than the others
+                number = self.state[members[0]][NEXT].clone()
+                for p in moving[-1]:
+                    self.state[p][NEXT] = number
+        return [together for together in moving if together]
 
-    def _update(self, group: _Group, lr: float) -> Tensor:
-        def of(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensors[i] for i in group.indices]
+    def _begin(self, p: Tensor, number: Tensor, group: dict[str, Any]) -> None:
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        state = self.state[p]
+        state[NEXT] = number
+        state["exp_avg"] = torch.zeros_like(p, dtype=wide)
+        state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide)
+        if group["ema_decay"]:
+            state["ema"] = p.detach().to(wide, copy=True)
+        if group["masters"] and p.element_size() == 2:
+            state["master"] = p.detach().to(wide, copy=True)
 
-        params = of(self.params)  # type: ignore[arg-type]
-        group.following = group.following.to(params[0].device)
-        return dbkernels.adamw_ema_step(
+    def _update(self, params: list[Tensor], group: dict[str, Any], norm: Tensor, max_norm: float | None) -> None:
+        def of(key: str) -> list[Tensor] | None:
+            return [self.state[p][key] for p in params] if key in self.state[params[0]] else None
+
+        number = self.state[params[0]][NEXT]
+        rounded = params[0].element_size() == 2 and not group["masters"]  # stochastically
+        dbkernels.adamw_ema_step(
             params,
             [p.grad for p in params],  # type: ignore[misc]
-            of(self.exp_avgs),
-            of(self.exp_avg_sqs),
-            of(self.emas) if self.emas else None,
-            step=group.following,
-            lr=lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=[self.weight_decay[i] for i in group.indices],
-            ema_decay=self._warm_ema_decay(group.following) if self.emas else None,
+            of("exp_avg") or [],
+            of("exp_avg_sq") or [],
+            of("ema"),
+            step=number,
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=[group["weight_decay"] if p.dim() > 1 else 0.0 for p in params],
+            ema_decay=_warm(number, group["ema_decay"]) if group["ema_decay"] else None,
+            norm=norm.to(self.state[params[0]]["exp_avg"].dtype),  # float64, where any gradient is
+            max_norm=max_norm,
+            masters=of("master"),
+            stochastic_rounding=rounded,
+            **({"seed": 0, "offset": number} if rounded else {}),
         )
 
-    def _warm_ema_decay(self, step: Tensor) -> Tensor:
-        """Return the decay of update number `step`: shorter at first, so that the average forgets the start."""
-        number = step.double()
-        return ((1 + number) / (10 + number)).clamp(max=self.ema_decay)
+    @property
+    def counts(self) -> list[int]:
+        """Updates that each parameter has had. Waits for the device."""
+        values: dict[int, int] = {}
+        for state in self.state.values():
+            values.setdefault(id(state[NEXT]), int(state[NEXT]) - 1)
+        return [values[id(self.state[p][NEXT])] if p in self.state else 0 for p in self.params()]
 
-    def zero_grad(self) -> None:
-        """Release the gradients."""
-        for p in self.params:
-            p.grad = None
+    def share_counts(self) -> None:
+        """Let parameters that had the same updates share one counter again, after their state was loaded."""
+        counts = iter(self.counts)
+        for group in self.param_groups:
+            shared: dict[tuple[int, torch.dtype], Tensor] = {}
+            for p in group["params"]:
+                count = next(counts)
+                if p in self.state:
+                    self.state[p][NEXT] = shared.setdefault((count, p.dtype), self.state[p][NEXT])
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The state by name: "exp_avg/...", "exp_avg_sq/...", "ema/..."."""
-        kinds = {"exp_avg": self.exp_avgs, "exp_avg_sq": self.exp_avg_sqs, "ema": self.emas}
-        return {f"{kind}/{name}": t for kind, ts in kinds.items() for name, t in zip(self.names, ts, strict=False)}
-
-    def swap_ema(self) -> None:
-        """Exchange weights and their average; called again it undoes itself, to the last bit.
-
-        Tensors of one dtype change places without a copy. The average of half weights stays and is rounded into their
-        place: exchanged, it would be rounded itself.
-        """
-        self._averaged = not self._averaged
-        for i, (p, ema) in enumerate(zip(self.params, self.emas, strict=False)):
-            if p.dtype == ema.dtype:
-                p.data, ema.data = ema.data, p.data
-            elif self._averaged:
-                self._halves[i], p.data = p.data, ema.to(p.dtype)
-            else:
-                p.data = self._halves.pop(i)
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Load state as any torch optimizer does, but keep each tensor's own dtype: half parameters' state is wide."""
+        super().load_state_dict(dict(state_dict))
+        for p, index in zip(self.params(), (i for g in state_dict["param_groups"] for i in g["params"]), strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                self.state[p][key] = value.detach().to(p.device, copy=True)
+        self.share_counts()
 
 
-def _wide(p: Tensor) -> torch.dtype:
-    return torch.float64 if p.dtype == torch.float64 else torch.float32
+def _warm(number: Tensor, decay: float) -> Tensor:
+    """Return the average's decay at update `number`: shorter at first, so that the average forgets the start."""
+    n = number.double()
+    return ((1 + n) / (10 + n)).clamp(max=decay)
 
 
-def learning_rate(step: int, *, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up over `warmup` steps to `peak`, then a cosine to zero at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Keep a moving average of weights beside any torch optimizer, in `state[p]["ema"]`, after each of its steps."""
+
+    @torch.no_grad()
+    def average(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = optimizer.state[p]
+                updates = state["ema_updates"] = state.get("ema_updates", 0) + 1
+                value = p.detach().to(torch.float64 if p.dtype == torch.float64 else torch.float32)
+                if "ema" not in state:
+                    state["ema"] = value.clone()
+                else:
+                    state["ema"].lerp_(value, 1 - min(decay, (1 + updates) / (10 + updates)))
+
+    optimizer.register_step_post_hook(average)
 
 
-def clip_gradients(optimizers: Iterable[PartOptimizer], max_norm: float) -> Tensor:
-    """Scale the gradients of several parts to a joint 2-norm of at most `max_norm`, if that is positive; returns the
-    norm, on the device. Where it isn't finite every part gets a NaN, so that none is updated without the others.
+def adamw_of(config: TrainerConfig) -> MakeOptimizer:
+    """Return what makes the default optimizer of a part."""
+    return partial(BlockAdamW, lr=config.lr, weight_decay=config.weight_decay, ema_decay=config.ema)
+
+
+def optimizer_of(module: nn.Module, make: MakeOptimizer, ema: float) -> torch.optim.Optimizer | None:
+    """Return the optimizer of a part's trained parameters, which keeps their average; None if there are none."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    if not params:
+        return None
+    optimizer = make(params)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if ema and not isinstance(optimizer, BlockAdamW):
+        keep_average(optimizer, ema)
+    return optimizer
+
+
+def clipped_step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
+    """Update by gradients whose joint norm is `norm`, scaled to at most `max_norm`, if that is positive.
+
+    An update whose norm isn't finite changes nothing. Only BlockAdamW can hold it back on the device: for others the
+    norm is read.
     """
-    parts = [[p for p in optimizer.params if p.grad is not None] for optimizer in optimizers]
-    params = [p for part in parts for p in part]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params])  # type: ignore[misc]
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
-    _hold_back(norm, parts)
-    return norm
-
-
-def _hold_back(norm: Tensor, parts: Iterable[list[nn.Parameter]]) -> None:
-    """Put a NaN into a gradient of each part if the norm isn't finite, without waiting for the device."""
-    factor = torch.where(norm.isfinite(), 1.0, torch.nan)
-    for part in parts:
-        grads = (p.grad for p in part if p.grad is not None and p.grad.numel())
-        for grad in list(grads)[:1]:
-            grad[(0,) * grad.dim()].mul_(factor)
+    if isinstance(optimizer, BlockAdamW):
+        optimizer.step(norm=norm, max_norm=max_norm or None)
+    elif bool(norm.isfinite()):
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if max_norm:
+            torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+        optimizer.step()

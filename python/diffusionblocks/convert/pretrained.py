@@ -1,0 +1,63 @@
+"""Models as folders: a shard per block, an index and config.json; written by save_pretrained, read by `load`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..blocks import DiffusionBlocks
+from ..checkpoint.manifest import CheckpointError
+from ..checkpoint.shards import load_shards, read_index
+from .registry import rebuild
+
+
+def load(folder: str | Path, model: DiffusionBlocks | None = None) -> DiffusionBlocks:
+    """Return the model that save_pretrained wrote, on the CPU, in evaluation mode.
+
+    Args:
+        folder: The model's folder.
+        model: A model to load into, built by the code that built the saved one: for networks from `from_layers`, whose
+            modules a file can't describe. Networks from `convert` are built anew.
+
+    Raises:
+        CheckpointError: The folder holds no model, a damaged one, or one that doesn't fit.
+        ValueError: The model can't be built from its config alone: pass `model`.
+
+    Examples:
+        >>> import tempfile, torch, diffusionblocks as db
+        >>> def build():
+        ...     return db.from_layers([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)], stem=torch.nn.Linear(4, 8),
+        ...                           head=torch.nn.Linear(8, 3), target=db.LabelTarget(3, 8), blocks=2)
+        >>> model, folder = build().eval(), tempfile.mkdtemp()
+        >>> model.save_pretrained(folder)
+        >>> again = db.load(folder, build())
+        >>> x = torch.randn(2, 4)
+        >>> torch.equal(model(x), again(x))
+        True
+    """
+    config, _ = read_index(folder)
+    if config.get("model_type") != "diffusionblocks":
+        raise CheckpointError(f"{folder} holds another library's model; give a folder that save_pretrained wrote")
+    if model is None:
+        if config.get("origin") is None:
+            raise ValueError(
+                f"{folder} holds a network from from_layers, which a file can't describe: build it by the same "
+                "code and pass it, load(folder, model)"
+            )
+        model = rebuild(config["origin"])
+    state: dict[str, Any] = {}
+    for _, tensors in load_shards(folder):
+        state |= tensors
+    _check(model, state, folder)
+    model.load_state_dict(state, strict=False)
+    model.take_facts(config["facts"])
+    return model.eval()
+
+
+def _check(model: DiffusionBlocks, state: dict[str, Tensor], folder: str | Path) -> None:
+    own = {name: t.shape for name, t in model.state_dict().items() if not name.endswith("_extra_state")}
+    wrong = {name for name in own.keys() | state.keys() if name not in state or own.get(name) != state[name].shape}
+    if wrong:
+        raise CheckpointError(f"{folder} does not fit the model: {', '.join(sorted(wrong)[:4])}")

@@ -1,0 +1,132 @@
+"""Settings of a Trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+LOGGERS = ("jsonl", "tensorboard", "wandb")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Settings of a Trainer; a step is one update of one block.
+
+    Raises: ValueError on a setting out of range.
+    """
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    steps: int | None = None
+    """Steps in all, at whose end the learning rate has fallen to zero along a cosine; None keeps it constant."""
+    warmup: float = 0.0
+    """Steps over which the learning rate rises; less than 1: as a share of all steps."""
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest norm of a block's gradients; 0 doesn't clip."""
+    ema: float = 0.99
+    """Decay of the weights' moving average, which evaluation uses; 0 keeps none."""
+    visit: int = 25
+    """Steps that a block stays active before the next one's turn."""
+    branch: float = 0.0
+    """Share of the steps in which block 0 trains for all noise; then every block begins as its copy."""
+    accumulate: int = 1
+    """Batches per step."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: matrices in bfloat16 with float32 masters, under autocast."""
+    compile: bool = False
+    """Compile the blocks with torch.compile."""
+    offload: Literal["cpu", "disk", "auto"] | None = None
+    """Where waiting blocks are: in host memory, on disk, or (None) on the device; auto: disk if that is the CPU."""
+    folder: Path | None = None
+    """Folder of waiting blocks' files, for offload="disk"."""
+    device: str = "auto"
+    """A torch device; auto: the GPU if there is one."""
+    seed: int = 0
+    """Of weights, noise, order and all other draws."""
+    log_every: int = 25
+    """Steps between rows of the log; each reads values from the device."""
+    log_folder: Path | None = None
+    """Folder for metrics.jsonl and the other loggers' files."""
+    loggers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
+    """Where rows go besides metrics.jsonl: "tensorboard", "wandb" (extras)."""
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        check_whole(self, 1, "visit", "accumulate", "log_every")
+        check_whole(self, 0, "seed")
+        check_at_least(self, 0, "weight_decay", "clip", "warmup")
+        if self.steps is not None:
+            check_whole(self, 1, "steps")
+        check_choice(self, "precision", "float32", "bfloat16")
+        check_choice(self, "offload", None, "cpu", "disk", "auto")
+        if isinstance(self.loggers, str):
+            object.__setattr__(self, "loggers", (self.loggers,))
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise ValueError(f"loggers must be among {', '.join(LOGGERS)}, got {name!r}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}")
+        if not 0 <= self.branch < 1:
+            raise ValueError(f"branch must be a share of the steps in [0, 1), got {self.branch}")
+        if self.total_steps is None and (self.branch or 0 < self.warmup < 1):
+            raise ValueError("branch, and warmup as a share, are shares of all steps: set steps, too")
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps in all."""
+        return self.steps
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the warm-up."""
+        return round(self.warmup * (self.total_steps or 0)) if self.warmup < 1 else int(self.warmup)
+
+    @property
+    def trunk_steps(self) -> int:
+        """Steps of block 0 for all noise, before the blocks branch."""
+        return min(round(self.branch * self.total_steps), self.total_steps - 1) if self.total_steps else 0
+
+    def offload_from(self, device: torch.device) -> str | None:
+        """Return where blocks wait that aren't on `device`: `offload`, and what "auto" stands for."""
+        if self.offload != "auto":
+            return self.offload
+        return "disk" if device.type == "cpu" else "cpu"
+
+
+def check_finite(config: Any) -> None:
+    """Raise ValueError unless every float of a config is finite."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{field.name} must be finite, got {number}")
+
+
+def check_at_least(config: Any, least: int, *names: str) -> None:
+    """Raise ValueError unless these fields are numbers of at least `least`."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value!r}")
+
+
+def check_whole(config: Any, least: int, *names: str) -> None:
+    """Raise ValueError unless these fields are whole numbers of at least `least`."""
+    check_at_least(config, least, *names)
+    for name in names:
+        if not isinstance(getattr(config, name), int):
+            raise ValueError(f"{name} must be a whole number, got {getattr(config, name)!r}")
+
+
+def check_choice(config: Any, name: str, *choices: Any) -> None:
+    """Raise ValueError unless a field is one of `choices`."""
+    if getattr(config, name) not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(config, name)!r}")

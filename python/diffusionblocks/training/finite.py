@@ -1,0 +1,47 @@
+"""The first step whose loss or gradient isn't finite, remembered without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..denoiser import BlockLoss
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss or gradient that isn't finite; no checkpoint was written after it."""
+
+
+class FiniteWatch:
+    """Remembers the first bad step on the device. level: name of a noise level, for the message."""
+
+    def __init__(self, device: torch.device, level: str):
+        self.level = level
+        self.first_bad = torch.full((4,), -1.0, dtype=torch.float64, device=device)  # step, block, levels' ends
+
+    def update(self, step: int, block: int, losses: Sequence[BlockLoss], norm: Tensor) -> None:
+        """Look at a step's micro-batches and the gradients' norm. The levels remembered are the first bad loss's,
+        or all."""
+        ends = (loss.sigma.double().aminmax() for loss in losses)
+        low, high = (torch.stack(end) for end in zip(*ends, strict=True))
+        bad = ~torch.stack([loss.loss for loss in losses]).isfinite()
+        first, some = bad.int().argmax(), bad.any()
+        low, high = torch.where(some, low.take(first), low.min()), torch.where(some, high.take(first), high.max())
+        seen = torch.stack([torch.full_like(low, step), torch.full_like(low, block), low, high])
+        self.first_bad = torch.where((some | ~norm.isfinite()) & (self.first_bad[0] < 0), seen, self.first_bad)
+
+    def forget(self) -> None:
+        """Forget bad steps: weights from before them were loaded."""
+        self.first_bad.fill_(-1.0)
+
+    def check(self) -> None:
+        """Raise NonFiniteLoss if there was a bad step. Waits for the device."""
+        step, block, low, high = self.first_bad.tolist()
+        if step >= 0:
+            raise NonFiniteLoss(
+                f"the loss or gradient of block {block:.0f} is not finite at step {step:.0f} ({self.level} from "
+                f"{low:.4g} to {high:.4g}); no checkpoint was written after it. Lower lr, raise warmup, or use "
+                "precision='float32', and start again or resume from the last checkpoint"
+            )

@@ -1,0 +1,203 @@
+"""One part of a model (a block, or what all share) as named tensors: weights, optimizer state and averages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .memory import Usage, count_bytes
+from .optimizer import BlockAdamW
+
+Common = dict[int, tuple[str, Tensor]]
+
+
+class Part:
+    """A module and its optimizer, whose tensors move together.
+
+    Names are "weight/NAME" for weights and buffers and "KEY/NAME" for the optimizer's state, e.g. "exp_avg/...".
+
+    Args:
+        module: The weights.
+        optimizer: A torch optimizer over its parameters, or None.
+        common: Tensors that several parts hold, by identity (`common_tensors`).
+        owns_common: Whether they are this part's.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer | None, common: Common, *, owns_common: bool
+    ):
+        self.module, self.optimizer = module, optimizer
+        self._common, self._owns_common = common, owns_common
+        self.wide = False  # half weights are evaluated by float32 averages or masters: a Trainer made them half
+        self._halves: dict[str, Tensor] = {}  # half weights while their averages stand in for them
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors that move with the part, by name; a tied weight under its first name."""
+        return {f"weight/{name}": t for name, t in self._weights().items()} | self._state()
+
+    def scalars(self) -> dict[str, Any]:
+        """Return what the optimizer's state holds besides tensors, by name."""
+        return {name: v for name, v in self._entries().items() if not isinstance(v, Tensor) and v is not None}
+
+    def weights(self, tensors: Mapping[str, Tensor], *, averaged: bool = False) -> dict[str, Tensor]:
+        """Return the weights among the part's `tensors` by their names in the module's state_dict.
+
+        averaged: their averages, where there are any.
+        """
+        first = {id(t): name for name, t in self._weights().items()}
+        found: dict[str, Tensor] = {}
+        for name, t in self.module.state_dict(keep_vars=True).items():
+            if id(t) in first:
+                key = first[id(t)]
+                average = self._average(tensors, key) if averaged else None
+                found[name] = tensors[f"weight/{key}"] if average is None else average
+                if not self.wide:
+                    found[name] = found[name].to(t.dtype)
+                elif averaged and self._is_half(t):
+                    found[name] = found[name].float()
+            elif isinstance(t, Tensor):
+                found[name] = t
+        return found
+
+    def place(self, device: torch.device) -> None:
+        """Move all tensors to `device`."""
+        for name, t in self.tensors().items():
+            t.data = t.data.to(self.home(name, device))
+
+    def home(self, name: str, device: torch.device) -> torch.device:
+        """Return where a tensor belongs when the part is on `device`: torch's own optimizers count on the host."""
+        key, _, _ = name.partition("/")
+        settings = self.optimizer.param_groups[0] if self.optimizer else {}
+        on_host = key == "step" and not (settings.get("capturable") or settings.get("fused"))
+        return torch.device("cpu") if on_host else device
+
+    def empty(self) -> None:
+        """Give up the memory of all tensors; shapes stay, values read as NaN (integers as 0), writing is an error."""
+        for t in self.tensors().values():
+            # One element, expanded: most operators crash the process on a tensor whose storage was resized to nothing.
+            t.data = torch.full((), math.nan if t.is_floating_point() else 0, dtype=t.dtype).expand(t.shape)
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in place of the part's own, and make the state that it hasn't got yet."""
+        live = self.tensors()
+        for name, t in tensors.items():
+            if name in live:
+                live[name].data = t
+            else:
+                self._set(name, t)
+        if live.keys() != tensors.keys() and isinstance(self.optimizer, BlockAdamW):
+            self.optimizer.share_counts()
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors in place of all of the part's; optimizer state that isn't among them is forgotten."""
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+        self.take(tensors)
+
+    def take_scalars(self, scalars: Mapping[str, Any]) -> None:
+        """Put numbers into the optimizer's state."""
+        for name, value in scalars.items():
+            self._set(name, value)
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless `tensors` has all weights of this part, in their shapes, and state of no others."""
+        own = {f"weight/{name}": t.shape for name, t in self._weights().items()}
+        given = {name: t.shape for name, t in tensors.items() if name.startswith("weight/")}
+        wrong = {n for n in own.keys() | given.keys() if own.get(n) != given.get(n)}
+        trained = {name for name, p in self.module.named_parameters() if p.requires_grad}
+        wrong |= {n for n in tensors.keys() - given.keys() if self.optimizer and n.partition("/")[2] not in trained}
+        if wrong:
+            raise ValueError(f"these tensors do not fit the model: {', '.join(sorted(wrong)[:4])}")
+
+    def swap(self) -> None:
+        """Exchange weights and their averages (`wide`: or masters); called again it undoes itself, to the last bit.
+
+        Tensors of one dtype change places without a copy. The average of half weights is rounded into their place, and
+        stays itself: exchanged, it would be rounded. `wide`: half weights without either are widened, so that a block
+        that wasn't trained yet computes like the others.
+        """
+        state = self._state()
+        for name, p in self._weights().items():
+            average = self._average(state, name)
+            if name in self._halves:
+                p.data = self._halves.pop(name)
+            elif average is None and self.wide and self._is_half(p):
+                self._halves[name], p.data = p.data, p.data.float()
+            elif average is None:
+                continue
+            elif self.wide or p.dtype == average.dtype:
+                p.data, average.data = average.data, p.data
+            else:
+                self._halves[name], p.data = p.data, average.to(p.dtype)
+
+    def _is_half(self, p: Tensor) -> bool:
+        return p.requires_grad and p.dtype == torch.bfloat16
+
+    def _average(self, tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+        average = tensors.get(f"ema/{name}")
+        return tensors.get(f"master/{name}") if average is None and self.wide else average
+
+    def _weights(self) -> dict[str, Tensor]:
+        own = [*self.module.named_parameters(), *self.module.named_buffers()]
+        weights = {name: t for name, t in own if id(t) not in self._common}
+        return weights | (dict(self._common.values()) if self._owns_common else {})
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: v for name, v in self._entries().items() if isinstance(v, Tensor)}
+
+    def _entries(self) -> dict[str, Any]:
+        if self.optimizer is None:
+            return {}
+        state = self.optimizer.state
+        named = [(name, p) for name, p in self.module.named_parameters() if p in state]
+        return {f"{key}/{name}": value for name, p in named for key, value in state[p].items()}
+
+    def _set(self, name: str, value: Any) -> None:
+        if self.optimizer is not None:
+            key, _, parameter = name.partition("/")
+            self.optimizer.state[self.module.get_parameter(parameter)][key] = value
+
+
+def common_tensors(model: nn.Module, parts: Mapping[str, nn.Module]) -> Common:
+    """Return frozen tensors and buffers that several parts hold, by identity, each with its first name in the model.
+
+    A table of rotary angles, for example. They stay on the device, since no part may take them along.
+    """
+    seen: dict[int, str] = {}
+    several = set()
+    for part, module in parts.items():
+        for t in {id(t): t for t in (*module.parameters(), *module.buffers())}:
+            if seen.setdefault(t, part) != part:
+                several.add(t)
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {id(t): (name, t) for name, t in named if id(t) in several}
+
+
+def usage_of(parts: Iterable[Part], device: torch.device) -> Usage:
+    """Return the parts' bytes of weights, gradients, moments and averages on a device."""
+    groups: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "moments": [], "averages": []}
+    for part in parts:
+        for name, t in part.tensors().items():
+            groups[category(name)].append(t)
+        groups["gradients"] += [p.grad for p in part.module.parameters() if p.grad is not None]
+    return Usage({name: count_bytes(ts, device) for name, ts in groups.items()})
+
+
+def category(name: str) -> str:
+    """Return the category of bytes that a part's tensor belongs to."""
+    return {"weight": "weights", "ema": "averages"}.get(name.split("/")[0], "moments")
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors that share no memory, as a file holds them."""
+    dense, seen = {}, set()
+    for name, t in tensors.items():
+        t = t.detach().contiguous()
+        memory = t.untyped_storage().data_ptr()
+        dense[name] = t.clone() if memory in seen else t
+        seen.add(memory)
+    return dense

@@ -1,0 +1,33 @@
+"""The context of a forward pass: bfloat16 where asked for, and a seed for dropout."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+
+def to_bfloat16(model: nn.Module) -> None:
+    """Store trained matrices in bfloat16, in place: under autocast their products then need no cast in every step.
+
+    Vectors (biases, norms) and frozen tensors (codebooks) stay as they are: small, and autocast computes with them in
+    float32.
+    """
+    for p in model.parameters():
+        if p.requires_grad and p.dim() > 1 and p.dtype == torch.float32:
+            p.data = p.data.to(torch.bfloat16)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the autocast context of a precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@contextlib.contextmanager
+def seeded(key: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's own generators within it; outside, the caller's random numbers go on untouched."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(key % 2**63)
+        yield

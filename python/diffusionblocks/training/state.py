@@ -1,0 +1,152 @@
+"""A trainer on disk and back: which tensors and numbers make it bit-exact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..blocks import DiffusionBlocks
+from ..checkpoint import files
+from ..checkpoint.files import CheckpointError
+from ..noise.density import Tabulated
+from ..noise.information import InformationMeter
+from ..noise.partition import Partition
+from .offload import Offloader
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+FIXED = ("seed", "visit", "branch", "accumulate", "precision")  # settings that a checkpoint can't go on without
+
+
+def save(trainer: Trainer, folder: Path, extra: dict[str, Any]) -> None:
+    """Write the parts that changed since the last save, and commit."""
+    offloader, loader = trainer.offloader, trainer.loader
+    offloader.check_in_charge("save")
+    if done := trainer.batches_done % trainer.config.accumulate:
+        raise RuntimeError(
+            f"save: {done} of a step's {trainer.config.accumulate} batches are done, and their gradients are in no "
+            "checkpoint: save after a step whose output has a grad_norm"
+        )
+    written = trainer.changed if trainer.saved == (folder, _files(folder)) else set(offloader.parts)
+    parts: dict[str, Any] = {part: lambda part=part: offloader.tensors(part) for part in written}
+    if trainer.meter:
+        prior = {name: torch.tensor(v, dtype=torch.float64) for name, v in vars(trainer.meter.prior).items()}
+        parts["noise"] = {"sums": trainer.meter.sums} | prior
+    state = {
+        "step": trainer.steps_done,
+        "batches": trainer.batches_done,
+        "settings": _settings(trainer),
+        "scalars": {name: part.scalars() for name, part in offloader.parts.items()},
+        "partition": trainer.model.partition.to_dict(),
+        "shape": None if trainer.model.target.shape is None else list(trainer.model.target.shape),
+        "positions": {"loader": loader.state_dict()} if hasattr(loader, "state_dict") else trainer.positions,
+        "extra": extra,
+    }
+    manifest = files.save(folder, parts, state, keep=set(offloader.parts) - parts.keys())
+    trainer.changed.clear()
+    trainer.saved = folder, manifest.parts
+
+
+def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """Bring a trainer to where `folder` was saved; returns the extra values."""
+    trainer.offloader.check_in_charge("load")
+    manifest = files.read_state(folder)
+    state = manifest.state
+    _check_settings(state.get("settings", {}), _settings(trainer), folder)
+    missing = set(trainer.offloader.parts) - manifest.parts.keys()
+    if missing:
+        raise CheckpointError(f"{folder} has no {', '.join(sorted(missing))}: it is of a model with fewer blocks")
+    for name in trainer.offloader.parts:
+        tensors = files.load_part(folder, name, manifest=manifest)
+        _check_dtypes(trainer.offloader.parts[name].tensors(), tensors, f"{folder}: {name}")
+        _load(trainer.offloader, name, tensors, folder)
+        trainer.offloader.parts[name].take_scalars(state["scalars"].get(name, {}))
+    trainer.meter = _meter(folder, manifest, trainer.device) if "noise" in manifest.parts else None
+    _take_over(trainer.model, state)
+    trainer.steps_done, trainer.batches_done = state["step"], state["batches"]
+    trainer.loader, trainer.positions = None, dict(state["positions"])
+    trainer.watch.forget()
+    trainer.changed.clear()
+    trainer.saved = folder, manifest.parts
+    extra: dict[str, Any] = state["extra"]
+    return extra
+
+
+def _meter(folder: Path, manifest: files.Manifest, device: torch.device) -> InformationMeter:
+    """Return the saved meter, whose prior isn't this model's density if that was adapted before."""
+    stored = files.load_part(folder, "noise", manifest=manifest)
+    prior = Tabulated(tuple(stored["log_edges"].tolist()), tuple(stored["mass"].tolist()))
+    meter = InformationMeter(prior, device=device)
+    meter.sums.copy_(stored["sums"])
+    return meter
+
+
+def _files(folder: Path) -> Any:
+    """Return the files of the checkpoint in a folder, if there is any: another trainer may have saved there since."""
+    return files.read_state(folder).parts if (folder / files.MANIFEST).exists() else None
+
+
+def _take_over(model: DiffusionBlocks, state: dict[str, Any]) -> None:
+    model.partition = Partition.from_dict(state["partition"])
+    model.target.shape = None if state["shape"] is None else tuple(state["shape"])
+
+
+def _check_dtypes(own: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -> None:
+    for name in (n for n in own.keys() & tensors.keys() if n.startswith("weight/")):
+        if own[name].dtype != tensors[name].dtype:
+            raise CheckpointError(
+                f"{where}: {name} is {tensors[name].dtype}, the model's {own[name].dtype}: convert it"
+            )
+
+
+def _load(offloader: Offloader, part: str, tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        offloader.load(part, tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {part}: {error}") from error
+
+
+def _settings(trainer: Trainer) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(trainer.config), default=str))
+    kinds = sorted({type(optimizer).__name__ for optimizer in trainer.optimizers.values()})
+    return {name: values[name] for name in FIXED} | {"optimizer": " ".join(kinds), "averages": trainer.config.ema > 0}
+
+
+def _check_settings(saved: dict[str, Any], own: dict[str, Any], folder: Path) -> None:
+    for name, value in own.items():
+        if saved.get(name, value) != value:
+            raise CheckpointError(
+                f"{folder} was saved with {name}={saved.get(name)!r}, the trainer has {name}={value!r}: they must be "
+                "equal to go on from it"
+            )
+
+
+def load_averages(offloader: Offloader, folder: Path) -> dict[str, Any]:
+    """Give a model that waits without optimizers the averaged weights of a checkpoint; return its extra values.
+
+    A process that trains may save meanwhile: then the newer checkpoint is read.
+    Raises: CheckpointError as `load`.
+    """
+    while True:
+        manifest = files.read_state(folder)
+        try:
+            for part in offloader.parts:
+                stored = files.load_part(folder, part, manifest=manifest)
+                names = [name for name in stored if name.startswith("weight/")]
+                averages = {
+                    n: stored.get(n.replace("weight/", "ema/", 1), stored[n]).to(stored[n].dtype) for n in names
+                }
+                _load(offloader, part, averages, folder)
+        except CheckpointError:
+            if files.read_state(folder).saves == manifest.saves:
+                raise
+            continue
+        _take_over(offloader.model, manifest.state)
+        extra: dict[str, Any] = manifest.state["extra"]
+        return extra

@@ -1,0 +1,300 @@
+"""Block-wise training: one step is noise, one block's loss, that block's optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import dbkernels
+
+from ..blocks import DiffusionBlocks
+from ..denoiser import BlockLoss
+from ..noise.density import Tabulated
+from ..noise.information import InformationMeter
+from ..noise.rng import stream
+from ..targets.devices import send
+from . import state
+from .batches import endless
+from .branch import branch
+from .config import TrainerConfig
+from .devices import pick_device
+from .finite import FiniteWatch
+from .log import loggers, row
+from .memory import SavedTensors, Usage, allocated, reset_peak
+from .offload import Offloader, check_free
+from .optimizer import MakeOptimizer, adamw_of, clipped_step, optimizer_of
+from .precision import autocast, seeded, to_bfloat16
+from .progress import Progress
+from .schedule import learning_rate, turn
+
+
+class StepOutput(NamedTuple):
+    """One batch's step: the block trained, its loss (0-dim, on the device, without gradient), and the gradients' norm
+    before clipping, None where the batch was accumulated without an update."""
+
+    block: int
+    loss: Tensor
+    grad_norm: Tensor | None
+
+
+class Trainer:
+    """Trains a model block by block: whose turn it is, noise, loss, clipping, optimizer, averages, offloading.
+
+    Args:
+        model: From `from_layers` or `convert`. The trainer places its blocks from now on.
+        config: Settings; `settings` override its fields.
+        optimizer: Makes a torch optimizer from a part's parameters, e.g. `lambda params: torch.optim.SGD(params, 0.1)`;
+            BlockAdamW by default. Its learning rates are scaled by the warm-up and the cosine.
+        callbacks: Objects with any of on_block_start(trainer, block), on_step_end(trainer, output),
+            on_log(trainer, row), on_save(trainer, folder).
+        settings: TrainerConfig's fields: lr, steps, warmup, clip, ema, visit, accumulate, precision, offload, ...
+
+    Raises: ValueError or TypeError on a bad setting.
+
+    Examples:
+        >>> import torch, diffusionblocks as db
+        >>> layers = [torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.GELU()) for _ in range(4)]
+        >>> model = db.from_layers(layers, stem=torch.nn.Linear(8, 16), head=torch.nn.Linear(16, 3),
+        ...                        target=db.LabelTarget(num_classes=3, dim=16), blocks=2)
+        >>> trainer = db.Trainer(model, lr=1e-2, offload="cpu", device="cpu", seed=0)
+        >>> output = trainer.step(torch.randn(32, 8), torch.randint(3, (32,)))
+        >>> output.loss.isfinite().item(), trainer.steps_done
+        (True, 1)
+    """
+
+    def __init__(
+        self,
+        model: DiffusionBlocks,
+        config: TrainerConfig | None = None,
+        *,
+        optimizer: MakeOptimizer | None = None,
+        callbacks: Sequence[Any] = (),
+        **settings: Any,
+    ):
+        if optimizer is not None and "lr" in settings:
+            raise ValueError("lr and optimizer both set the learning rate: give it to the optimizer alone")
+        self.config = TrainerConfig(**settings) if config is None else dataclasses.replace(config, **settings)
+        self.device = pick_device(self.config.device)
+        check_free(model)
+        self.model, self.callbacks = model, [*callbacks, *loggers(self.config)]
+        self.steps_done, self.batches_done = 0, 0
+        if self.config.precision == "bfloat16":
+            to_bfloat16(model)
+        make = optimizer or adamw_of(self.config)
+        self.optimizers = {
+            part: made
+            for part, module in model.parts().items()
+            if (made := optimizer_of(module, make, self.config.ema)) is not None
+        }
+        self._rates = {part: [g["lr"] for g in o.param_groups] for part, o in self.optimizers.items()}
+        self.offloader = Offloader(
+            model,
+            self.optimizers,
+            device=self.device,
+            offload=self.config.offload_from(self.device),
+            folder=self.config.folder,
+        )
+        for part in self.offloader.parts.values():
+            part.wide = self.config.precision == "bfloat16"
+        density = model.partition.density
+        self.meter = InformationMeter(density, device=self.device) if isinstance(density, Tabulated) else None
+        self.changed = set(self.offloader.parts)  # since `saved`: the last checkpoint's folder and files
+        self.saved: tuple[Path, Any] = Path(), None
+        self.watch = FiniteWatch(self.device, model.target.level)
+        self.loader: Any = None  # of the last fit
+        self.positions: dict[str, Any] = {}  # a loader's state_dict, from a checkpoint
+        self._losses: list[BlockLoss] = []
+        if self.config.compile:
+            for block in model.blocks:
+                block.compile()
+        reset_peak(self.device)
+
+    @property
+    def block(self) -> int:
+        """The block whose turn it is: every block once per round of visits, in an order drawn for the round."""
+        if self.steps_done < self.config.trunk_steps:
+            return 0
+        return turn(self.steps_done // self.config.visit, len(self.model.blocks), seed=self.config.seed)
+
+    def step(self, x: Tensor, y: Tensor) -> StepOutput:
+        """Train the block whose turn it is on one batch.
+
+        With accumulate > 1 weights move at every accumulate-th call. Nothing is read from the device.
+
+        Args:
+            x: Conditioning, (B, ...). y: targets, (B, ...). From any device.
+
+        Raises: ValueError if the batch doesn't fit the model; RuntimeError within averages() or after release().
+        """
+        self.offloader.check_in_charge("step")
+        self.model.train()  # sampling may have come between two batches
+        if self.batches_done % self.config.accumulate == 0:
+            self._begin()
+        x, y = send(x, self.device), send(y, self.device)
+        block, sigma = self.choose(y)
+        self.model.activate(block)
+        dropout = seeded(stream(self.config.seed, "layers", self.batches_done), self.device)
+        with dropout, autocast(self.device, self.config.precision), self._counted(block) as saved:
+            self.model.check(block, x, y)
+            loss = self.model.loss_at(
+                block, x, y, sigma, seed=self.config.seed, step=self.batches_done,
+                weight=1 / self.config.accumulate, error=self.meter is not None,
+            )  # fmt: skip
+        try:
+            loss.loss.backward()
+        except BaseException:  # parts of the gradient may be added: the step begins anew
+            self.batches_done -= self.batches_done % self.config.accumulate
+            raise
+        if self.meter and loss.error is not None:
+            self.meter.update(loss.sigma.flatten(), loss.error.flatten())
+        self._losses.append(loss._replace(loss=loss.loss.detach()))
+        self.batches_done += 1
+        norm = None if self.batches_done % self.config.accumulate else self._update(block, saved)
+        output = StepOutput(block, loss.per_sample.mean(), norm)
+        if norm is not None:
+            self._call("on_step_end", output)
+        return output
+
+    def choose(self, y: Tensor) -> tuple[int, Tensor]:
+        """Return the block to train on a batch, and its noise levels: before blocks branch, of all noise."""
+        block, shape = self.block, self.model.target.level_shape(y)
+        drawn_for = None if self.steps_done < self.config.trunk_steps else block
+        sigma = self.model.draw_sigma(
+            drawn_for, shape, seed=self.config.seed, step=self.batches_done, device=self.device
+        )
+        return block, sigma
+
+    def _begin(self) -> None:
+        """Prepare a step: branch, cut the noise anew at the start of a round, bring the block."""
+        config, step = self.config, self.steps_done
+        if step == config.trunk_steps > 0:
+            self.changed |= branch(self.offloader)
+        if self.meter and step % (config.visit * len(self.model.blocks)) == 0:
+            self.check()
+            self.model.repartition(self.meter.density())
+        if step % config.visit == 0 or self.offloader.active is None:
+            self.model.activate(self.block)
+            self._call("on_block_start", self.block)
+        self._losses.clear()
+        for optimizer in self._active(self.block).values():
+            optimizer.zero_grad(set_to_none=True)  # what a step that failed left over
+
+    def _active(self, block: int) -> dict[str, torch.optim.Optimizer]:
+        return {p: o for p in ("shared", f"block_{block}") if (o := self.optimizers.get(p)) is not None}
+
+    def _update(self, block: int, saved: SavedTensors | None) -> Tensor:
+        usage = self.offloader.usage().with_(activations=saved.bytes) if saved else None
+        active = self._active(block)
+        gradients = [p.grad for o in active.values() for g in o.param_groups for p in g["params"] if p.grad is not None]
+        norm = dbkernels.total_norm(gradients)
+        for part, optimizer in active.items():
+            for group, peak in zip(optimizer.param_groups, self._rates[part], strict=True):
+                group["lr"] = self.learning_rate_of(self.steps_done, peak)
+            clipped_step(optimizer, norm, self.config.clip)
+            optimizer.zero_grad(set_to_none=True)
+        self.watch.update(self.steps_done, block, self._losses, norm)
+        self.changed |= {"shared", f"block_{block}"}
+        self.steps_done += 1
+        if self._logs(self.steps_done - 1):
+            self.check()
+            if usage:
+                self._call("on_log", row(self, block, self._losses, norm, usage))
+        return norm
+
+    def learning_rate_of(self, step: int, peak: float) -> float:
+        """Return the learning rate of a step, on the way to and from `peak`."""
+        return learning_rate(step, steps=self.config.total_steps, peak=peak, warmup=self.config.warmup_steps)
+
+    def fit(
+        self,
+        loader: Iterable[Any],
+        *,
+        steps: int | None = None,
+        batch: Callable[[Any], Any] = tuple,
+        progress: bool = True,
+    ) -> None:
+        """Train until `steps` steps are done in all, from the first step on.
+
+        Args:
+            loader: Batches (x, y), iterated again and again. If it has state_dict and load_state_dict, its position is
+                part of a checkpoint.
+            steps: Steps in all; the config's by default.
+            batch: Makes (x, y) of what the loader gives, e.g. `lambda d: (d["image"], d["label"])`.
+            progress: Show a bar (by rich, if it is installed and this is a terminal), else a line now and then.
+
+        Raises:
+            ValueError: No number of steps, or one that is done already, or an empty loader.
+            NonFiniteLoss: Naming block, step and noise levels.
+        """
+        end = self.config.total_steps if steps is None else steps
+        if end is None:
+            raise ValueError("fit needs steps, here or in the Trainer's settings")
+        if end < self.steps_done:
+            raise ValueError(f"steps={end} counts from the first step on, and {self.steps_done} are done: give more")
+        self.loader = loader
+        if "loader" in self.positions:
+            loader.load_state_dict(self.positions.pop("loader"))  # type: ignore[attr-defined]
+        batches = endless(loader)
+        with Progress(end) if progress else contextlib.nullcontext() as bar:
+            self.callbacks += [bar] if bar else []
+            try:
+                while self.steps_done < end:
+                    self.step(*batch(next(batches)))
+            finally:
+                self.callbacks = [c for c in self.callbacks if c is not bar]
+        self.check()
+
+    def save(self, folder: str | Path, *, extra: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint: the parts that changed since the last save there, one at a time, then its manifest.
+
+        A process killed at any instant leaves the old checkpoint or the new one. extra: JSON values of one's own.
+        Raises: NonFiniteLoss, before anything is written; RuntimeError between the batches of one step or within
+            averages(); CheckpointError or OSError if the folder can't be used.
+        """
+        self.check()
+        state.save(self, Path(folder).resolve(), extra or {})
+        self._call("on_save", Path(folder))
+
+    def load(self, folder: str | Path) -> dict[str, Any]:
+        """Go on from a checkpoint, bit for bit as if training had never stopped; returns save's `extra`.
+
+        Raises: CheckpointError if it is damaged, or of another model or other settings; RuntimeError within averages().
+        """
+        return state.load(self, Path(folder).resolve())
+
+    def averages(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context within which the model's weights are their moving averages."""
+        return self.offloader.averages()
+
+    def memory(self) -> Usage:
+        """Return bytes on the device by category, and the allocator's peaks, allocated and reserved."""
+        peak, reserved = allocated(self.device)
+        return dataclasses.replace(self.offloader.usage(), allocated=peak, reserved=reserved)
+
+    def check(self) -> None:
+        """Raise NonFiniteLoss if any step so far met a loss or gradient that isn't finite. Waits for the device."""
+        self.watch.check()
+
+    def _logs(self, step: int) -> bool:
+        return step % self.config.log_every == self.config.log_every - 1 or step + 1 == self.config.total_steps
+
+    @contextlib.contextmanager
+    def _counted(self, block: int) -> Iterator[SavedTensors | None]:
+        """Count what a step that is logged saves for its backward pass."""
+        if not self._logs(self.steps_done):
+            yield None
+            return
+        weights = self.model.blocks[block].parameters()
+        with SavedTensors([*weights, *self.model.parts()["shared"].parameters()]).count() as saved:
+            yield saved
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            if hasattr(callback, name):
+                getattr(callback, name)(self, *arguments)

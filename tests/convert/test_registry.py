@@ -1,0 +1,62 @@
+"""Converters are found by a network's class."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+import diffusionblocks as db
+import small
+from diffusionblocks.convert import registry
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.layers = nn.ModuleList(small.Residual(8) for _ in range(4))
+
+
+class Derived(Net):
+    pass
+
+
+def converter(network, blocks, **options):
+    return db.from_layers(
+        network.layers, stem=network.stem, head=network.head, target=db.LabelTarget(3, 8), blocks=blocks, **options
+    )
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch):
+    monkeypatch.setattr(registry, "_CONVERTERS", dict(registry._CONVERTERS))
+
+
+@pytest.mark.parametrize("kind", [Net, f"{Net.__module__}.Net"])
+def test_a_class_or_its_name_is_registered(kind):
+    assert db.register(kind)(converter) is converter
+    network = Net()
+    model = db.convert(network, blocks=2, shared="per_block", overlap=0.1)
+    assert len(model.blocks) == 2 and model.shared == "per_block" and model.partition.overlap == 0.1
+    assert model.blocks[0].layers[0].layer is network.layers[0]
+    assert model.loss(1, *small.batch()).loss.isfinite()
+
+
+def test_a_derived_class_is_converted_as_its_base_unless_it_has_its_own():
+    db.register(Net)(converter)
+    assert len(db.convert(Derived(), blocks=4).blocks) == 4
+    db.register(Derived)(lambda network, blocks: "its own")
+    assert db.convert(Derived(), blocks=4) == "its own" and len(db.convert(Net(), blocks=2).blocks) == 2
+
+
+def test_an_unknown_class_is_refused_with_the_ways_out():
+    with pytest.raises(TypeError, match=r"no converter for torch\.nn\.modules\.linear\.Linear") as caught:
+        db.convert(nn.Linear(1, 1), blocks=2)
+    for words in ("ViTForImageClassification", "from_layers(layers, stem=, head=, target=, blocks=)", "@register"):
+        assert words in str(caught.value)
+
+
+def test_too_many_blocks_are_refused():
+    db.register(Net)(converter)
+    with pytest.raises(ValueError, match="layers"):
+        db.convert(Net(), blocks=5)

@@ -1,0 +1,165 @@
+"""A part of a model as named tensors: weights, optimizer state, averages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import diffusionblocks as db
+from diffusionblocks.training.optimizer import keep_average
+from diffusionblocks.training.part import Part, apart, common_tensors
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.frozen = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.two.weight = self.one.weight
+        self.frozen.requires_grad_(False)
+        self.register_buffer("table", torch.ones(2), persistent=False)
+
+
+WEIGHTS = {"one.weight", "one.bias", "two.bias", "frozen.weight", "frozen.bias", "table"}  # a tie by its first name
+TRAINED = {"one.weight", "one.bias", "two.bias"}
+
+
+def part(make=lambda params: db.BlockAdamW(params, lr=0.1, ema_decay=0.9), steps=1, module=None):
+    module = module or Tied()
+    params = [p for p in module.parameters() if p.requires_grad]
+    optimizer = make(params) if make else None
+    for _ in range(steps if make else 0):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    return Part(module, optimizer, {}, owns_common=True)
+
+
+def names(tensors, key):
+    return {name.partition("/")[2] for name in tensors if name.startswith(f"{key}/")}
+
+
+def test_tensors_are_weights_and_state_by_name():
+    tensors = part().tensors()
+    assert names(tensors, "weight") == WEIGHTS
+    assert all(names(tensors, key) == TRAINED for key in ("exp_avg", "exp_avg_sq", "ema", "next_step"))
+    assert names(part(steps=0).tensors(), "exp_avg") == set() and part(None).tensors().keys() == {
+        f"weight/{name}" for name in WEIGHTS
+    }
+
+
+def test_what_is_no_tensor_is_a_scalar():
+    def make(params):
+        optimizer = torch.optim.SGD(params, 0.1)  # no momentum: its buffer is None
+        keep_average(optimizer, 0.9)
+        return optimizer
+
+    made = part(make, steps=3)
+    assert made.scalars() == {f"ema_updates/{name}": 3 for name in TRAINED}
+    fresh = part(make, steps=0)
+    fresh.take(made.tensors())
+    fresh.take_scalars(made.scalars())
+    assert fresh.scalars() == made.scalars()
+    assert torch.equal(fresh.tensors()["ema/one.bias"], made.tensors()["ema/one.bias"])
+
+
+def test_state_that_a_part_has_not_yet_is_made_from_a_file():
+    made, fresh = part(steps=3), part(steps=0)
+    stored = {name: t.detach().clone() for name, t in made.tensors().items()}  # each counter is a tensor of its own
+    fresh.check(stored)
+    fresh.take(stored)
+    assert all(torch.equal(t, stored[name]) for name, t in fresh.tensors().items())
+    assert fresh.optimizer.counts == [3, 3, 3]
+    assert len({id(state["next_step"]) for state in fresh.optimizer.state.values()}) == 1, "one launch, one counter"
+    assert fresh.module.two.weight is fresh.module.one.weight
+
+
+@pytest.mark.parametrize(("change", "name"), [
+    (lambda t: t.pop("weight/one.bias"), "weight/one.bias"),
+    (lambda t: t.update({"weight/one.bias": torch.zeros(4)}), "weight/one.bias"),
+    (lambda t: t.update({"weight/other": torch.zeros(4)}), "weight/other"),
+    (lambda t: t.update({"ema/frozen.bias": torch.zeros(2)}), "ema/frozen.bias"),
+])  # fmt: skip
+def test_tensors_of_another_model_are_refused_by_name(change, name):
+    made = part()
+    tensors = dict(made.tensors())
+    change(tensors)
+    with pytest.raises(ValueError, match=f"do not fit the model: {name}"):
+        made.check(tensors)
+
+
+def test_without_an_optimizer_state_is_not_checked():
+    part(None).check(part().tensors())
+
+
+def test_weights_have_the_names_of_the_state_dict():
+    made = part()
+    state = made.module.state_dict()
+    for averaged in (False, True):
+        found = made.weights(made.tensors(), averaged=averaged)
+        assert found.keys() == state.keys(), "both names of a tie, no buffer that isn't persistent"
+        expected = made.optimizer.state[made.module.one.weight]["ema"] if averaged else state["one.weight"]
+        assert torch.equal(found["one.weight"], expected) and torch.equal(found["two.weight"], expected)
+        assert torch.equal(found["frozen.bias"], state["frozen.bias"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [False, True])
+def test_swapping_twice_changes_no_bit(dtype, wide):
+    """Half weights' averages are rounded into their place, or take it in their own dtype (`wide`)."""
+    made = part(module=nn.Linear(4, 4).to(dtype))
+    made.wide = wide
+    state = made.optimizer.state[made.module.weight]
+    weights, average = made.module.weight.detach().clone(), torch.rand_like(state["ema"])
+    state["ema"].copy_(average)
+    for _ in range(3):
+        made.swap()
+        assert torch.equal(made.module.weight, average if wide else average.to(dtype))
+        made.swap()
+        assert torch.equal(made.module.weight, weights) and made.module.weight.dtype == dtype
+        assert torch.equal(state["ema"], average)
+
+
+@pytest.mark.parametrize(("settings", "home"), [({}, CPU), ({"capturable": True}, META), ({"fused": True}, META)])
+def test_torchs_own_optimizers_count_steps_on_the_host(settings, home):
+    made = part(lambda params: torch.optim.AdamW(params, 0.1))
+    made.optimizer.param_groups[0].update(settings)
+    assert made.home("step/one.weight", META) == home
+    assert made.home("exp_avg/one.weight", META) == made.home("weight/one.weight", META) == META
+    made.place(CPU)
+    assert all(t.device == CPU for t in made.tensors().values())
+
+
+def test_blockadamw_counts_on_the_device():
+    assert part().home("next_step/one.weight", META) == META
+
+
+def test_empty_keeps_shapes():
+    made = part()
+    shapes = {name: t.shape for name, t in made.tensors().items()}
+    made.empty()
+    assert {name: t.shape for name, t in made.tensors().items()} == shapes
+    assert all(t.untyped_storage().nbytes() <= 8 for t in made.tensors().values())
+    assert made.module.one.weight.isnan().all() and made.module.two.weight is made.module.one.weight
+
+
+def test_frozen_tensors_of_several_parts_are_found():
+    model, table = nn.ModuleDict({"a": Tied(), "b": Tied(), "c": Tied()}), torch.ones(2)
+    model["a"].table = model["c"].table = table
+    model["b"].frozen.bias = model["c"].frozen.bias
+    common = common_tensors(model, dict(model.items()))
+    assert {name for name, _ in common.values()} == {"a.table", "b.frozen.bias"}
+    one = Part(model["c"], None, common, owns_common=False)
+    owner = Part(model["a"], None, common, owns_common=True)
+    assert names(one.tensors(), "weight") == WEIGHTS - {"table", "frozen.bias"}
+    assert names(owner.tensors(), "weight") == WEIGHTS - {"table"} | {"a.table", "b.frozen.bias"}
+
+
+def test_tensors_for_a_file_share_no_memory():
+    base = torch.arange(6.0)
+    found = apart({"base": base, "view": base[2:], "across": base.view(2, 3).T, "other": torch.ones(2)})
+    assert len({t.untyped_storage().data_ptr() for t in found.values()}) == 4
+    assert torch.equal(found["across"], base.view(2, 3).T) and all(t.is_contiguous() for t in found.values())
+    assert found["base"].data_ptr() == base.data_ptr(), "no copy without need"

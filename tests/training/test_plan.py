@@ -1,0 +1,222 @@
+"""A plan is what training then takes, to the byte."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import diffusionblocks as db
+import small
+from diffusionblocks.training.memory import CATEGORIES, SavedTensors, parse_bytes, readable
+from diffusionblocks.training.precision import to_bfloat16
+
+OFFLOADS = (None, "cpu", "disk")
+
+
+class OnLog:
+    """Keeps each row's bytes."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_log(self, trainer, row):
+        self.rows.append(row["bytes"])
+
+
+class Aware(nn.Module):
+    """A layer that takes the conditioning, and has a buffer, a vector and a frozen matrix."""
+
+    def __init__(self, dim, unused=False):
+        super().__init__()
+        self.inner, self.scale = nn.Linear(dim, dim), nn.Linear(8, dim)
+        self.frozen = nn.Parameter(torch.eye(dim), requires_grad=False)
+        self.register_buffer("shift", torch.zeros(dim))
+        self.unused = nn.Parameter(torch.zeros(3, 3)) if unused else None
+
+    def forward(self, h, cond):
+        scale = self.scale(cond)
+        return h + (self.inner(h) @ self.frozen + self.shift).tanh() * (scale.unsqueeze(1) if h.dim() > 2 else scale)
+
+
+def rebuild(model, blocks, shared="shared"):
+    """Return a copy of a model in another number of blocks."""
+    model = copy.deepcopy(model)
+    around = model.blocks[0].around(model.stem_head)
+    if shared == "per_block":
+        around = [copy.deepcopy(around) for _ in range(blocks)]
+    layers = [layer for block in model.blocks for layer in block.layers]
+    counts = db.make_partition(model.partition.density, len(layers), blocks)
+    return db.DiffusionBlocks(around, layers, model.target, counts, shared=shared)
+
+
+def measured(model, batch, folder, **settings):
+    """Return the bytes of the largest of all blocks, each trained for two steps, and the trainer."""
+    watch = OnLog()
+    trainer = db.Trainer(model, callbacks=[watch], visit=1, log_every=1, folder=folder, device="cpu", **settings)
+    for _ in range(2 * len(model.blocks) * trainer.config.accumulate):
+        trainer.step(*batch)
+    rows = watch.rows[len(model.blocks) :]  # once every block has its optimizer state
+    return max(rows, key=lambda row: sum(row.values())), trainer
+
+
+def assert_as_planned(model, batch, tmp_path, shared="shared", **settings):
+    table = db.plan(model, batch, device="cpu", **settings)
+    assert list(table.rows) == list(range(1, sum(model.partition.layers) + 1))
+    for blocks, usage in table.rows.items():
+        cut = rebuild(model, blocks, shared)
+        took, trainer = measured(cut, batch, tmp_path / f"waiting{blocks}", **settings)
+        if isinstance(model.target, db.MaskedTarget):  # it may be that not all tokens are masked
+            assert 0.4 * usage.by_category["activations"] < took["activations"] <= usage.by_category["activations"]
+            took["activations"] = usage.by_category["activations"]
+        assert {c: took[c] for c in CATEGORIES} == {c: usage.by_category[c] for c in CATEGORIES}, f"B={blocks}"
+        held = trainer.memory().by_category
+        if settings.get("offload") != "disk":  # there the last block may be a smaller one
+            for c in ("weights", "moments", "averages"):
+                assert held[c] == usage.by_category[c]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "kind, offload", [*((kind, "disk") for kind in small.KINDS), ("labels", None), ("tokens", "cpu")]
+)
+def test_measured_bytes_are_the_plan(tmp_path, kind, offload, precision):
+    model = small.model(kind, layers=3, blocks=2)
+    assert_as_planned(model, small.batch(kind), tmp_path, offload=offload, precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_masked_tokens_are_planned_as_if_all_were_masked(precision):
+    model, (x, y) = small.model("masked", layers=3, blocks=1), small.batch("masked")
+    planned = db.plan(model, (x, y), device="cpu", precision=precision).rows[1].by_category["activations"]
+    half = precision == "bfloat16"
+    if half:
+        to_bfloat16(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), SavedTensors(model.parameters()).count() as saved:
+        model.loss_at(0, x, y, torch.ones(len(y)), seed=0, step=0)
+    assert saved.bytes == planned
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize(
+    "settings",
+    [{"ema": 0.0}, {"accumulate": 3}, {"optimizer": lambda params: torch.optim.SGD(params, 0.1, momentum=0.9)}],
+    ids=["no ema", "accumulate", "sgd"],
+)
+def test_settings_are_counted(tmp_path, settings, offload):
+    assert_as_planned(small.model(layers=3), small.batch(), tmp_path, offload=offload, **settings)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shared", ["shared", "per_block", "frozen"])
+def test_layers_that_differ_and_every_way_to_share(tmp_path, shared, precision):
+    layers = [Aware(8), Aware(8, unused=True), small.Residual(8), nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8))]
+    model = db.from_layers(
+        layers, stem=nn.Linear(6, 8), head=nn.Linear(8, 3), target=db.LabelTarget(3, 8), blocks=2, shared=shared, cond=8
+    )
+    assert_as_planned(model, small.batch(), tmp_path, shared, offload="disk", precision=precision)
+
+
+def test_a_buffer_that_all_layers_hold_is_counted_once(tmp_path):
+    layers = [Aware(8) for _ in range(3)]
+    for layer in layers:
+        layer.shift = layers[0].shift
+    model = db.from_layers(
+        layers, stem=nn.Linear(6, 8), head=nn.Linear(8, 3), target=db.LabelTarget(3, 8), blocks=3, cond=8
+    )
+    assert_as_planned(model, small.batch(), tmp_path, offload="disk")
+
+
+def test_blocks_as_the_model_has_them_not_spread(tmp_path):
+    model = small.model(layers=4, blocks=(1, 3))
+    table = db.plan(model, small.batch(), device="cpu", offload="disk")
+    took, _ = measured(small.model(layers=4, blocks=(1, 3)), small.batch(), tmp_path, offload="disk")
+    assert took == table.rows[2].by_category
+    spread = db.plan(small.model(layers=4, blocks=(2, 2)), small.batch(), device="cpu", offload="disk")
+    assert table.rows[2].total > spread.rows[2].total
+
+
+def test_waiting_blocks_are_counted(tmp_path):
+    model, batch = small.model(layers=3, blocks=2), small.batch()
+    table = db.plan(model, batch, device="cpu", offload="disk")
+    trainer = measured(model, batch, tmp_path, offload="disk")[1]
+    trainer.offloader.retire()  # the last block's file is from before its state was made
+    stored = 0
+    for path in tmp_path.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            stored += sum(t.numel() * t.element_size() for t in map(file.get_tensor, file.keys()))
+    assert table.waiting[2].total == stored
+
+
+def test_on_a_gpu_the_host_holds_all_but_the_active_block():
+    table = db.plan(small.model(layers=3), small.batch(), device="cuda", offload="cpu")
+    kept = db.plan(small.model(layers=3), small.batch(), device="cuda", offload=None)
+    assert table.waiting[1].total == 0 and kept.waiting[3].total == 0
+    state = ("weights", "moments", "averages")
+    moved, all_ = [sum(t.rows[3].by_category[c] for c in state) for t in (table, kept)]
+    assert moved + table.waiting[3].total == all_
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_an_offloaded_model_is_planned_as_it_was_before(tmp_path, offload):
+    model, batch = small.model(layers=3), small.batch()
+    before = db.plan(model, batch, device="cpu", offload="disk")
+    trainer = measured(model, batch, tmp_path, offload=offload)[1]
+    held = {name: t.clone() for name, t in model.state_dict().items()}
+    assert db.plan(model, batch, device="cpu", offload="disk") == before
+    assert all(torch.equal(held[name], t) for name, t in model.state_dict().items())
+    assert trainer.step(*batch).loss.isfinite()
+
+
+def test_more_blocks_take_less_and_smallest_finds_the_first_that_fits():
+    table = db.plan(small.model(layers=3), small.batch(), device="cpu", offload="disk")
+    totals = [usage.total for usage in table.rows.values()]
+    assert totals == sorted(totals, reverse=True) and len(set(totals)) == 3
+    assert table.smallest(totals[1]) == 2 and table.smallest(totals[0]) == 1
+    assert table.smallest(totals[2] - 1) is None
+
+
+def test_a_plan_allocates_nothing():
+    x, y = torch.empty(1, 6).expand(10**9, 6), torch.empty(1, dtype=torch.int64).expand(10**9)
+    assert db.plan(small.model(), (x, y), device="cpu").rows[1].total > 2**37
+
+
+def test_the_table_is_aligned_and_narrow():
+    x, y = small.batch()
+    lines = str(db.plan(small.model(), (x, y), device="cuda:1", offload="disk")).splitlines()
+    assert lines[0].split() == ["B", *CATEGORIES, "cuda:1", "disk"]
+    assert [line.split()[0] for line in lines[1:]] == ["1", "2", "3", "4"]
+    assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 80
+    wide = str(db.plan(small.model(), (x.expand(8, 6), y), device="cuda:1", offload="cpu"))
+    assert "host" in wide
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(TypeError, match="model must be DiffusionBlocks"):
+        db.plan(nn.Linear(2, 2), small.batch())
+    with pytest.raises(ValueError, match="batch size"):
+        db.plan(small.model(), (torch.randn(3, 6), torch.zeros(2, dtype=torch.int64)))
+    with pytest.raises(ValueError, match="device='mps'"):
+        db.plan(small.model(), small.batch(), device="mps")
+    with pytest.raises(ValueError, match="precision"):
+        db.plan(small.model(), small.batch(), precision="float16")
+
+
+@pytest.mark.parametrize(
+    "text, count", [("24GiB", 24 * 2**30), ("512MB", 512 * 10**6), ("1e6", 10**6), (" 2 KiB ", 2048), ("7b", 7)]
+)
+def test_sizes_are_parsed(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", " ", "GiB", "-1GB", "24 apples", "24G", "nan", "inf", "0", "0.4", "1e999 GB"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(ValueError, match="memory must be like"):
+        parse_bytes(text)
+
+
+def test_readable():
+    assert [readable(n) for n in (5, 2048, 3 * 2**20, 5000 * 2**30)] == ["5 B", "2.0 KiB", "3.0 MiB", "5000.0 GiB"]
