@@ -20,84 +20,108 @@ import torch
 import tyro
 from variants import COMPARED, STUDIES, choices
 
-from diffusionblocks.experiments import commands as jobs
+from diffusionblocks.experiments import commands
 from diffusionblocks.experiments.baselines import end_to_end as baselines
 from diffusionblocks.experiments.config import TrainConfig, to_dict
 from diffusionblocks.experiments.presets import RUNS
-from diffusionblocks.experiments.session import Session, train
-from diffusionblocks.experiments.tasks import adapter_of
-from diffusionblocks.experiments.tasks.base import Adapter
-from diffusionblocks.experiments.tasks.causal_lm import WRITTEN, CausalLMAdapter
+from diffusionblocks.experiments.run_folder import machine
+from diffusionblocks.experiments.tasks import Task, task_of
+from diffusionblocks.experiments.tasks.base import Loader
+from diffusionblocks.experiments.tasks.causal_lm import WRITTEN, CausalLMTask
+from diffusionblocks.training.trainer import Trainer
 
 Row = dict[str, Any]
 CPU = torch.device("cpu")
 
 
-def block_wise(adapter: Adapter) -> Row:
+class Rows:
+    """A trainer's callback that keeps the log's rows."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def on_log(self, trainer: Trainer, row: Row) -> None:
+        self.rows.append(row)
+
+
+def block_wise(task: Task) -> Row:
     """Train and evaluate one config, without a run folder."""
-    began = time.perf_counter()
-    rows: list[Row] = []
+    began, log = time.perf_counter(), Rows()
     with tempfile.TemporaryDirectory() as folder:
-        session = jobs.open_session(type(adapter)(replace(adapter.config, out=Path(folder))))
-        train(session, adapter.batches(session.device), on_log=rows.append, on_step=lambda: None)
+        task = type(task)(replace(task.config, out=Path(folder), device="cpu"))
+        trainer = commands.trainer_of(task)
+        trainer.callbacks.append(log)
+        trainer.fit(Loader(task.batches(trainer.device)), progress=False)
         seconds = time.perf_counter() - began
-        scores = {split: jobs.evaluate(adapter, session, split) for split in ("val", "test")}
-        scores["test"] |= texts(adapter, session, Path(folder))
+        scores = {split: commands.evaluate(task, trainer, split) for split in ("val", "test")}
+        scores["test"] |= texts(task, trainer, Path(folder))
     return {
         "seconds": seconds,
-        "memory": max((row["bytes"] for row in rows), key=lambda bytes_: sum(bytes_.values())),
-        "edges": session.model.partition.edges,
+        "memory": max((row["bytes"] for row in log.rows), key=lambda bytes_: sum(bytes_.values())),
+        "edges": trainer.model.partition.edges,
         **{split: {k: v for k, v in score.items() if k != "levels"} for split, score in scores.items()},
     }
 
 
-def texts(adapter: Adapter, session: Session, folder: Path) -> Row:
-    """What the judge says of as many texts as it gets from the end-to-end network; nothing for other architectures."""
-    if not isinstance(adapter, CausalLMAdapter):
+def texts(task: Task, trainer: Trainer, folder: Path) -> Row:
+    """Judge as many texts as the end-to-end network writes; nothing for other architectures."""
+    if not isinstance(task, CausalLMTask):
         return {}
-    config = adapter.config
-    with jobs.averaged(session) as walker:
-        jobs.sample(adapter, walker, folder, count=WRITTEN, seed=config.seed, length=config.length)
+    config = task.config
+    with trainer.averages():
+        commands.sample(
+            task, trainer.model, folder, count=WRITTEN, seed=config.seed, length=config.length, judge="ngram"
+        )
     return json.loads((folder / "judge.json").read_text())
 
 
-def end_to_end(adapter: Adapter) -> Row:
+def end_to_end(task: Task) -> Row:
     """The tuned end-to-end baseline."""
-    return dataclasses.asdict(baselines.end_to_end(adapter, CPU, on_log=lambda row: None))
+    return dataclasses.asdict(baselines.end_to_end(task, CPU))
 
 
-def other(name: str) -> Callable[[Adapter], Row]:
+def other(name: str) -> Callable[[Task], Row]:
     """A baseline of classifiers."""
-    return lambda adapter: dataclasses.asdict(jobs.OTHERS[name](adapter, CPU, on_log=lambda row: None))
+    return lambda task: dataclasses.asdict(commands.OTHERS[name](task, CPU))
 
 
-def shallow(adapter: Adapter) -> Row:
+def shallow(task: Task) -> Row:
     """The end-to-end network of one block's depth."""
-    return dataclasses.asdict(baselines.end_to_end(adapter, CPU, on_log=lambda row: None, name="shallow"))
+    return dataclasses.asdict(baselines.end_to_end(task, CPU, name="shallow"))
 
 
-def shallow_longer(adapter: Adapter) -> Row:
+def shallow_longer(task: Task) -> Row:
     """The same with as many steps as the blocks have: at the compute and the memory of the blocks."""
-    longer = type(adapter)(replace(adapter.config, steps=adapter.config.total_steps))
-    return shallow(longer)
+    return shallow(type(task)(replace(task.config, steps=task.config.total_steps)))
 
 
-def shallow_averaged(adapter: Adapter) -> Row:
+def shallow_averaged(task: Task) -> Row:
     """As many ordinary networks of one block's depth as there are blocks, each with its own seed; their mean logits.
 
     At the compute, the memory and the rate of the blocks: what they owe to averaging alone."""
-    config, small = adapter.config, baselines.shallow(adapter)
+    config, small = task.config, baselines.shallow(task)
     seeds = [config.seed + 1000 * i for i in range(config.blocks)]
-    runs = [
-        baselines.attempt("shallow", type(small)(replace(small.config, seed=seed)), CPU, config.lr, config.warmup)
-        for seed in seeds
-    ]
-    mean = Mean([run.network for run in runs])
+    began, rows = time.perf_counter(), baselines.Rows()
+    mean = Mean([averaged(type(small)(replace(small.config, seed=seed)), rows) for seed in seeds])
     return {
-        "seconds": sum(run.seconds for run in runs),
-        "memory": runs[0].memory,
+        "seconds": time.perf_counter() - began,
+        "memory": rows.peak,
         **{split: small.score(mean, split, CPU) for split in ("val", "test")},
     }
+
+
+def averaged(task: Task, rows: baselines.Rows) -> torch.nn.Module:
+    """Train the task's ordinary network at the rate of the blocks; return it with its averaged weights."""
+    config, network = task.config, task.network()
+    settings = baselines.settings_of(config, CPU, steps=config.steps, lr=config.lr, warmup=config.warmup)
+    trainer = Trainer(baselines.Ordinary(network), settings, callbacks=[rows])
+    trainer.fit(Loader(task.batches(CPU)), progress=False)
+    with trainer.averages():
+        prefix = "blocks.0.layers.0."
+        weights = {k.removeprefix(prefix): t for k, t in trainer.model.state_dict().items() if k.startswith(prefix)}
+    trainer.offloader.release()
+    network.load_state_dict(weights)
+    return network
 
 
 class Mean(torch.nn.Module):
@@ -111,12 +135,12 @@ class Mean(torch.nn.Module):
         return torch.stack([network(x) for network in self.networks]).mean(0)
 
 
-CONTROLS: dict[str, Callable[[Adapter], Row]] = {
+CONTROLS: dict[str, Callable[[Task], Row]] = {
     "end-to-end": end_to_end,
     "shallow": shallow,
     "shallow, equal compute": shallow_longer,
     "shallow, averaged": shallow_averaged,
-    **{name: other(name) for name in jobs.OTHERS},
+    **{name: other(name) for name in commands.OTHERS},
 }
 
 
@@ -145,14 +169,14 @@ def main(study: Study) -> None:
     for name, config, seed in work(study, base):
         if (name, seed) in _done(rows):
             continue
-        adapter = adapter_of(replace(config, seed=seed))
-        result = CONTROLS.get(name, block_wise)(adapter)
-        told = {"variant": name, "seed": seed, "machine": jobs.machine(CPU), "config": to_dict(adapter.config)}
-        row = {"architecture": base.architecture, **told, **result}
+        task = task_of(replace(config, seed=seed))
+        result = CONTROLS.get(name, block_wise)(task)
+        facts = {"variant": name, "seed": seed, "machine": machine(CPU), "config": to_dict(task.config)}
+        row = {"architecture": base.architecture, **facts, **result}
         study.folder.mkdir(parents=True, exist_ok=True)
         with rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        key = adapter.metric.key
+        key = task.metric.key
         print(f"{name} seed {seed}: val {row['val'][key]:.4g} test {row['test'][key]:.4g}", flush=True)
         if study.folder.resolve() == tables.RESULTS:
             tables.renew()

@@ -57,8 +57,6 @@ def causal_lm(base: Any) -> Variants:
         "B=4": base.in_blocks(4),
         "B=2 per_block": replace(base, shared="per_block"),
         "B=2, each alone": replace(base, combine="none"),
-        "B=2, carried": replace(base, combine="carry"),
-        "B=4, carried": base.in_blocks(4, combine="carry"),
         "B=2, half at the highest noise": replace(base, context=0.5),
         "B=2, all by information": replace(base, context=0.0),
         "B=2, layers 1-3": replace(base, split=(1, 3)),

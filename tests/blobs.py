@@ -6,7 +6,7 @@ import torch
 
 import tiny
 from diffusionblocks.experiments.data.images import ImageData, Split
-from diffusionblocks.experiments.tasks.vit import ViTAdapter
+from diffusionblocks.experiments.tasks.vit import ViTTask
 
 
 def blobs(count: int, seed: int) -> Split:
@@ -22,8 +22,8 @@ def blobs(count: int, seed: int) -> Split:
 DATA = ImageData("blobs", blobs(200, 0), blobs(60, 1), blobs(60, 2), 10, (0.4,), (0.25,))
 
 
-def adapter(tmp_path, **changes):
+def task(tmp_path, **changes):
     settings = {"steps": 60, "tune_lr": (1e-2,), "tune_warmup": (0.1,), "batch_size": 32, **changes}
-    made = ViTAdapter(tiny.config(tmp_path, **settings))
-    made.data = DATA
-    return made
+    task = ViTTask(tiny.config(tmp_path, **settings))
+    task.data = DATA
+    return task

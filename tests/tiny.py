@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from diffusionblocks.experiments.models import ViTConfig
-from diffusionblocks.experiments.session import Session
-from diffusionblocks.experiments.tasks.vit import ViTAdapter, ViTRun
+from diffusionblocks.experiments.tasks.vit import ViTRun, ViTTask
+from diffusionblocks.training.trainer import Trainer
 
 MODEL = ViTConfig(dim=16, layers=3, heads=2, mlp=32, cond=8, patch=4)
-CONFIG = ViTRun(model=MODEL, steps=12, visit=3, batch_size=16, checkpoint_every=7, baseline=(), walk_steps=4, ema=0.9)
+CONFIG = ViTRun(
+    model=MODEL, steps=12, visit=3, batch_size=16, checkpoint_every=7, baseline=(), sampling_steps=4, ema=0.9
+)
 
 
 def config(out: Path, **changes: Any) -> ViTRun:
@@ -22,10 +24,10 @@ def config(out: Path, **changes: Any) -> ViTRun:
     return replace(CONFIG, out=out, **changes)
 
 
-def session(config_: ViTRun) -> Session:
-    """A fresh session of the config, waiting blocks on disk."""
-    model = ViTAdapter(config_).blocks()
-    return Session(model, config_, device=torch.device("cpu"), folder=config_.out / "waiting")
+def trainer(config_: ViTRun) -> Trainer:
+    """A fresh trainer of the config, waiting blocks on disk."""
+    task = ViTTask(config_)
+    return task.trainer(task.model(), replace(config_, folder=config_.out / "waiting"))
 
 
 class RandomBatches:

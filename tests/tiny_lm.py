@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from diffusionblocks.experiments.models.causal_lm import CausalLMConfig
-from diffusionblocks.experiments.tasks.causal_lm import CausalLMAdapter, CausalLMRun
+from diffusionblocks.experiments.tasks.causal_lm import CausalLMRun, CausalLMTask
 
-MODEL = CausalLMConfig(dim=16, layers=3, heads=2, mlp=24, cond=8, symbols=12)
+MODEL = CausalLMConfig(dim=16, layers=3, heads=2, mlp=24, cond=8, vocab_size=12)
 KINDS = {
     "one stream": MODEL,
     "own z": replace(MODEL, sees_z=True),
@@ -29,8 +29,8 @@ def config(model: CausalLMConfig = MODEL, **changes) -> CausalLMRun:
         steps=8,
         visit=2,
         warmup=0.2,
-        walk_steps=4,
-        combine="carry",
+        sampling_steps=4,
+        combine="none",
         baseline=(),
     )
     return replace(base, **changes)
@@ -38,7 +38,7 @@ def config(model: CausalLMConfig = MODEL, **changes) -> CausalLMRun:
 
 def blocks(model: CausalLMConfig, scale: float = 0.5, **changes):
     """An untrained model with weights where training starts from zeros, in float64: logits that mean something."""
-    made = CausalLMAdapter(config(model, **changes)).blocks().double().eval()
+    made = CausalLMTask(config(model, **changes)).model().double().eval()
     torch.manual_seed(1)
     with torch.no_grad():
         for name, p in made.named_parameters():

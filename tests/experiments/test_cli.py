@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import numpy
@@ -11,11 +12,13 @@ import torch
 from PIL import Image
 
 from diffusionblocks.experiments import cli
-from diffusionblocks.experiments.export import load_alphabet, load_model
+from diffusionblocks.experiments.config import to_yaml
+from diffusionblocks.experiments.presets import RUNS
+from diffusionblocks.experiments.run_folder import read_config
 
 TINY = (
     "--model.dim 16 --model.layers 3 --model.heads 2 --model.mlp 32 --model.cond 8 --model.patch 4 --steps 25 "
-    "--visit 5 --batch-size 16 --checkpoint-every 30 --walk-steps 4 --tune-lr 4e-3 --tune-warmup 0.05"
+    "--visit 5 --batch-size 16 --checkpoint-every 30 --sampling-steps 4 --tune-lr 4e-3"
 ).split()
 
 
@@ -25,28 +28,45 @@ def dblocks(*arguments):
         cli.main()
 
 
+def fails(capsys, *arguments, code=2):
+    with pytest.raises(SystemExit) as stop:
+        dblocks(*arguments)
+    assert stop.value.code == code
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and len(error.splitlines()) <= 2, error
+    return error
+
+
+def files(folder):
+    """Every file of a folder, with its time."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    config = tmp_path_factory.mktemp("config") / "mine.yaml"
+    config.write_text(to_yaml(RUNS["vit-digits"][1]).replace("tune_warmup:\n- 0.05\n- 0.2\n", "tune_warmup: [5e-2]\n"))
     out = tmp_path_factory.mktemp("cli") / "run"
     baselines = "--baseline end-to-end checkpointing forward-forward".split()
-    dblocks("train", "vit-digits", *TINY, "--out", out, *baselines)
+    dblocks("train", "vit-digits", "--config", config, *TINY, "--out", out, *baselines)
     return out
 
 
 def test_a_run_folder_holds_everything(folder):
+    assert read_config(folder).tune_warmup == (0.05,), "from the file of --config"
     summary = json.loads((folder / "summary.json").read_text())
     assert list(summary["results"]) == ["block-wise", "end-to-end", "checkpointing", "forward-forward"]
     for name, result in summary["results"].items():
         assert 0 <= result["test"]["accuracy"] <= 100 and result["seconds"] > 0, name
     ours = summary["results"]["block-wise"]
-    assert {step["block"] for step in ours["test"]["walk"]} == {0, 1, 2}
+    assert {step["block"] for step in ours["test"]["trajectory"]} == {0, 1, 2}
     assert len(ours["test"]["regret_bits"]) == 3 and ours["test"]["images"] == 360
     assert sum(ours["memory"].values()) == pytest.approx(sum(ours["plan"].values()), rel=0.05)
     memory = {name: result["memory"]["activations"] for name, result in summary["results"].items()}
     assert memory["checkpointing"] < memory["end-to-end"] and memory["block-wise"] < memory["end-to-end"]
     assert summary["results"]["checkpointing"]["choice"] == summary["results"]["end-to-end"]["choice"]
-    assert {p.name for p in folder.glob("*.png")} >= {"loss.png", "walk.png", "memory.png", "partition.png"}
-    assert (folder / "config.yaml").exists() and (folder / "checkpoint/manifest.json").exists()
+    assert {p.name for p in folder.glob("*.png")} >= {"loss.png", "trajectory.png", "memory.png", "partition.png"}
+    assert (folder / "facts.json").exists() and (folder / "checkpoint/manifest.json").exists()
     runs = {json.loads(line)["run"] for line in (folder / "metrics.jsonl").read_text().splitlines()}
     assert runs == set(summary["results"])
 
@@ -58,43 +78,41 @@ def test_resuming_a_finished_run_changes_nothing(folder, capsys):
     assert "block-wise" in capsys.readouterr().out
 
 
-def test_eval_repeats_the_summary(folder, capsys):
+def test_eval_repeats_the_summary_and_writes_nothing(folder, capsys):
+    before = files(folder)
     dblocks("eval", folder)
     out = capsys.readouterr().out
     accuracy = json.loads((folder / "summary.json").read_text())["results"]["block-wise"]["test"]["accuracy"]
-    assert f"{accuracy:.2f}" in out and "information bound" in out
-    assert not list(folder.glob("waiting*")), "reading leaves nothing behind"
+    assert f"{accuracy:.4g}" in out and "information bound" in out
+    assert files(folder) == before
 
 
-def test_predict_and_export_agree(folder, tmp_path, capsys):
-    from diffusionblocks.experiments.data.images import load, prepare
-    from diffusionblocks.experiments.metrics.classification import walk
-    from diffusionblocks.noise.partition import step_levels
-    from diffusionblocks.sampling.sampler import Walker
-    from diffusionblocks.training.offload import Residency
+def test_an_exported_folder_is_used_as_a_run(folder, tmp_path, capsys):
+    from diffusionblocks.experiments.data.images import load
 
-    data = load("digits")
-    files = []
-    for i in range(3):
-        files.append(tmp_path / f"{i}.png")
-        Image.fromarray(data.test.images[i, 0].numpy()).save(files[-1])
-    dblocks("predict", folder, *files)
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["file"] for line in lines] == [str(f) for f in files]
-
-    dblocks("export", folder, "--to", tmp_path / "model.safetensors")
-    model = load_model(tmp_path / "model.safetensors")
-    walker = Walker(model, Residency(model, device="cpu"))
-    x = prepare(data.test.images[:3], data.mean, data.std, device="cpu")
-    best = walk(walker, x, step_levels(model.partition, 4))[-1]["logits"].softmax(-1).max(-1)
-    assert best.indices.tolist() == [line["label"] for line in lines]
-    assert best.values.tolist() == pytest.approx([line["probability"] for line in lines], rel=1e-5)
+    images = load("digits").test.images
+    names = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, name in enumerate(names):
+        Image.fromarray(images[i, 0].numpy()).save(name)
+    before = files(folder)
+    dblocks("predict", folder, *names)
+    lines = capsys.readouterr().out
+    assert [json.loads(line)["file"] for line in lines.splitlines()] == [str(name) for name in names]
+    dblocks("export", folder, "--to", tmp_path / "model")
+    assert files(folder) == before
+    capsys.readouterr()
+    dblocks("predict", tmp_path / "model", *names)
+    assert capsys.readouterr().out == lines
+    dblocks("eval", folder)
+    evaluated = capsys.readouterr().out
+    dblocks("eval", tmp_path / "model")
+    assert capsys.readouterr().out == evaluated
 
 
 def test_plot_draws_again(folder, capsys):
-    (folder / "walk.png").unlink()
+    (folder / "trajectory.png").unlink()
     dblocks("plot", folder)
-    assert (folder / "walk.png").exists() and "walk.png" in capsys.readouterr().out
+    assert (folder / "trajectory.png").exists() and "trajectory.png" in capsys.readouterr().out
 
 
 def test_plan_names_the_smallest_fit(capsys):
@@ -103,13 +121,7 @@ def test_plan_names_the_smallest_fit(capsys):
     with pytest.raises(SystemExit) as stop:
         dblocks("plan", "vit-digits", *TINY, "--memory", "1kB")
     assert stop.value.code == 1 and "nothing fits" in capsys.readouterr().out
-
-
-def fails(capsys, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        dblocks(*arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
+    assert "must be like 24GiB" in fails(capsys, "plan", "vit-digits", "--memory", "")
 
 
 def test_errors_are_one_line_and_say_what_to_do(folder, tmp_path, capsys):
@@ -125,57 +137,72 @@ def test_errors_are_one_line_and_say_what_to_do(folder, tmp_path, capsys):
     assert "name the image files" in fails(capsys, "predict", folder)
     assert "steps must be at least 1" in fails(capsys, "eval", folder, "--steps", "0")
     assert "count must be at least 1" in fails(capsys, "sample", folder, "--count", "0")
-    assert "is none that PyTorch knows" in fails(
-        capsys, "train", "vit-digits", "--device", "gpu", "--out", tmp_path / "z"
-    )
+    assert "makes no samples" in fails(capsys, "sample", folder) and not (folder / "samples").exists()
+    for device in ("gpu", "mps", "meta"):
+        assert "device" in fails(capsys, "train", "vit-digits", "--device", device, "--out", tmp_path / "z")
     assert "overlap" in fails(capsys, "train", "vit-digits", "--overlap", "-1", "--out", tmp_path / "z")
+    assert "clip" in fails(capsys, "train", "vit-digits", "--clip", "-1", "--out", tmp_path / "z")
     assert not (tmp_path / "z").exists(), "what is refused leaves no folder"
-    assert "must end in .safetensors" in fails(capsys, "export", folder, "--to", tmp_path / "x.pt")
+    assert "wrong.png" in fails(capsys, "export", folder, "--to", wrong)
     if not torch.cuda.is_available():
         assert "no GPU" in fails(capsys, "train", "vit-digits", "--device", "cuda", "--out", tmp_path / "y")
 
 
 def test_data_that_cannot_be_read_leaves_no_run(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        dblocks("train", "dit-digits", "--data", "folder", "--folder", tmp_path / "nowhere", "--out", tmp_path / "run")
-    assert "needs folder=" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    arguments = "--data", "folder", "--data-folder", tmp_path / "nowhere", "--out", tmp_path / "run"
+    fails(capsys, "train", "dit-digits", *arguments)
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_foreign_model_file_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="not written by"):
-        load_model(tmp_path / "a.safetensors")
-    (tmp_path / "b.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="not a sound"):
-        load_model(tmp_path / "b.safetensors")
+def test_a_foreign_model_folder_is_refused(tmp_path, capsys):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b"}}))
+    assert "foreign" in fails(capsys, "predict", tmp_path, "a.png")
 
 
-def test_a_classifier_has_no_alphabet(folder, tmp_path):
-    dblocks("export", folder, "--to", tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="holds no language model"):
-        load_alphabet(tmp_path / "model.safetensors")
-
-
-def test_predictions_of_garbage_config_are_refused(tmp_path):
+def test_a_garbage_config_is_refused(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("blocks: [")
-    with pytest.raises(SystemExit):
-        dblocks("resume", tmp_path)
+    assert "config.yaml" in fails(capsys, "resume", tmp_path)
 
 
-def test_a_text_that_has_changed_is_not_read_as_the_old_one(tmp_path, capsys):
-    text = tmp_path / "words.txt"
-    text.write_text("acgt" * 400)
-    tiny = "--model.dim 16 --model.layers 2 --model.heads 2 --model.mlp 32 --steps 4 --length 16 --batch-size 4".split()
-    out = tmp_path / "run"
-    dblocks("train", "lm-text", "--text", text, *tiny, "--tune-lr", "4e-3", "--out", out)
-    dblocks("sample", out, "--count", "2", "--length", "40", "--prompt", "tag")
-    samples = (out / "samples" / "samples.txt").read_text()
-    assert samples.startswith("tag") and set(samples) <= set("acgt\ufffd\n-")
-    dblocks("export", out, "--to", tmp_path / "lm.safetensors")
-    assert load_alphabet(tmp_path / "lm.safetensors").rstrip("\ufffd") == "acgt"
-    assert load_model(tmp_path / "lm.safetensors").target.table.shape[0] == 64
-    text.write_text("bcgt" * 400)
-    for command in ("sample", "resume", "eval"):
-        assert "not those it was trained on" in fails(capsys, command, out)
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [("train vit-digits --stepz 5", "--steps"), ("train vit-digit", "vit-digits"), ("trian vit-digits", "train"),
+     ("train vit-digits --lr abc", "could not convert"), ("train", "vit-digits"),
+     ("sample x --temprature 2", "--temperature"), ("train vit-digits --precision int8", "bfloat16")],
+)  # fmt: skip
+def test_what_is_mistyped_gets_one_suggestion(arguments, suggestion, capsys):
+    assert suggestion in fails(capsys, *arguments.split())
+
+
+def help_of(capsys, *command):
+    """The options of a command, each with its help text."""
+    with pytest.raises(SystemExit) as stop:
+        dblocks(*command, "--help")
+    assert stop.value.code == 0
+    text = re.sub(r"[│╭╮╰╯─|+]|-{5,}", "", capsys.readouterr().out)  # without frames
+    entries = re.split(r"\n\s*(?=--?[a-z])", text)[1:]
+    return {
+        entry.split()[0]: re.sub(r"\(default:.*?\)|\(required\)", "", " ".join(entry.split()[1:]), flags=re.S)
+        for entry in entries
+    }
+
+
+@pytest.mark.parametrize("preset", RUNS)
+def test_every_option_of_a_preset_has_a_text(preset, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    options = help_of(capsys, "train", preset)
+    for name, text in options.items():
+        assert re.search(r"[A-Za-z]{2,} [a-z]{2,}", text), (name, text)
+    shown = [name for name in options if not name.startswith("--model.")]
+    assert len(shown) <= 32, shown
+
+
+@pytest.mark.parametrize("command", ["resume", "eval", "sample", "predict", "plot", "export"])
+def test_every_option_of_a_command_has_a_text(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for name, text in help_of(capsys, command).items():
+        assert re.search(r"[a-z]{2,} [a-z]{2,}", text), (name, text)
+
+
+def test_vit_digits_shows_at_most_thirty_options(capsys):
+    assert len([name for name in help_of(capsys, "train", "vit-digits") if not name.startswith("--model.")]) <= 30

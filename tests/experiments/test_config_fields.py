@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import tiny_all
-from diffusionblocks.experiments import commands as jobs
-from diffusionblocks.experiments.session import train
-from diffusionblocks.experiments.tasks import adapter_of
+from diffusionblocks.experiments import commands
+from diffusionblocks.experiments.tasks import task_of
+from diffusionblocks.training.devices import pick_device
 
 FLOATS = (-math.inf, -1.0, -1e-300, 0.0, 1e-300, 1.0, 2.0, 1e6, 1e30, math.inf, math.nan)
 INTS = (-1, 0, 1, 2, 7)
@@ -30,16 +30,11 @@ def values(value):
 
 
 def two_steps(config):
-    def on_step():
-        if session.step >= 2:
-            raise tiny_all.Stop
-
-    adapter = adapter_of(config)  # not the one whose data are read once: it compares them with the model
-    session = jobs.open_session(adapter)
-    try:
-        train(session, adapter.batches(session.device), on_log=lambda row: None, on_step=on_step)
-    except tiny_all.Stop:
-        pass
+    task = task_of(config)  # not the one whose data are loaded once: it compares them with the model
+    batches = task.batches(pick_device(config.device))
+    trainer = commands.trainer_of(task)
+    for step in range(2 * config.accumulate):
+        trainer.step(*batches.batch(step))
 
 
 def attempt(name, out, field, value, of_model):
@@ -87,7 +82,7 @@ def test_what_means_nothing_is_refused(field, value, tmp_path):
 
 @pytest.mark.parametrize("overlap", [5.0, 100.0, 1e6, 1e300])
 def test_a_large_overlap_is_the_whole_range(overlap, tmp_path):
-    partition = tiny_all.adapter(tiny_all.config("vit", tmp_path, overlap=overlap)).blocks().partition
+    partition = tiny_all.task(tiny_all.config("vit", tmp_path, overlap=overlap)).model().partition
     if overlap >= 100:
         assert all(partition.trained(b) == (partition.sigma_min, partition.sigma_max) for b in range(3))
     sigma = partition.draw(1, torch.rand(64))
@@ -97,4 +92,4 @@ def test_a_large_overlap_is_the_whole_range(overlap, tmp_path):
 @pytest.mark.parametrize("device", ["meta", "mps", "cuda:99", "tpu9", "xpu", ""])
 def test_a_device_that_cannot_train_is_refused(device):
     with pytest.raises(ValueError, match=f"device={device!r}"):
-        jobs.pick_device(device)
+        pick_device(device)

@@ -1,4 +1,4 @@
-"""The published code's loss, as plain equations in float64, against DiffusionBlocks set up as that code is.
+"""The published code's loss, as plain equations in float64, against the published recipe; and each of its switches.
 
 Written out here: one block's layers with AdaLN (SiLU after the linear map), the noised label embedding
 instead of [CLS], the final LayerNorm, the preconditioned readout, mean(cross-entropy) * mean(weight).
@@ -7,62 +7,37 @@ instead of [CLS], the final LayerNorm, the preconditioned readout, mean(cross-en
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import dbkernels
+import tiny
 from diffusionblocks.blocks import DiffusionBlocks
-from diffusionblocks.denoiser import Ends
-from diffusionblocks.experiments.models.vit import ViT, ViTConfig
-from diffusionblocks.noise.density import LogNormal
-from diffusionblocks.noise.partition import make_partition
+from diffusionblocks.experiments.models.vit import ViTConfig
+from diffusionblocks.experiments.published import VotingTrainer
+from diffusionblocks.experiments.recipes import PUBLISHED
+from diffusionblocks.experiments.tasks.vit import vit_blocks
 from diffusionblocks.noise.rng import stream
-from diffusionblocks.targets.labels import ClassTarget
 
-CONFIG = ViTConfig(
-    image_size=6,
-    channels=3,
-    classes=7,
-    patch=2,
-    dim=12,
-    layers=6,
-    heads=3,
-    mlp=40,
-    cond=2,
-    gate_start=0,
-    z_gain=1,
-    silu_after=True,
-)
+CONFIG = ViTConfig(image_size=6, channels=3, num_classes=7, patch=2, dim=12, layers=6, heads=3, mlp=40, cond=2)
 SIGMA_DATA, SEED, STEP, N = 0.5, 3, 17, 9
 
 
-def published() -> DiffusionBlocks:
-    torch.manual_seed(0)
-    network = ViT(CONFIG, conditioned=True, head_norm_eps=1e-12)
-    target = ClassTarget(
-        torch.randn(CONFIG.classes, CONFIG.dim) * 0.02,
-        sigma_data=SIGMA_DATA,
-        readout="edm",
-        trainable=True,
-        normalize=True,
-    )
+def published(**switched) -> DiffusionBlocks:
+    model = vit_blocks(CONFIG, 3, recipe=replace(PUBLISHED, **switched))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # AdaLN and head start at zero, norms at one: make them count
-        for name, p in network.named_parameters():
-            if "modulation" in name or name.startswith("head"):
-                p.add_(0.4 * torch.randn(p.shape))
-    return DiffusionBlocks(
-        Ends(network.stem, network.head),
-        list(network.layers),
-        target,
-        make_partition(LogNormal(), CONFIG.layers, 3),
-        weighting="batch_mean",
-    )
+        for name, p in model.named_parameters():
+            if "modulation" in name or "head.head" in name:
+                p.add_(0.4 * torch.randn(p.shape, generator=generator))
+    return model
 
 
 def batch():
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(N, 3, 6, 6, generator=generator), torch.randint(0, CONFIG.classes, (N,), generator=generator)
+    return torch.randn(N, 3, 6, 6, generator=generator), torch.randint(0, CONFIG.num_classes, (N,), generator=generator)
 
 
 def layer_norm(h, eps):
@@ -85,16 +60,16 @@ def linear(w, name, h):
 def noise_vector(w, c_noise):
     angles = 16 * c_noise[:, None] * 10_000 ** (-torch.arange(64, dtype=torch.float64) / 64)
     h = torch.cat([angles.cos(), angles.sin()], dim=1)
-    return linear(w, "ends.stem.noise.mlp.2", silu(linear(w, "ends.stem.noise.mlp.0", h)))
+    return linear(w, "stem_head.stem.noise.mlp.2", silu(linear(w, "stem_head.stem.noise.mlp.0", h)))
 
 
 def tokens(w, x, first):
     n, p = x.shape[0], CONFIG.patch
     side = CONFIG.image_size // p
     patches = x.reshape(n, 3, side, p, side, p).permute(0, 2, 4, 1, 3, 5).reshape(n, side * side, 3 * p * p)
-    weight = w["ends.stem.patch.weight"].reshape(CONFIG.dim, -1)
-    patches = patches @ weight.T + w["ends.stem.patch.bias"]
-    return torch.cat([first[:, None], patches], dim=1) + w["ends.stem.position"]
+    weight = w["stem_head.stem.patch.weight"].reshape(CONFIG.dim, -1)
+    patches = patches @ weight.T + w["stem_head.stem.patch.bias"]
+    return torch.cat([first[:, None], patches], dim=1) + w["stem_head.stem.position"]
 
 
 def attention(w, name, h):
@@ -128,10 +103,10 @@ def loss_by_hand(w, block, x, y, sigma, eps):
     h = tokens(w, x, c_in[:, None] * z)
     for i in range(CONFIG.layers // 3):
         h = transformer_layer(w, f"blocks.{block}.layers.{i}", h, cond)
-    h = layer_norm(h[:, 0], 1e-12) * w["ends.head.norm.weight"] + w["ends.head.norm.bias"]
+    h = layer_norm(h[:, 0], 1e-12) * w["stem_head.head.norm.weight"] + w["stem_head.head.norm.bias"]
 
-    shift, scale = silu(linear(w, "ends.head.modulation.linear", cond)).split(CONFIG.dim, dim=-1)
-    logits = linear(w, "ends.head.linear", (c_out[:, None] * h + c_skip[:, None] * z) * (1 + scale) + shift)
+    shift, scale = silu(linear(w, "stem_head.head.modulation.linear", cond)).split(CONFIG.dim, dim=-1)
+    logits = linear(w, "stem_head.head.linear", (c_out[:, None] * h + c_skip[:, None] * z) * (1 + scale) + shift)
     cross_entropy = torch.log(torch.exp(logits).sum(-1)) - logits[torch.arange(len(y)), y]
     weight = total / (sigma * s) ** 2
     return cross_entropy.mean() * weight.mean()
@@ -180,9 +155,52 @@ def test_weighting_is_a_product_of_means_and_not_a_mean_of_products():
     assert ours.loss.item() != pytest.approx(float((ours.per_sample * weight).mean()), rel=1e-3)
 
 
-@pytest.mark.parametrize(("change", "factor"), [("readout", "posterior"), ("normalize", False), ("sigma_data", 0.4)])
-def test_a_difference_in_any_piece_shows(change, factor):
-    model, (x, y) = published(), batch()
-    want = model.loss(0, x, y, seed=SEED, step=STEP).loss.item()
-    setattr(model.target, change, factor)
-    assert model.loss(0, x, y, seed=SEED, step=STEP).loss.item() != pytest.approx(want, rel=1e-3)
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"readout": "posterior"},
+        {"codebook": "fixed"},
+        {"sigma_data": 0.4},
+        {"weighting": "none"},
+        {"noise": "information"},
+    ],
+)
+def test_a_difference_in_any_piece_shows(switch):
+    x, y = batch()
+    losses = [model.loss(0, x, y, seed=SEED, step=STEP).loss.item() for model in (published(), published(**switch))]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_the_raw_estimate_leaves_the_codebooks_unit_sphere():
+    x, _ = batch()
+    z = torch.randn(N, CONFIG.dim)
+    raw, trained = (published(estimate=estimate) for estimate in ("raw", "as_trained"))
+    for model, table in ((raw, raw.target.table), (trained, trained.target.embeddings())):
+        output = model.denoise(x, z, 1.0)
+        torch.testing.assert_close(output.denoised, output.raw.softmax(-1) @ table)
+    assert raw.target.table.norm(dim=-1).max() < 0.2
+    torch.testing.assert_close(trained.target.embeddings().norm(dim=-1), torch.ones(CONFIG.num_classes))
+
+
+def test_the_trajectory_starts_at_a_draw_of_noise_or_at_its_centre():
+    drawn, centre = (
+        published(start=start).target.start(5000, 3.0, seed=1, device="cpu") for start in ("noise", "mean")
+    )
+    assert float(drawn.std()) == pytest.approx(3, rel=0.02) and not centre.any()
+    assert float(drawn.mean()) == pytest.approx(0, abs=0.06)  # 60 000 numbers
+
+
+def test_a_batch_votes_for_the_block_that_owns_most_of_its_noise(tmp_path):
+    trainer = tiny.trainer(tiny.config(tmp_path, recipe="published", lr=1e-3))
+    assert isinstance(trainer, VotingTrainer)
+    y, votes = torch.zeros(4, dtype=torch.int64), set()
+    for step in range(12):
+        trainer.batches_done = step
+        block, sigma = trainer.choose(y)
+        owners = trainer.model.partition.block_of(sigma).tolist()
+        assert owners.count(block) == max(map(owners.count, owners))
+        votes.add(block)
+    assert votes == {0, 1, 2}
+    trainer.batches_done = 0
+    output = trainer.step(*tiny.RandomBatches().batch(0))
+    assert output.block == trainer.offloader.active, "its weights are the ones that moved"

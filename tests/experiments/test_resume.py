@@ -18,9 +18,11 @@ import tiny
 import tiny_all
 from diffusionblocks.checkpoint import files as checkpoint
 from diffusionblocks.checkpoint.files import CheckpointError
-from diffusionblocks.experiments import commands as jobs
-from diffusionblocks.experiments import snapshots
-from diffusionblocks.experiments.tasks import adapter_of
+from diffusionblocks.experiments import commands
+from diffusionblocks.experiments.config import to_yaml
+from diffusionblocks.experiments.run_folder import write
+from diffusionblocks.experiments.tasks import task_of
+from diffusionblocks.training.finite import NonFiniteLoss
 
 HERE = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILLS", "5"))  # of a run
@@ -29,7 +31,7 @@ KILLS = int(os.environ.get("KILLS", "5"))  # of a run
 SERVER = """
 import os, sys
 import torch, tiny_all
-from diffusionblocks import jobs
+from diffusionblocks.experiments import commands
 import pathlib
 for line in sys.stdin:
     pid = os.fork()
@@ -39,8 +41,8 @@ for line in sys.stdin:
         name, folder = line.split()
         folder = pathlib.Path(folder)
         changes = {"vit": dict(branch=0.3), "recurrent": dict(steps=80)}.get(name, {})
-        config = tiny_all.config(name, folder, **dict(store="disk", steps=20, checkpoint_every=4) | changes)
-        jobs.resume(folder) if (folder / "config.yaml").exists() else jobs.start(config)
+        config = tiny_all.config(name, folder, **dict(offload="disk", steps=20, checkpoint_every=4) | changes)
+        commands.resume(folder) if (folder / "config.yaml").exists() else commands.start(config)
         os._exit(0)
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -76,7 +78,7 @@ def everything(folder):
     """All that a finished run holds: tensors by part, state, metrics without clocks, results without clocks."""
     manifest = checkpoint.read_state(folder / "checkpoint")
     tensors = {part: checkpoint.load_part(folder / "checkpoint", part) for part in manifest.parts}
-    state = {k: v for k, v in manifest.state.items() if k != "seconds"}
+    state = without_clocks(manifest.state)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if k not in ("seconds", "reserved")} for row in rows]
     result = json.loads((folder / "results/block-wise.json").read_text())
@@ -125,85 +127,92 @@ def test_killed_at_random_points_a_run_ends_with_the_same_bits(name, server, tmp
 
 
 def interrupted(folder, stop_at, **changes):
-    """A run that stopped after `stop_at` steps, at its last checkpoint."""
-    config = tiny.config(folder, **changes)
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs.write(folder / "config.yaml", jobs.to_yaml(config))
-    session = jobs.open_session(adapter_of(config))
+    """A trainer whose run ended after `stop_at` steps, at its last checkpoint."""
+    config, kept = tiny.config(folder, **changes), []
+    write(folder / "config.yaml", to_yaml(config))
 
     class Stop(Exception):
         pass
 
-    original = snapshots.save
+    original = commands.RunLog.on_step_end
 
-    def stop_after(session, *args, **kwargs):
-        original(session, *args, **kwargs)
-        if session.step >= stop_at:
+    def stop_after(log, trainer, output):
+        original(log, trainer, output)
+        if trainer.steps_done >= stop_at:
+            kept.append(trainer)
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(snapshots, "save", stop_after)
+        patch.setattr(commands.RunLog, "on_step_end", stop_after)
         with pytest.raises(Stop):
-            jobs._block_wise(adapter_of(config), session, lambda row: None)
-    return session
+            commands.carry_on(task_of(config))
+    return kept[0]
+
+
+def back_at(config):
+    """A fresh trainer of a run, at its last checkpoint."""
+    return commands.open_trainer(task_of(config))[0]
 
 
 @pytest.mark.parametrize("shared", ["shared", "per_block"])
 def test_resumes_in_the_middle_of_a_visit(tmp_path, shared):
     left = interrupted(tmp_path / "a", stop_at=7, shared=shared)  # visits are 3 steps long
-    assert left.step == 7 and left.step % left.config.visit != 0
-    back = jobs.open_session(adapter_of(left.config))
-    assert back.step == 7 and back.model.partition == left.model.partition
-    for part in left.residency.parts:
-        ours, theirs = left.residency.tensors(part), back.residency.tensors(part)
-        assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
+    assert left.steps_done == 7 and left.steps_done % left.config.visit != 0
+    ours = {part: {n: t.clone() for n, t in left.offloader.tensors(part).items()} for part in left.offloader.parts}
+    scalars = {name: part.scalars() for name, part in left.offloader.parts.items()}
+    back = back_at(tiny.config(tmp_path / "a", shared=shared))
+    assert back.steps_done == 7 and back.model.partition == left.model.partition
+    for part, tensors in ours.items():
+        theirs = back.offloader.tensors(part)
+        assert tensors.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in tensors.items())
     assert torch.equal(left.meter.sums, back.meter.sums)
-    assert {p: o.steps for p, o in left.optimizers.items()} == {p: o.steps for p, o in back.optimizers.items()}
+    assert scalars == {name: part.scalars() for name, part in back.offloader.parts.items()}
+    assert left.loader.state_dict() == back.positions["loader"] == {"position": 7}
 
 
 def test_only_changed_blocks_are_written_again(tmp_path):
-    session = interrupted(tmp_path / "a", stop_at=7)
+    trainer = interrupted(tmp_path / "a", stop_at=7)
     first = {p: f.file for p, f in checkpoint.read_state(tmp_path / "a/checkpoint").parts.items()}
-    session.changed = {"shared", "block_1"}
-    snapshots.save(session, tmp_path / "a/checkpoint", seconds=1.0)
+    trainer.changed = {"shared", "block_1"}
+    trainer.save(tmp_path / "a/checkpoint")
     second = {p: f.file for p, f in checkpoint.read_state(tmp_path / "a/checkpoint").parts.items()}
     assert {p for p in first if first[p] != second[p]} == {"shared", "block_1", "noise"}
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     interrupted(tmp_path / "a", stop_at=7)
-    other = tiny.config(tmp_path / "a", lr=1e-2)
-    with pytest.raises(CheckpointError, match="another config"):
-        jobs.open_session(adapter_of(other))
-    same_elsewhere = tiny.config(tmp_path / "a", store="host", checkpoint_every=100)
-    assert jobs.open_session(adapter_of(same_elsewhere)).step == 7
-    read_otherwise = tiny.config(tmp_path / "a", walk_steps=9, sampler="heun")
-    assert jobs.open_session(adapter_of(read_otherwise)).step == 7
+    for change in (dict(overlap=0.2), dict(batch_size=8), dict(ema=0.5)):
+        with pytest.raises(CheckpointError, match="another config"):
+            back_at(tiny.config(tmp_path / "a", **change))
+    with pytest.raises(CheckpointError, match="saved with seed=0"):
+        back_at(tiny.config(tmp_path / "a", seed=1))
+    for change in (dict(offload="cpu", checkpoint_every=100), dict(sampling_steps=9, sampler="heun"), dict(lr=1e-2)):
+        assert back_at(tiny.config(tmp_path / "a", **change)).steps_done == 7
 
 
 def test_a_bad_loss_leaves_the_last_checkpoint_as_it_was(tmp_path):
-    session = interrupted(tmp_path / "a", stop_at=7)
+    trainer = interrupted(tmp_path / "a", stop_at=7)
     before = checkpoint.read_state(tmp_path / "a/checkpoint")
-    session.first_bad.fill_(9)
-    with pytest.raises(RuntimeError, match="last checkpoint is intact"):
-        snapshots.save(session, tmp_path / "a/checkpoint", seconds=1.0)
+    trainer.watch.first_bad.fill_(9)
+    with pytest.raises(NonFiniteLoss, match="not finite at step 9"):
+        trainer.save(tmp_path / "a/checkpoint")
     assert checkpoint.read_state(tmp_path / "a/checkpoint") == before
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
-    session = interrupted(tmp_path / "a", stop_at=7)
+    interrupted(tmp_path / "a", stop_at=7)
     manifest = checkpoint.read_state(tmp_path / "a/checkpoint")
     path = tmp_path / "a/checkpoint" / manifest.parts["block_1"].file
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=path.name):
-        jobs.open_session(adapter_of(session.config))
+        back_at(tiny.config(tmp_path / "a"))
 
 
 def test_a_run_is_not_started_over_another(tmp_path):
     interrupted(tmp_path / "a", stop_at=7)
     with pytest.raises(ValueError, match="already holds a run"):
-        jobs.start(tiny.config(tmp_path / "a"))
+        commands.start(tiny.config(tmp_path / "a"))
     with pytest.raises(CheckpointError, match="not a run folder"):
-        jobs.resume(tmp_path / "empty")
+        commands.resume(tmp_path / "empty")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,60 +14,72 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ..training.memory import CATEGORIES, parse_bytes, readable
-from . import commands as jobs
+from .. import __version__
+from ..training.finite import NonFiniteLoss
+from ..training.memory import parse_bytes, readable
+from . import commands
 from . import export as exporting
 from .config import TrainConfig
-from .plan import plans, smallest_fit
+from .interrupts import Stopped
+from .parsing import parse, presets_of
+from .plan import plan_of
 from .plotting import plots
 from .predict import predict as predict_images
-from .presets import RUNS
-from .session import NonFiniteLoss
-from .tasks import adapter_of
+from .run_folder import new_folder, read_config
+from .tasks import task_of
 from .tasks.base import Metric
+
+Folder = Annotated[Path, tyro.conf.Positional]
+console = Console()
+SHOWN = 400  # characters of sampled text that are printed
 
 if TYPE_CHECKING:
     Run = TrainConfig
 else:
-    Run = tyro.extras.subcommand_type_from_defaults(
-        {name: config for name, (_, config) in RUNS.items()},
-        {name: text for name, (text, _) in RUNS.items()},
-        prefix_names=False,
-    )
-FLAGS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
-Folder = Annotated[Path, tyro.conf.Positional]
-console = Console()
+    Run = None  # the presets as subcommands: `_presets` makes it
 
 
-def train(config: Annotated[Run, tyro.conf.arg(name="")]) -> None:
-    """Train block by block, and the baselines beside it; results and pictures go into the run folder.
+def train(config: Annotated[Run, tyro.conf.arg(name="")], overwrite: bool = False) -> None:
+    """Train a preset block by block, and the baselines beside it; results and pictures go into the run folder.
+
+    `--config FILE.yaml` takes settings from a run's config.yaml or one like it; options override it.
 
     Args:
-        config: the run.
+        config: The preset and its settings.
+        overwrite: Remove the run that the folder already holds.
     """
-    report(config, jobs.start(config))
+    with _explained(config.out):
+        report(config, commands.start(config, overwrite=overwrite))
 
 
-def resume(folder: Folder) -> None:
+def resume(folder: Folder, lr: float | None = None, steps: int | None = None, clip: float | None = None) -> None:
     """Go on with a run from its last checkpoint, bit for bit.
 
     Args:
-        folder: the run folder.
+        folder: The run folder.
+        lr: A new learning rate, e.g. after a loss that isn't finite.
+        steps: A new number of end-to-end steps, to lengthen a run.
+        clip: A new largest norm of the gradients.
     """
-    report(jobs.read_config(folder), jobs.resume(folder))
+    given = {"lr": lr, "steps": steps, "clip": clip}
+    changes = {name: value for name, value in given.items() if value is not None}
+    with _explained(folder):
+        summary = commands.resume(folder, **changes)
+        report(read_config(folder), summary)
 
 
 def evaluate(folder: Folder, split: Literal["test", "val"] = "test", steps: int | None = None) -> None:
-    """What a run's last checkpoint is worth, in its architecture's terms.
+    """Evaluate a run's last checkpoint (accuracy, Fréchet distance or bits per character).
 
     Args:
-        folder: the run folder.
-        split: of the data.
-        steps: steps of the walk; the run's own by default.
+        folder: The run folder, or one that `dblocks export` wrote.
+        split: Split of the data.
+        steps: Steps of the sampling trajectory; the run's own by default.
     """
     at_least_one(steps=steps)
-    adapter, walker = jobs.open_run(folder)
-    show(adapter.metric, adapter.evaluate(walker, split, steps=steps))
+    task, model = commands.open_run(folder)
+    task.check_data()
+    show(task.metric, task.evaluate(model, split, steps=steps))
 
 
 def sample(
@@ -84,50 +98,62 @@ def sample(
     label: int | None = None,
     judge: str | None = None,
 ) -> None:
-    """Samples of a run's last checkpoint, and how they came about.
+    """Sample from a run's last checkpoint; also writes the denoising trajectory.
 
     Args:
-        folder: the run folder.
-        to: where to write them; the run folder's samples/ by default.
-        count: how many.
-        seed: of the noise they start from.
-        steps: steps of the walk; the run's own by default.
-        prompt: text to go on with; for masked text it may have gaps to fill, each place a \u2591.
-        length: characters of a text, behind the prompt, for masked text with it.
-        temperature: of the network's distribution over tokens.
-        top_k: keep only the likeliest tokens, so many.
-        top_p: keep only the likeliest tokens, of this probability together.
-        guidance: of images, how many times what the class changes counts; the run's own by default.
-        sampler: of images; the run's own by default.
-        label: images of this class alone.
-        judge: a pretrained network that judges them against the test split, into judge.json: for text a GPT-2 or BERT
-            of transformers, by name or folder (MAUVE); for images "inception" (FID and KID). Take thousands.
+        folder: The run folder, or one that `dblocks export` wrote.
+        to: Folder to write to, the run folder's samples by default; if it holds files, the next of to-2, to-3, ...
+        count: Number of samples.
+        seed: Seed of the noise they start from.
+        steps: Steps of the sampling trajectory; the run's own by default.
+        prompt: Text to continue; for masked models write \u2591 for each character to fill in.
+        length: Characters to generate (masked models: total length including the prompt).
+        temperature: Divides the logits of tokens.
+        top_k: Keep only the k likeliest tokens.
+        top_p: Keep only the likeliest tokens, of this total probability.
+        guidance: Classifier-free guidance scale (images only); the run's own by default.
+        sampler: Sampler (images only); the run's own by default.
+        label: Only images of this class.
+        judge: Also write judge.json, which takes the run's data. For text "ngram" (bits under a model of the training
+            text), or a GPT-2 or BERT of transformers, by name or folder (MAUVE); for images "inception" (FID and KID).
+            Take thousands.
     """
     at_least_one(count=count, steps=steps)
-    adapter, walker = jobs.open_run(folder)
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance must be 0 or more, got {guidance}")
+    task, model = commands.open_run(folder)
     of_texts = dict(prompt=prompt, length=length, temperature=temperature, top_k=top_k, top_p=top_p)
     of_images = dict(guidance=guidance, sampler=sampler, label=label)
     given = dict(steps=steps, judge=judge, **of_texts, **of_images)
     options = {name: value for name, value in given.items() if value is not None}
-    for path in jobs.sample(adapter, walker, to or folder / "samples", count=count, seed=seed, **options):
-        print(path)
+    target = new_folder(to or folder / "samples")
+    try:
+        commands.sample(task, model, target, count=count, seed=seed, **options)
+    finally:  # what was written before an error, e.g. of the judge, stays
+        for path in sorted(target.iterdir()) if target.exists() else ():
+            print(path)
+            if path.name == "samples.txt":
+                text = path.read_text(encoding="utf-8")
+                print(text[:SHOWN] + ("..." if len(text) > SHOWN else ""))
 
 
 def at_least_one(**numbers: int | None) -> None:
-    """Raise ValueError if a number is given that is less."""
+    """Raise ValueError if a number is given that is less than 1."""
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
 
 
 def predict(folder: Folder, images: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:
-    """Labels of image files, one JSON object a line: file, label, probability.
+    """Label image files: one JSON object per line with file, label and probability.
+
+    The probability is that of the trajectory's last step; it can be near 1 for a wrong label, too.
 
     Args:
-        folder: the run folder.
-        images: files of the size the model was trained on.
+        folder: The run folder, or one that `dblocks export` wrote.
+        images: Files of the size the model was trained on.
     """
-    for line in predict_images(*jobs.open_run(folder), images):
+    for line in predict_images(*commands.open_run(folder), images):
         print(json.dumps(line))
 
 
@@ -135,39 +161,36 @@ def plot(folder: Folder) -> None:
     """Draw a finished run's pictures again.
 
     Args:
-        folder: the run folder.
+        folder: The run folder.
     """
     for path in plots.draw(folder):
         print(path)
 
 
 def export(folder: Folder, to: Path) -> None:
-    """Write a run's averaged weights as one safetensors file; diffusionblocks.load_model reads it back.
+    """Write a run's averaged weights, its config and what else using them takes: eval, sample and predict read it.
 
     Args:
-        folder: the run folder.
-        to: the file to write, ending in .safetensors.
+        folder: The run folder.
+        to: Folder to write, in the sharded layout of Hugging Face.
     """
-    exporting.export(*jobs.open_run(folder), to)
+    exporting.export(*commands.open_run(folder), to)
     print(to)
 
 
 def show_plan(config: Annotated[Run, tyro.conf.arg(name="")], memory: str | None = None) -> None:
-    """The bytes a run will take on its device, by category, for every number of blocks.
+    """Print the bytes a preset will take on its device, by category, for every number of blocks.
 
     Args:
-        config: the run.
-        memory: also name the smallest number of blocks that fits, e.g. 24GiB.
+        config: The preset and its settings.
+        memory: Also name the smallest number of blocks that fits, e.g. 24GiB.
     """
-    rows = plans(adapter_of(config), jobs.pick_device(config.device))
-    title = f"{config.architecture}, batch {config.batch_size}, shared={config.shared!r}"
-    table = Table("B", *CATEGORIES, "total", title=title)
-    for blocks, usage in rows.items():
-        table.add_row(str(blocks), *(readable(usage.by_category[c]) for c in CATEGORIES), readable(usage.total))
-    console.print(table)
-    if memory:
-        fit = smallest_fit(rows, parse_bytes(memory))
-        least = min(usage.total for usage in rows.values())
+    limit = None if memory is None else parse_bytes(memory)
+    plan = plan_of(task_of(config))
+    print(f"{config.architecture}, batch {config.batch_size}, shared={config.shared!r}\n{plan}")
+    if limit is not None:
+        fit = plan.smallest(limit)
+        least = min(usage.total for usage in plan.rows.values())
         print(f"B = {fit} fits in {memory}" if fit else f"nothing fits in {memory}: the least is {readable(least)}")
         if not fit:
             sys.exit(1)
@@ -175,7 +198,7 @@ def show_plan(config: Annotated[Run, tyro.conf.arg(name="")], memory: str | None
 
 def report(config: TrainConfig, summary: dict[str, Any]) -> None:
     """Print a run's table."""
-    metric = adapter_of(config).metric
+    metric = task_of(config).metric
     table = Table("training", f"test {metric.label}", "val", "seconds", "memory", "plan", title=str(config.out))
     for name, result in summary["results"].items():
         memory = readable(sum(result["memory"].values()))
@@ -187,22 +210,42 @@ def report(config: TrainConfig, summary: dict[str, Any]) -> None:
 
 
 def show(metric: Metric, result: dict[str, Any]) -> None:
-    """Print what an evaluation found: its numbers, the walk, the information bound."""
+    """Print an evaluation: its numbers, the trajectory, the information bound."""
     numbers = {k: v for k, v in result.items() if isinstance(v, float) and k not in (metric.key, "bound_bits")}
     console.print(f"{metric.label} {result[metric.key]:.4g}", *(f"{k} {v:.4g}" for k, v in numbers.items()), sep="; ")
-    if "walk" in result:
-        walk = Table("step", "sigma", "block", metric.label, title="along the walk")
-        for step in result["walk"]:
-            walk.add_row(str(step["step"]), f"{step['sigma']:.4g}", str(step["block"]), f"{step[metric.key]:.2f}")
-        console.print(walk)
+    if "trajectory" in result:
+        steps = Table("step", "sigma", "block", metric.label, title="along the trajectory")
+        for step in result["trajectory"]:
+            steps.add_row(str(step["step"]), f"{step['sigma']:.4g}", str(step["block"]), f"{step[metric.key]:.2f}")
+        console.print(steps)
     if "bound_bits" in result:
         regret = ", ".join(f"{bits:+.3f}" for bits in result["regret_bits"])
         console.print(f"information bound {result['bound_bits']:.3f} bits; regret by block {regret}")
 
 
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Say how to go on after a training that ended early, and exit as shells expect."""
+    try:
+        yield
+    except Stopped as stop:
+        how = "saved" if stop.saved else "this baseline begins anew"
+        print(f"{stop}; {how}. Go on with: dblocks resume {folder}", file=sys.stderr)
+        sys.exit(128 + stop.number)
+    except NonFiniteLoss as error:
+        kept = (folder / "checkpoint" / "manifest.json").exists()
+        way = f"dblocks resume {folder} --lr LOWER" if kept else "train again with a lower --lr, and --overwrite"
+        print(f"dblocks: {error}. Go on with: {way}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main() -> None:
     """Parse the command line and run the command; an error a user can mend is one line and exit code 2."""
-    commands: dict[str, Callable[..., Any]] = {
+    arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        print(f"diffusionblocks {__version__}")
+        return
+    table: dict[str, Callable[..., Any]] = {
         "train": train,
         "resume": resume,
         "eval": evaluate,
@@ -213,7 +256,17 @@ def main() -> None:
         "plan": show_plan,
     }
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="dblocks", description=__doc__, config=FLAGS)
-    except (ValueError, TypeError, OSError, ImportError, NonFiniteLoss) as error:
+        presets = presets_of(arguments)
+        for command in (train, show_plan):
+            command.__annotations__["config"] = Annotated[presets, tyro.conf.arg(name="")]
+        parse(table, arguments, __doc__ or "")()
+    except KeyboardInterrupt:
+        print("dblocks: stopped", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        named = f": {error.filename}" if error.filename else ""
+        print(f"dblocks: {error.strerror or error}{named}", file=sys.stderr)
+        sys.exit(2)
+    except (ValueError, TypeError, ImportError) as error:
         print(f"dblocks: {error}", file=sys.stderr)
         sys.exit(2)

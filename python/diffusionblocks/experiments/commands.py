@@ -1,283 +1,254 @@
-"""The jobs behind the commands: each reads or fills a run folder."""
+"""What the commands do: start, resume, evaluate and sample a run folder."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import os
-import platform
 import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import torch
-
-from ..checkpoint import files as checkpoint
+from ..blocks import DiffusionBlocks
+from ..checkpoint import files
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.lock import run_lock
-from ..checkpoint.manifest import package_version
-from ..sampling.sampler import Walker
-from ..training.offload import Residency
-from . import snapshots
-from .baselines import end_to_end as baselines
+from ..training.devices import pick_device
+from ..training.offload import Offloader
+from ..training.progress import Progress
+from ..training.state import load_averages
+from ..training.trainer import StepOutput, Trainer
+from .baselines import end_to_end
 from .baselines.forward_forward import forward_forward
 from .baselines.noprop import noprop
-from .config import TrainConfig, from_yaml, to_dict, to_yaml
-from .plan import plan
+from .config import TrainConfig, to_dict, to_yaml
+from .export import is_exported, open_exported
+from .interrupts import Interrupts, Stopped
+from .plan import plan_of
 from .plotting import plots
-from .progress import Progress
-from .session import Session, store, train
-from .tasks import adapter_of
-from .tasks.base import Adapter, Row
-from .tasks.vit import ViTAdapter
+from .run_folder import (
+    clear,
+    identity,
+    machine,
+    naming,
+    peak_memory,
+    read_config,
+    read_facts,
+    result_file,
+    trim_metrics,
+    with_absolute_paths,
+    write,
+)  # fmt: skip
+from .tasks import Task, task_of
+from .tasks.base import Loader, Row
 
-OTHERS = {"forward-forward": forward_forward, "noprop": noprop}  # that train without backpropagation through all layers
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the GPU if there is one. Raises: ValueError if it isn't there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r} is none that PyTorch knows; use 'cpu', 'cuda' or 'auto'") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={name!r} can't train; use 'cpu', 'cuda' or 'auto'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r} but this PyTorch sees no GPU; use device='cpu' or 'auto'")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r} but there are {torch.cuda.device_count()} GPUs; count from cuda:0")
-    return device
+OTHERS = {"forward-forward": forward_forward, "noprop": noprop}  # train without backpropagation through all layers
 
 
-def start(config: TrainConfig) -> Row:
-    """Run a config from the beginning; returns the summary.
+def start(config: TrainConfig, *, overwrite: bool = False) -> Row:
+    """Run a config from the beginning; return the summary.
 
-    Raises: ValueError if its folder already holds a run; RunLocked if another process is starting one there.
+    overwrite: Remove the run that its folder already holds.
+    Raises: ValueError if its folder already holds a run; RunLocked if another process is training there.
     """
-    _check_free(config.out)
-    adapter = adapter_of(config)
-    adapter.batches(pick_device(config.device))  # what can't be read or made must not leave a folder that holds a run
-    adapter.blocks()
+    if not overwrite:
+        _check_free(config.out)
+    config = with_absolute_paths(config)
+    task = task_of(config)
+    task.batches(pick_device(config.device))  # load the data and build the model first, so that a failure leaves no run
+    task.model()
     config.out.mkdir(parents=True, exist_ok=True)
     with run_lock(config.out):
+        if overwrite:
+            clear(config.out)
+            config.out.mkdir(parents=True, exist_ok=True)
         _check_free(config.out)
-        if adapter.data:
-            write(config.out / "data.json", json.dumps({"train_sha256": adapter.data.fingerprint()}) + "\n")
+        write(config.out / "facts.json", json.dumps(task.facts, indent=1))
         write(config.out / "config.yaml", to_yaml(config))
-        return carry_on(adapter)
+        try:
+            return carry_on(task)
+        finally:
+            log = config.out / "metrics.jsonl"
+            if not (config.out / "checkpoint").exists() and not (log.exists() and log.stat().st_size):
+                clear(config.out)  # no step was made
 
 
 def _check_free(folder: Path) -> None:
     if (folder / "config.yaml").exists():
-        raise ValueError(f"{folder} already holds a run: `dblocks resume {folder}`, or choose another --out")
+        raise ValueError(f"{folder} already holds a run: `dblocks resume {folder}`, another --out, or --overwrite")
 
 
-def resume(folder: Path) -> Row:
-    """Go on with a run from its last checkpoint, bit for bit as if it had never stopped; returns the summary.
+def resume(folder: Path, **changes: Any) -> Row:
+    """Go on with a run from its last checkpoint, bit for bit as if it had never stopped; return the summary.
 
-    Raises: CheckpointError if the folder holds no run; RunLocked if another process trains there.
+    changes: New values of settings in CHANGEABLE, recorded in the run; a run that had ended trains on.
+    Raises: CheckpointError if the folder holds no run, or its data have changed; RunLocked if another process trains
+        there.
     """
     read_config(folder)  # before the lock's file is made in a folder that holds no run
     with run_lock(folder):
-        checkpoint.sweep(folder / "checkpoint")
-        return carry_on(open_adapter(folder))
+        files.sweep(folder / "checkpoint")
+        config = read_config(folder)
+        task = task_of(config, read_facts(folder))
+        task.check_data()
+        if changes:
+            task.config = _changed(config, changes)
+        return carry_on(task)
 
 
-def open_adapter(folder: Path) -> Adapter:
-    """A run's architecture and data. Raises: CheckpointError if it holds no run, or its data have changed since."""
-    adapter, told = adapter_of(read_config(folder)), folder / "data.json"
-    if told.exists() and json.loads(told.read_text())["train_sha256"] != adapter.data.fingerprint():
-        raise CheckpointError(f"the data of {folder} are not those it was trained on: put them back, or start anew")
-    return adapter
+def _changed(config: TrainConfig, changes: Row) -> TrainConfig:
+    """Record new settings in a run's folder, and remove the results that they make untrue."""
+    new, done = dataclasses.replace(config, **changes), 0
+    if (config.out / "checkpoint" / files.MANIFEST).exists():
+        done = files.read_state(config.out / "checkpoint").state["step"]
+    if "steps" in changes and (new.total_steps or 0) < done:
+        raise ValueError(f"steps={changes['steps']} makes {new.total_steps} block-wise steps, and {done} are done")
+    if "steps" in changes and config.branch:
+        raise ValueError("steps: a run with branch can't change it, the blocks branch at a share of the steps")
+    with (config.out / "changes.jsonl").open("a") as file:
+        file.write(json.dumps({"step": done, **changes}) + "\n")
+    write(config.out / "config.yaml", to_yaml(new))
+    for name in ("block-wise", *(config.baseline if "steps" in changes else ())):  # baselines train as many steps
+        result_file(config, name).unlink(missing_ok=True)
+    return new
 
 
-def carry_on(adapter: Adapter) -> Row:
+def carry_on(task: Task) -> Row:
     """Train what is not trained yet, block-wise and the baselines; then summary and pictures."""
-    config = adapter.config
-    session = open_session(adapter)
+    config = task.config
+    trainer, seconds = open_trainer(task)
     log = config.out / "metrics.jsonl"
-    finished = {name: path for name in ("block-wise", *config.baseline) if (path := _result(config, name)).exists()}
-    _trim(log, session.step, finished)
-    with Progress(config) as progress, log.open("a") as lines:
-
-        def on_log(row: Row) -> None:
-            lines.write(json.dumps(row) + "\n")
-            lines.flush()
-            progress.show(row)
-
-        for name in ("block-wise", *config.baseline):
-            if name not in finished:
-                write(_result(config, name), json.dumps(_run(name, adapter, session, on_log)))
-    summary = summarize(session)
+    names = ("block-wise", *config.baseline)
+    finished = [name for name in names if result_file(config, name).exists()]
+    trim_metrics(log, trainer.steps_done, finished)
+    with log.open("a") as lines, Interrupts().watched() as interrupts:
+        for name in (n for n in names if n not in finished):
+            run = RunLog(name, lines, config, interrupts, seconds if name == "block-wise" else 0.0)
+            row = _block_wise(task, trainer, run) if name == "block-wise" else _baseline(name, task, run)
+            write(result_file(config, name), json.dumps(row))
+    summary = summarize(task, trainer)
     write(config.out / "summary.json", json.dumps(summary, indent=1))
     shutil.rmtree(config.out / "waiting", ignore_errors=True)
     plots.draw(config.out)
     return summary
 
 
-def open_session(adapter: Adapter) -> Session:
-    """A session for the adapter's config: at its last checkpoint if there is one, else at the start."""
-    config = adapter.config
-    device = pick_device(config.device)
-    session = Session(adapter.blocks(), config, device=device, folder=config.out / "waiting")
-    if (config.out / "checkpoint" / checkpoint.MANIFEST).exists():
-        session.seconds = snapshots.restore(session, config.out / "checkpoint")
-    return session
+def trainer_of(task: Task) -> Trainer:
+    """Return a fresh trainer of a task, with waiting blocks in its run folder."""
+    return task.trainer(task.model(), dataclasses.replace(task.config, folder=task.config.out / "waiting"))
 
 
-def open_run(folder: Path) -> tuple[Adapter, Walker]:
-    """A run's architecture, and the averaged weights of its last checkpoint, a block at a time on the device, without
-    moments: nothing of it stays in the folder.
+def open_trainer(task: Task) -> tuple[Trainer, float]:
+    """Return a task's trainer at its last checkpoint, if there is one, and the seconds it had trained."""
+    trainer, folder = trainer_of(task), task.config.out / "checkpoint"
+    if not (folder / files.MANIFEST).exists():
+        return trainer, 0.0
+    extra = trainer.load(folder)
+    if extra.get("run") != identity(task.config):
+        raise CheckpointError(f"{folder} was written by a run with another config; resume it with its own config.yaml")
+    return trainer, float(extra["seconds"])
 
+
+def open_run(folder: Path) -> tuple[Task, DiffusionBlocks]:
+    """Return a run's task and its model with the averaged weights of the last checkpoint, one block at a time on the
+    device; nothing is written to the run folder.
+
+    folder: A run's, or one that `export` wrote. The training data need not be there.
     Raises: CheckpointError if there is none.
     """
-    adapter = open_adapter(folder)
-    config, model, device = adapter.config, adapter.blocks(), pick_device(adapter.config.device)
-    if not (folder / "checkpoint" / checkpoint.MANIFEST).exists():
+    if is_exported(folder):
+        return open_exported(folder)
+    task = task_of(read_config(folder), read_facts(folder))
+    model, device = task.model(), pick_device(task.config.device)
+    if not (folder / "checkpoint" / files.MANIFEST).exists():
         raise CheckpointError(f"{folder} has no checkpoint yet; train it on with `dblocks resume {folder}`")
-    waiting = tempfile.TemporaryDirectory(prefix="waiting-", dir=folder)
-    residency = Residency(model, device=device, store=store(config, device), folder=Path(waiting.name))
-    weakref.finalize(residency, waiting.cleanup)
-    model.partition = snapshots.restore_averages(residency, config, folder / "checkpoint")
-    return adapter, Walker(model, residency)
+    waiting = tempfile.TemporaryDirectory(prefix="diffusionblocks-")
+    weakref.finalize(model, waiting.cleanup)
+    place = "disk" if device.type == "cpu" else "cpu"
+    load_averages(Offloader(model, device=device, offload=place, folder=Path(waiting.name)), folder / "checkpoint")
+    return task, model.eval()
 
 
-def _run(name: str, adapter: Adapter, session: Session, on_log: Callable[[Row], None]) -> Row:
-    if name == "block-wise":
-        return _block_wise(adapter, session, on_log)
+class RunLog:
+    """A trainer's callback: writes metrics and checkpoints of a run, and stops it where a signal asked for that."""
+
+    def __init__(self, name: str, lines: TextIO, config: TrainConfig, interrupts: Interrupts, seconds: float):
+        self.name, self.lines, self.config, self.interrupts = name, lines, config, interrupts
+        self.saves = name == "block-wise"
+        self.began, self.saved = time.perf_counter() - seconds, time.monotonic()
+
+    def seconds(self) -> float:
+        """Return the seconds trained so far, those before a resume among them."""
+        return time.perf_counter() - self.began
+
+    def on_log(self, trainer: Trainer, row: Row) -> None:
+        with naming(self.config.out / "metrics.jsonl", "the last checkpoint is kept"):
+            self.lines.write(json.dumps({"run": self.name, **row, "seconds": self.seconds()}) + "\n")
+            self.lines.flush()
+
+    def on_step_end(self, trainer: Trainer, output: StepOutput) -> None:
+        done, stop = trainer.steps_done, self.interrupts.number is not None
+        late = time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes
+        if self.saves and (stop or late or done % self.config.checkpoint_every == 0 or done == self.config.total_steps):
+            extra = {"seconds": self.seconds(), "run": identity(self.config)}
+            trainer.save(self.config.out / "checkpoint", extra=extra)
+            self.saved = time.monotonic()
+        if self.interrupts.number is not None:
+            raise Stopped(self.interrupts.number, self.saves)
+
+
+def _block_wise(task: Task, trainer: Trainer, log: RunLog) -> Row:
+    config = task.config
+    with Progress(config.total_steps, "block-wise") as bar:
+        trainer.callbacks += [log, bar]
+        trainer.fit(Loader(task.batches(trainer.device)), progress=False)
+    return {
+        "seconds": log.seconds(),
+        "memory": peak_memory(config),
+        "plan": plan_of(task).rows[config.blocks].by_category,
+        "val": evaluate(task, trainer, "val"),
+        "test": evaluate(task, trainer, "test"),
+    }
+
+
+def _baseline(name: str, task: Task, log: RunLog) -> Row:
+    device = pick_device(task.config.device)
     if name in OTHERS:
-        assert isinstance(adapter, ViTAdapter)  # the only config that takes them
-        return dataclasses.asdict(OTHERS[name](adapter, session.device, on_log=on_log))
-    tuned, choice = _result(session.config, "end-to-end"), None
+        return dataclasses.asdict(OTHERS[name](task, device, log))  # type: ignore[arg-type]
+    tuned, choice = result_file(task.config, "end-to-end"), None
     if name == "checkpointing" and tuned.exists():
         choice = json.loads(tuned.read_text())["choice"]
-    result = baselines.end_to_end(adapter, session.device, on_log=on_log, name=name, choice=choice)
-    return dataclasses.asdict(result)
+    return dataclasses.asdict(end_to_end.end_to_end(task, device, log, name=name, choice=choice))
 
 
-def _block_wise(adapter: Adapter, session: Session, on_log: Callable[[Row], None]) -> Row:
-    config, before, began = session.config, session.seconds, time.perf_counter()
-
-    def seconds() -> float:
-        return before + time.perf_counter() - began
-
-    def logged(row: Row) -> None:
-        on_log({"run": "block-wise", **row, "seconds": seconds()})
-
-    def stepped() -> None:
-        if session.step % config.checkpoint_every == 0 or session.step == config.total_steps:
-            snapshots.save(session, config.out / "checkpoint", seconds=seconds())
-
-    train(session, adapter.batches(session.device), on_log=logged, on_step=stepped)
-    session.seconds = seconds()
-    return {
-        "seconds": session.seconds,
-        "memory": _peak(config),
-        "plan": plan(adapter, session.device).by_category,
-        "val": evaluate(adapter, session, "val"),
-        "test": evaluate(adapter, session, "test"),
-    }
+def evaluate(task: Task, trainer: Trainer, split: str) -> Row:
+    """Evaluate a trainer's averaged weights on a split."""
+    with trainer.averages():
+        return task.evaluate(trainer.model, split)
 
 
-def evaluate(adapter: Adapter, session: Session, split: str) -> Row:
-    """What a session's averaged weights are worth on a split, in the architecture's terms."""
-    with averaged(session) as walker:
-        return adapter.evaluate(walker, split)
-
-
-@contextlib.contextmanager
-def averaged(session: Session) -> Iterator[Walker]:
-    """A session's averaged weights, to be read."""
-    with session.residency.averages():
-        yield Walker(session.model, session.residency)
-
-
-def sample(adapter: Adapter, walker: Walker, folder: Path, **options: Any) -> list[Path]:
-    """Samples by a walker's weights, written to `folder`; returns the files. The next block comes while one works."""
+def sample(task: Task, model: DiffusionBlocks, folder: Path, **options: Any) -> list[Path]:
+    """Write samples of a model to `folder`; return the files. A folder that nothing was written to is removed."""
     folder.mkdir(parents=True, exist_ok=True)
-    return adapter.sample(Walker(walker.model, walker.residency, prefetch=True), folder, **options)
+    try:
+        return task.sample(model, folder, **options)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
 
 
-def summarize(session: Session) -> Row:
-    """All results of a run folder, with what is needed to run it again."""
-    config = session.config
+def summarize(task: Task, trainer: Trainer) -> Row:
+    """Return all results of a run folder, with what is needed to run it again."""
+    config = task.config
+    names = ("block-wise", *config.baseline)
     return {
         "config": to_dict(config),
-        "machine": machine(session.device),
-        "level": session.model.target.level,
-        "partition": snapshots.partition_to_dict(session.model.partition),
-        "results": {name: json.loads(_result(config, name).read_text()) for name in ("block-wise", *config.baseline)},
+        "machine": machine(trainer.device),
+        "level": trainer.model.target.level,
+        "partition": trainer.model.partition.to_dict(),
+        "results": {name: json.loads(result_file(config, name).read_text()) for name in names},
     }
-
-
-def machine(device: torch.device) -> Row:
-    """What a figure was measured on."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusionblocks": package_version(),
-        "device": gpu or device.type,
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-    }
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def read_config(folder: Path) -> TrainConfig:
-    """The config of a run folder, writing where the folder is now. Raises: CheckpointError if it holds no run."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing: {folder} is not a run folder; start one with `dblocks train`")
-    try:
-        return dataclasses.replace(from_yaml(path.read_text()), out=folder)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def write(path: Path, text: str) -> None:
-    """Write a whole file or nothing: aside, synced, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def _result(config: TrainConfig, name: str) -> Path:
-    return config.out / "results" / f"{name}.json"
-
-
-def _trim(log: Path, step: int, finished: Any) -> None:
-    """Drop the metrics of steps that will be run again."""
-    if not log.exists():
-        return
-    *lines, _cut_short = log.read_text().split("\n")
-    rows = [json.loads(line) for line in lines]
-    kept = [r for r in rows if r["run"] in finished or (r["run"] == "block-wise" and r["step"] <= step)]
-    write(log, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def _peak(config: TrainConfig) -> Row:
-    """The most bytes by category that the run's metrics hold."""
-    rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
-    mine = [row["bytes"] for row in rows if row["run"] == "block-wise"]
-    return max(mine, key=lambda bytes_: sum(bytes_.values()), default={})

@@ -1,73 +1,42 @@
-"""A trained model as one file: averaged weights, config and partition."""
+"""A trained model as a folder of its own: what save_pretrained writes, with the run's config and facts inside."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from ..blocks import DiffusionBlocks
-from ..sampling.sampler import Walker
-from . import snapshots
-from .config import from_yaml, to_yaml
-from .data.text import TextData
-from .tasks import adapter_of
-from .tasks.base import Adapter
+from ..checkpoint.files import CheckpointError
+from ..checkpoint.shards import INDEX, read_index
+from ..convert.pretrained import load
+from ..noise.partition import Partition
+from ..training.devices import pick_device
+from .config import from_dict, to_dict
+from .tasks import Task, task_of
 
-FORMAT = "diffusionblocks-model-1"
 
+def export(task: Task, model: DiffusionBlocks, to: Path) -> None:
+    """Write a model's folder, from which `open_exported` takes it and its task; no data are needed.
 
-def export(adapter: Adapter, walker: Walker, to: Path) -> None:
-    """Write a walker's weights to one safetensors file; config, partition and a text's alphabet inside.
-
-    Raises: ValueError if `to` doesn't end in .safetensors.
+    Raises: CheckpointError or OSError if the folder can't be used.
     """
-    if to.suffix != ".safetensors":
-        raise ValueError(f"to must end in .safetensors, got {to}")
-    partition = json.dumps(snapshots.partition_to_dict(walker.model.partition))
-    metadata = {"format": FORMAT, "config": to_yaml(adapter.config), "partition": partition}
-    if isinstance(adapter.data, TextData):
-        metadata["alphabet"] = adapter.data.alphabet
-    to.parent.mkdir(parents=True, exist_ok=True)
-    aside = to.with_name(to.name + ".tmp")
-    save_file(walker.weights(), aside, metadata=metadata)
-    aside.replace(to)
+    run = {"config": to_dict(task.config) | task.config.resolved(), "facts": task.facts}
+    model.save_pretrained(to, extra={"run": run})
 
 
-def load_model(path: Path | str) -> DiffusionBlocks:
-    """The model that `export` wrote, on the CPU, in evaluation mode.
+def is_exported(folder: Path) -> bool:
+    """Return whether a folder holds a model."""
+    return (folder / INDEX).exists()
 
-    Raises: ValueError if the file is damaged or another program's.
+
+def open_exported(folder: Path) -> tuple[Task, DiffusionBlocks]:
+    """Return the task and the model that `export` wrote, in evaluation mode, on the device of its config.
+
+    Raises: CheckpointError if the folder holds no such model, or a damaged one.
     """
-    metadata = _metadata(path)
-    with safe_open(path, "pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}
-    config = from_yaml(metadata["config"])
-    model = adapter_of(config).blocks()
-    model.partition = snapshots.partition_from_dict(json.loads(metadata["partition"]))
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-def load_alphabet(path: Path | str) -> str:
-    """What the tokens of an exported language model stand for: token i for character i.
-
-    Raises: ValueError if the file is damaged, another program's, or no language model's.
-    """
-    metadata = _metadata(path)
-    if "alphabet" not in metadata:
-        raise ValueError(f"{path} holds no language model, so its targets are no characters")
-    return metadata["alphabet"]
-
-
-def _metadata(path: Path | str) -> dict[str, str]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a sound safetensors file ({error}); export the run again") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by `dblocks export`; pass a file that was")
-    return metadata
+    config, _ = read_index(folder)
+    run = config.get("extra", {}).get("run")
+    if run is None:
+        raise CheckpointError(f"{folder} holds no model of a run: `dblocks export RUN --to FOLDER` writes one")
+    task = task_of(from_dict(run["config"]), run["facts"])
+    model = load(folder, task.model(Partition.from_dict(config["facts"]["partition"])))
+    return task, model.to(pick_device(task.config.device)).eval()

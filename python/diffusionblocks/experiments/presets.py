@@ -15,7 +15,7 @@ from .tasks.recurrent import RecurrentRun
 from .tasks.vit import ViTRun
 
 _FASHION = ViTConfig(image_size=28, patch=4, dim=128, layers=12, mlp=512, cond=32)
-_CIFAR = ViTConfig(image_size=32, channels=3, classes=100, patch=4, dim=128, layers=12, mlp=3072, cond=21)
+_CIFAR = ViTConfig(image_size=32, channels=3, num_classes=100, patch=4, dim=128, layers=12, mlp=3072, cond=21)
 
 RUNS: dict[str, tuple[str, TrainConfig]] = {
     "vit-digits": ("8x8 digits, embedded; minutes on two CPU cores", ViTRun()),
@@ -45,7 +45,7 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
         ViTRun(
             data="tiny-imagenet", out=Path("runs/vit-tiny-imagenet"), blocks=2, steps=390_000, batch_size=128,
             lr=5e-4, ema=0.999, checkpoint_every=5000, augment=True,
-            model=replace(_CIFAR, image_size=64, patch=8, classes=200, dim=192, cond=32),
+            model=replace(_CIFAR, image_size=64, patch=8, num_classes=200, dim=192, cond=32),
         ),
     ),
     "lm-text": ("text by characters, autoregressive: Python's help, embedded", CausalLMRun()),

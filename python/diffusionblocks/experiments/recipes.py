@@ -1,4 +1,4 @@
-"""The recipes: the paper's constants with its code's semantics, and the corrected default; a field a difference."""
+"""The recipes of class targets: the published code's, and the corrected default; one field per difference."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True)
 class Recipe:
-    """How blocks are trained and walked, for a class target. Each field is one difference between the two recipes.
+    """How blocks of a class target are trained and sampled.
 
-    noise: where training noise is drawn: "information" (equal information, started from the codebook's closed form and
-      measured while training) or "log_normal" (EDM's constants for images).
-    codebook: label embeddings "fixed" (orthonormal) or "learned".
-    sigma_data: 0 means 1/sqrt(width), the codebook's true root mean square; the paper's is 0.5.
-    readout: how logits are read, see ClassTarget.
+    noise: Density of training noise: "information" (equal information, started from the codebook's closed form and
+        measured while training) or "log_normal" (EDM's constants for images).
+    codebook: Label embeddings "fixed" (orthonormal) or "learned" (their rows normalised).
+    sigma_data: 0 is 1/sqrt(width), the codebook's true root mean square; the paper's is 0.5.
+    readout: Logits from features h: "posterior", head(h) + (z E^T - |E|^2 / 2) / sigma^2, or "edm",
+        head(c_out h + c_skip z).
     weighting: "none", or "batch_mean": mean(loss) * mean(weight(sigma)), a broadcast in the published code.
-    estimate: D from the codebook "as_trained", or "raw": the walk leaves the normalised space it was trained in.
+    estimate: D from the codebook "as_trained", or "raw": without normalisation, outside the space trained in.
     block_choice: "balanced" (every block equally often), or "vote": noise is drawn first and the batch goes to the
-      block that most of it belongs to.
-    context: share of a batch drawn at sigma_max, where the answer must come from x alone.
-    gate_start: what AdaLN's gates start from.
-    z_gain: what c_in z is multiplied by as it enters the network.
-    silu_after: SiLU behind AdaLN's linear layer instead of before it.
-    remainder: layers that don't divide by B are "spread" or "dropped".
-    walk_start: the walk starts at "mean" (z = 0, the centre of the noise) or at a draw of "noise".
-    levels: "karras" or "probability", the walk's noise levels.
+        block that owns most of it.
+    context: Share of a batch drawn at sigma_max, where the answer must come from x alone.
+    gate_start: Value that AdaLN's gates start from.
+    z_gain: Factor of c_in z as it enters the network.
+    silu_after: SiLU after AdaLN's linear layer instead of before it.
+    remainder: Layers that don't divide by B are "spread" or "dropped".
+    start: The sampling trajectory starts at "mean" (z = 0, the centre of the noise) or at a draw of "noise".
+    levels: Noise levels of the trajectory: "karras" or "probability".
     """
 
     noise: str = "information"
@@ -40,7 +41,7 @@ class Recipe:
     z_gain: float = 0.1
     silu_after: bool = False
     remainder: str = "spread"
-    walk_start: str = "mean"
+    start: str = "mean"
     levels: str = "karras"
 
 
@@ -58,14 +59,14 @@ PUBLISHED = Recipe(
     z_gain=1.0,
     silu_after=True,
     remainder="dropped",
-    walk_start="noise",
+    start="noise",
     levels="probability",
 )
 RECIPES = {"corrected": CORRECTED, "published": PUBLISHED}
 
 
 def resolve(name: str, switch: Iterable[str] = ()) -> Recipe:
-    """The recipe `name` with the fields in `switch` taken from the other one: how each difference is ablated.
+    """Return the recipe `name` with the fields in `switch` taken from the other one, to ablate each difference.
 
     Raises: ValueError if the recipe or a field is unknown.
     """

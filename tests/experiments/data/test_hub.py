@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusionblocks.experiments.data.images import load
-from diffusionblocks.experiments.tasks.vit import ViTAdapter, ViTRun
+from diffusionblocks.experiments.tasks.vit import ViTRun, ViTTask
 
 FORMATS = {
     "cifar100": ("img", "fine_label", "test", 32, 100),
@@ -78,7 +78,7 @@ def test_hub_datasets_from_a_local_copy(hf, tmp_path, name, layout):
     train, test = write_hub(hf, tmp_path / "copy", name, layout)
     data = load(name, folder=tmp_path / "copy", val_fraction=0.2)
     _, _, _, size, classes = FORMATS[name]
-    assert (data.channels, data.image_size, data.classes) == (3, size, classes)
+    assert (data.channels, data.image_size, data.num_classes) == (3, size, classes)
     assert torch.equal(data.test.images, test) and data.test.labels.tolist() == [classes - 1 - i for i in range(5)]
     assert (len(data.train), len(data.val)) == (16, 4)
     for split in (data.train, data.val):
@@ -164,14 +164,14 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
 
 @pytest.mark.parametrize("layout", ["save_to_disk", "bare"])
 def test_any_dataset_of_images_is_read_by_its_name(hf, tmp_path, layout):
-    """Columns, size and number of classes are found; a folder with a copy stands for the name."""
-    pixels, _ = write_hub(hf, tmp_path / "mine", "tiny-imagenet", layout)
-    data = load(f"hub:{tmp_path / 'mine'}")
-    assert (data.channels, data.image_size, data.classes) == (3, 64, 200) and len(data.test) == 5
+    """Columns, size and number of classes are inferred; a folder with a copy stands for the name."""
+    pixels, _ = write_hub(hf, tmp_path / "copy", "tiny-imagenet", layout)
+    data = load(f"hub:{tmp_path / 'copy'}")
+    assert (data.channels, data.image_size, data.num_classes) == (3, 64, 200) and len(data.test) == 5
     every = torch.cat([data.train.images, data.val.images])
     assert sorted(every.flatten(1).sum(1).tolist()) == sorted(pixels.flatten(1).sum(1).tolist())
     with pytest.raises(ValueError, match=r"\(3, 64, 200\), the model \(1, 8, 10\)"):
-        ViTAdapter(ViTRun(data=f"hub:{tmp_path / 'mine'}")).data  # noqa: B018
+        ViTTask(ViTRun(data=f"hub:{tmp_path / 'copy'}")).data  # noqa: B018
     with pytest.raises(FileNotFoundError, match=r"cannot get some/one from the hub.*folder="):
         load("hub:some/one")
 

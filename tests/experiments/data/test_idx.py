@@ -27,7 +27,7 @@ def test_idx_round_trip(tmp_path_factory, shape, seed, zipped):
     array = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     path = tmp_path_factory.getbasetemp() / "round.idx"
     path.write_bytes(gzip.compress(encode(array)) if zipped else encode(array))
-    assert torch.equal(idx.read(path), array)
+    assert torch.equal(idx.load(path), array)
 
 
 @settings(deadline=None)
@@ -67,7 +67,7 @@ def test_broken_idx_files_are_refused_by_name(tmp_path, content, match):
     path = tmp_path / "broken-idx3-ubyte"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"broken-idx3-ubyte.*{match}"):
-        idx.read(path)
+        idx.load(path)
 
 
 # ---- Fashion-MNIST's four files ----
@@ -146,7 +146,7 @@ def test_idx_files_of_ones_own(tmp_path):
         kind = "idx3" if name.endswith("images") else "idx1"
         (tmp_path / f"letters-{name}-{kind}-ubyte").write_bytes(encode(array.to(torch.uint8)))
     data = load("idx", folder=tmp_path)
-    assert (data.channels, data.image_size, data.classes) == (1, 16, 4)
+    assert (data.channels, data.image_size, data.num_classes) == (1, 16, 4)
     assert torch.equal(data.test.labels, torch.arange(8) % 4) and int(data.test.images.min()) == 1
     labels_file = tmp_path / "letters-test-labels-idx1-ubyte"
     labels_file.write_bytes(encode(torch.full((8,), 2, dtype=torch.uint8)))

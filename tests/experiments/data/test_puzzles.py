@@ -32,7 +32,7 @@ def test_answers_are_those_of_an_independent_solver(task, solve, size):
     puzzle = PUZZLES[task](size)
     x, y = draw(puzzle, 200, "train", 5)
     assert x.shape == (200, puzzle.tokens) and y.shape == (200, puzzle.tokens)
-    assert int(x.min()) >= 0 and int(x.max()) == puzzle.symbols - 1 and int(y.max()) == puzzle.classes - 1
+    assert int(x.min()) >= 0 and int(x.max()) == puzzle.vocab_size - 1 and int(y.max()) == puzzle.num_classes - 1
     assert [solve(row, size) for row in x.tolist()] == y.tolist()
 
 

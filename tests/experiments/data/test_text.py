@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from diffusionblocks.experiments.data import text
-from diffusionblocks.experiments.models.layers import rotary
 
 
 def test_the_embedded_text_is_split_without_loss_or_overlap():
-    data = text.load("topics", symbols=64)
-    documents = text.read("topics")
+    data = text.load("topics", vocab_size=64)
+    documents = text.load_documents("topics")
     total = sum(map(len, documents)) + 2 * (len(documents) - 1)
     parts = [len(data.train), len(data.val), len(data.test)]
     assert sum(parts) == total > 3e5 and parts[1] == parts[2] == int(0.05 * total)
@@ -21,7 +20,7 @@ def test_the_embedded_text_is_split_without_loss_or_overlap():
 
 
 def test_text_survives_encoding_and_decoding():
-    data = text.load("topics", symbols=64)
+    data = text.load("topics", vocab_size=64)
     assert data.decode(text.encode("the value of x", data.alphabet)) == "the value of x"
     assert data.decode(text.encode("a☃b", data.alphabet)) == f"a{text.UNKNOWN}b"
 
@@ -29,24 +28,24 @@ def test_text_survives_encoding_and_decoding():
 def test_an_alphabet_smaller_than_the_vocabulary(tmp_path):
     """A network may say any of its symbols, also those that no character of the text stands for."""
     (tmp_path / "genome.txt").write_text("acgt" * 50, encoding="utf-8")
-    data = text.load(str(tmp_path / "genome.txt"), symbols=9)
+    data = text.load(str(tmp_path / "genome.txt"), vocab_size=9)
     assert data.alphabet[:4] == "acgt" and data.decode(torch.arange(9)) == data.alphabet
     assert data.decode(text.encode("tag?", data.alphabet)) == f"tag{text.UNKNOWN}"
 
 
 def test_every_split_must_have_its_windows(tmp_path):
     (tmp_path / "short.txt").write_text("acgt" * 300, encoding="utf-8")  # 60 characters to validate and to test
-    data = text.load(str(tmp_path / "short.txt"), symbols=9)
+    data = text.load(str(tmp_path / "short.txt"), vocab_size=9)
     data.check_windows(30, 2)
     with pytest.raises(ValueError, match="a split holds 60 characters, less than 2 windows of length=31"):
         data.check_windows(31, 2)
 
 
-def test_a_fingerprint_tells_texts_and_alphabets_apart(tmp_path):
+def test_facts_tell_texts_and_alphabets_apart(tmp_path):
     path, prints = tmp_path / "a.txt", []
     for content, symbols in (("acgt" * 50, 9), ("acgt" * 50, 9), ("bcgt" * 50, 9), ("acgt" * 50, 8)):
         path.write_text(content, encoding="utf-8")
-        prints.append(text.load(str(path), symbols=symbols).fingerprint())
+        prints.append(str(text.load(str(path), vocab_size=symbols).facts()))
     assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
@@ -54,32 +53,32 @@ def test_files_and_folders(tmp_path):
     (tmp_path / "a.txt").write_text("abc " * 50, encoding="utf-8")
     (tmp_path / "b.txt").write_text("äöü " * 50, encoding="utf-8")
     (tmp_path / "c.md").write_text("not read", encoding="utf-8")
-    data = text.load(str(tmp_path), symbols=8)
+    data = text.load(str(tmp_path), vocab_size=8)
     assert sum(map(len, (data.train, data.val, data.test))) == 402
-    assert len(text.read(str(tmp_path / "a.txt"))) == 1
+    assert len(text.load_documents(str(tmp_path / "a.txt"))) == 1
 
 
 def test_a_local_copy_of_a_hub_data_set(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"text": ["one", "", "three"]})
     datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "copy"))
-    assert text.read(f"hub:{tmp_path / 'copy'}") == ["one", "three"]
+    assert text.load_documents(f"hub:{tmp_path / 'copy'}") == ["one", "three"]
     datasets.DatasetDict({"train": rows.rename_column("text", "body")}).save_to_disk(str(tmp_path / "other"))
     with pytest.raises(ValueError, match="lacks a column 'text'"):
-        text.read(f"hub:{tmp_path / 'other'}")
+        text.load_documents(f"hub:{tmp_path / 'other'}")
 
 
 def test_bad_sources_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no text file"):
-        text.read(str(tmp_path / "nothing.txt"))
-    with pytest.raises(FileNotFoundError, match=r"no folder with any \.txt"):
-        text.read(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="neither a text file"):
+        text.load_documents(str(tmp_path / "nothing.txt"))
+    with pytest.raises(FileNotFoundError, match=r"nor a folder with"):
+        text.load_documents(str(tmp_path))
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not UTF-8"):
-        text.read(str(tmp_path))
+        text.load_documents(str(tmp_path))
     (tmp_path / "binary.txt").write_text("short")
     with pytest.raises(ValueError, match="too few"):
-        text.load(str(tmp_path), symbols=4)
+        text.load(str(tmp_path), vocab_size=4)
     with pytest.raises(ValueError, match="a window 9"):
         text.Windows(torch.arange(8), 9, 1, seed=0, device="cpu")
 
@@ -98,12 +97,3 @@ def test_windows_are_a_function_of_seed_and_step():
 
 def test_rows_cover_a_split_once():
     assert torch.equal(text.rows(torch.arange(11), 3), torch.arange(9).view(3, 3))
-
-
-def test_rotary_scores_depend_on_distance_alone():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 5, 8, dtype=torch.float64)
-    scores, later = (rotary(q, first) @ rotary(k, first).transpose(-1, -2) for first in (0, 7))
-    torch.testing.assert_close(scores, later, rtol=1e-5, atol=1e-5)  # angles are float32
-    torch.testing.assert_close(rotary(q).norm(dim=-1), q.norm(dim=-1), rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(scores, q @ k.transpose(-1, -2), atol=1e-2)

@@ -1,4 +1,4 @@
-"""Evaluation: a walk through all blocks, and a bound that tells a good model from a bad one."""
+"""The information bound: exact where it is known, and each block's regret at its own levels alone."""
 
 from __future__ import annotations
 
@@ -6,66 +6,103 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 import tiny
-from diffusionblocks.experiments.metrics.classification import evaluate, walk
-from diffusionblocks.experiments.session import train
-from diffusionblocks.noise.partition import step_levels
-from diffusionblocks.sampling.sampler import Walker
+from diffusionblocks import DiffusionBlocks, LabelTarget, StemHead, make_partition
+from diffusionblocks.experiments.metrics.bound import accuracy, bound, cross_entropy, held_out_loss
+from diffusionblocks.experiments.tasks.vit import ViTTask
+from diffusionblocks.noise.density import LogNormal
+
+P = torch.tensor([0.5, 0.25, 0.125, 0.125])  # of the labels: 1.75 bits
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    config = tiny.config(tmp_path_factory.mktemp("trained"), steps=120, visit=20, lr=1e-2, batch_size=64)
-    session = tiny.session(config)
-    train(session, tiny.RandomBatches(64), on_log=lambda row: None, on_step=lambda: None)
-    return session
+class Known(nn.Module):
+    """Passes x on and drops z: logits of x alone, whatever the noise."""
+
+    def forward(self, x, z, c_noise):
+        return x, c_noise
 
 
-def test_every_block_is_run_and_the_accuracy_is_the_last_steps(trained):
-    x, y = tiny.RandomBatches(300).batch(10**6)
-    with trained.residency.averages():
-        result = evaluate(Walker(trained.model, trained.residency), x, y, steps=5)
-    assert [step["block"] for step in result["walk"]] == sorted(step["block"] for step in result["walk"])
-    assert {step["block"] for step in result["walk"]} == {0, 1, 2}
-    assert result["accuracy"] == result["walk"][-1]["accuracy"] > 60
-    assert len(result["levels"]) == 32 and len(result["regret_bits"]) == 3
+class Biased(nn.Module):
+    """A layer that adds a constant to the logits."""
+
+    def __init__(self, bias: torch.Tensor):
+        super().__init__()
+        self.bias = nn.Parameter(bias.clone())
+
+    def forward(self, h, cond):
+        return h + self.bias
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
-@pytest.mark.parametrize("start", ["mean", "noise"])
-def test_samplers_and_starts_agree_on_what_is_plain(trained, sampler, start):
-    x, y = tiny.RandomBatches(300).batch(10**6)
-    with trained.residency.averages():
-        walker = Walker(trained.model, trained.residency)
-        assert evaluate(walker, x, y, steps=6, sampler=sampler, start=start)["accuracy"] > 55
+class Logits(nn.Module):
+    def features(self, h):
+        return h
+
+    def forward(self, h, cond):
+        return h
+
+
+def biased(*biases: torch.Tensor) -> DiffusionBlocks:
+    """A model of labels whose blocks have given logits, updated by Bayes' rule with z."""
+    partition = make_partition(LogNormal(), len(biases), len(biases), overlap=0)
+    layers = [Biased(bias) for bias in biases]
+    return DiffusionBlocks(StemHead(Known(), Logits()), layers, LabelTarget(4, 4), partition)
+
+
+def labels(count: int) -> torch.Tensor:
+    return torch.repeat_interleave(torch.arange(4), (P * count).long())
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_the_bound_of_bayes_rule_is_its_priors_cross_entropy_from_few_labels(count):
+    """The control variate takes off all of the sampling and integration error, which is large here."""
+    y = labels(16)
+    model = biased(torch.tensor([0.3, 0.0, -0.5, 0.1]))
+    truth = -float(torch.log_softmax(torch.tensor([0.3, 0.0, -0.5, 0.1]), 0)[y].mean())
+    for seed in range(3):
+        found = bound(model, torch.zeros(16, 4), y, count=count, seed=seed)
+        # float32 logits of up to 1 / sigma_min^2 / 2
+        assert [level["bound"] for level in found["levels"]] == pytest.approx([truth] * count, abs=1e-4)
+        assert found["bound_bits"] == pytest.approx(truth / math.log(2), abs=1e-4)
+        assert found["regret_bits"] == pytest.approx([0], abs=1e-4)
+
+
+def test_a_block_that_errs_has_its_own_regret():
+    """The middle block has a wrong prior: it pays for that, the block after it has nothing to win back."""
+    right = P.log()
+    wrong = right + torch.tensor([-1.0, 1.0, 1.0, -1.0])
+    y = labels(4000)
+    found = bound(biased(right, wrong, right), torch.zeros(4000, 4), y, count=24)
+    first, middle, last = found["regret_bits"]
+    assert first == pytest.approx(0, abs=1e-4) and last == pytest.approx(0, abs=0.02)
+    assert middle > 0.02
+    assert found["bound_bits"] == pytest.approx(1.75 + first + middle + last, abs=1e-4)
+    better = bound(biased(wrong, right, right), torch.zeros(4000, 4), y, count=24)
+    assert better["regret_bits"][1] < -0.02, "a block that knows more than the first wins bits back"
 
 
 def test_the_bound_of_an_untrained_model_is_the_entropy_of_the_labels(tmp_path):
     """Zero head and the posterior readout: exactly Bayes with a uniform prior, so the bound is log2 10 everywhere."""
-    session = tiny.session(tiny.config(tmp_path))
-    x, y = tiny.RandomBatches(4000).batch(0)
-    result = evaluate(Walker(session.model, session.residency), x, y, steps=3)
-    # sampling error of 4,000 draws (standard error of a mean of about 2 bits: 0.03) and of the integral over 32 levels
-    assert result["bound_bits"] == pytest.approx(math.log2(10), abs=0.05)
-    assert all(abs(bits) < 0.05 for bits in result["regret_bits"])
+    model = ViTTask(tiny.config(tmp_path)).model()
+    result = bound(model, *tiny.RandomBatches(50).batch(0))
+    assert result["bound_bits"] == pytest.approx(math.log2(10), abs=1e-4)
+    assert result["regret_bits"] == pytest.approx([0, 0, 0], abs=1e-4)
+    assert {level["block"] for level in result["levels"]} == {0, 1, 2}
 
 
-def test_a_split_is_evaluated_in_batches_without_changing_the_result(trained, monkeypatch):
-    x, _ = tiny.RandomBatches(50).batch(3)
-    levels = step_levels(trained.model.partition, 4)
-    walker = Walker(trained.model.eval(), trained.residency)
-    whole, parts = walk(walker, x, levels), []
-    original = walker.read
-    monkeypatch.setattr(walker, "read", lambda *args: parts.append(original(*args, batch=7)) or parts[-1])
-    # matrix products of other shapes may round otherwise; the posterior readout scales logits by 1/sigma^2, about 25
-    torch.testing.assert_close(walk(walker, x, levels)[-1]["logits"], whole[-1]["logits"], rtol=1e-4, atol=1e-3)
-    assert len(parts) == 4
+def test_held_out_losses_fall_with_the_noise(tmp_path):
+    model = ViTTask(tiny.config(tmp_path)).model()
+    x, y = tiny.RandomBatches(200).batch(0)
+    found = held_out_loss(model, x, y, count=6)
+    assert found["loss"] == pytest.approx(sum(level["loss"] for level in found["levels"]) / 6)
+    assert [level["block"] for level in found["levels"]] == [0, 0, 1, 1, 2, 2]
+    # more noise, more to guess
+    losses = [level["loss"] for level in found["levels"]]
+    assert losses == sorted(losses, reverse=True) and found == held_out_loss(model, x, y, count=6)
 
 
-def test_nothing_to_evaluate_is_an_error(trained):
-    with pytest.raises(ValueError, match="split is empty"):
-        evaluate(Walker(trained.model, trained.residency), torch.empty(0, 1, 8, 8), torch.empty(0), steps=3)
-    x, y = tiny.RandomBatches(5).batch(0)
-    with pytest.raises(ValueError, match="steps must be at least"):
-        evaluate(Walker(trained.model, trained.residency), x, y, steps=2)
+def test_cross_entropy_and_accuracy_by_hand():
+    logits, y = P.log().expand(2, 3, 4), torch.tensor([[0, 1, 2], [0, 0, 3]])
+    assert cross_entropy(logits, y) == pytest.approx((3 * 1 + 2 + 3 + 3) / 6 * math.log(2))
+    assert accuracy(logits, y) == 50

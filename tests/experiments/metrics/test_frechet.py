@@ -23,9 +23,9 @@ def exactly(mean: torch.Tensor, cov: torch.Tensor, count: int = 500) -> torch.Te
 
 
 def test_frechet_of_gaussians_by_hand():
-    zero, eye = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
-    a = exactly(zero, eye)
-    shifted = exactly(zero + torch.tensor([1.0, 2.0, 2.0]), eye, 300)
+    zero, identity = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    a = exactly(zero, identity)
+    shifted = exactly(zero + torch.tensor([1.0, 2.0, 2.0]), identity, 300)
     assert frechet(a, shifted) == pytest.approx(9, abs=1e-9)
     # diagonal covariances: the sum of (std_a - std_b)^2
     wide = exactly(zero, torch.diag(torch.tensor([4.0, 9.0, 0.25], dtype=torch.float64)))
@@ -95,11 +95,11 @@ def test_the_classifier_is_the_same_each_time(short, monkeypatch):
 
 
 def test_a_judge_is_trained_once(monkeypatch):
-    made = []
-    monkeypatch.setattr(metrics, "Judge", lambda data, device: made.append(data.name) or object())
+    trained = []
+    monkeypatch.setattr(metrics, "Judge", lambda data, device: trained.append(data.name) or object())
     metrics.judge.cache_clear()
     assert metrics.judge("digits", None, CPU) is metrics.judge("digits", None, CPU)
-    assert made == ["digits"]
+    assert trained == ["digits"]
     metrics.judge.cache_clear()
 
 
@@ -109,7 +109,7 @@ def test_worse_images_are_farther(short):
     noise = torch.randint(-150, 151, other.images.shape, generator=torch.Generator().manual_seed(0))
     noisy = Split((other.images + noise).clamp(0, 255).to(torch.uint8), other.labels)
     wrong = Split(other.images, (other.labels + 1) % 10)
-    plain, noised, mislabelled = (short.compare(real, made) for made in (other, noisy, wrong))
+    plain, noised, mislabelled = (short.compare(real, split) for split in (other, noisy, wrong))
     assert plain["real_accuracy"] > 90 and plain["class_accuracy"] > 90
     assert noised["frechet"] > 2 * plain["frechet"] and noised["class_accuracy"] < plain["class_accuracy"]
     assert mislabelled["class_accuracy"] < 10 and mislabelled["frechet"] == plain["frechet"]

@@ -14,12 +14,12 @@ from diffusionblocks.experiments.metrics.ngram import NGram
 
 @pytest.mark.parametrize("context", ["", "a", "ab", "zz", "ba"])
 def test_probabilities_sum_to_one(context):
-    judge = NGram("abacabad", order=2, symbols=6)
+    judge = NGram("abacabad", order=2, vocab_size=6)
     assert sum(judge.probability(context, symbol) for symbol in "abcdyz") == pytest.approx(1)
 
 
 def test_witten_bell_by_hand():
-    judge = NGram("aab", order=1, symbols=4)
+    judge = NGram("aab", order=1, vocab_size=4)
     unigram = (2 + 2 * 0.25) / (3 + 2)  # "a" twice of 3, 2 kinds
     assert judge.probability("", "a") == pytest.approx(unigram)
     assert judge.probability("a", "a") == pytest.approx((1 + 2 * unigram) / (2 + 2))

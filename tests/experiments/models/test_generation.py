@@ -1,8 +1,7 @@
-"""Text from noise: caches that change nothing, an ensemble, walks that draw what the network says."""
+"""Text from noise: caches that change nothing, ensembles, and samples with the network's own distribution."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
@@ -12,7 +11,7 @@ from tiny_lm import MODEL, N, blocks, kinds, noised
 
 
 @kinds
-def test_caches_give_what_training_saw(model):
+def test_caches_give_the_logits_of_training(model):
     """Group by group behind a cache, the logits are those of one pass over the whole sequence."""
     made, group = blocks(model), model.group_size
     x = torch.randint(12, (2, N))
@@ -22,32 +21,31 @@ def test_caches_give_what_training_saw(model):
         generator.extend(x[:, max(0, start - group) : start])
         for block in range(3):
             with torch.no_grad():
-                head, h, cond = made.blocks[block](x, z, level, made.target, made.ends, made.handed(block, x))
+                head, h, cond = made.blocks[block](x, *made.target.inputs(z, level), made.stem_head)
                 want = head(h, cond)[:, start : start + group].float()
                 got = generator.logits(z[:, start : start + group], torch.full((2, group), 0.3), block)
             # float64 arithmetic, sums in another order; logits are returned as float32
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_an_ensemble_says_the_mean_of_its_blocks():
-    """Trained alone, read together: by `denoise` and by the generator alike."""
+def test_an_ensemble_is_the_mean_of_its_blocks():
+    """Trained alone, decoded together: by `denoise` and by the generator alike."""
     made = blocks(MODEL, combine="mean")
     x = torch.randint(12, (2, N))
     z, level = noised(made, x)
     with torch.no_grad():
-        each = [block.logits(x, made.ends) for block in made.blocks]
+        each = [block.logits(x, made.stem_head) for block in made.blocks]
     generator = Generator(made, [1.0, 0.0], seed=0)
     generator.extend(x[:, :5])
     want = sum(each) / 3
     for block in range(3):
-        read = made.denoise(x, z, 0.3, block=block, handed=made.handed(block, x))
+        read = made.denoise(x, z, 0.3, block=block)
         # float64 arithmetic, sums in another order; logits are returned as float32
         torch.testing.assert_close(read.raw - made.target.evidence(z) / 0.3**2, want, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(generator.logits(z, level, block)[:, 0], want[:, 5], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(each[0], each[2])
-    with pytest.raises(ValueError, match=r"pass handed=model.handed\(1, x\)"):
-        made.denoise(x, z, 0.3, block=1)
-    assert made.train().handed(2, x) is None, "in training each is alone"
+    own = made.train().denoise(x, z, 0.3, block=1).raw - made.target.evidence(z) / 0.3**2
+    torch.testing.assert_close(own, each[1], rtol=1e-5, atol=1e-4)  # in training each is alone
     alone = made.loss(1, x, x, seed=0, step=0).loss
     assert torch.equal(made.eval().loss(1, x, x, seed=0, step=0).loss, alone), "and so is its loss, in any mode"
 
@@ -64,45 +62,45 @@ def test_generation_is_by_seed_and_keeps_the_prompt(model):
     assert empty.shape == (2, 8) and not torch.equal(empty[0], empty[1])
 
 
-def test_every_block_is_asked_from_high_noise_to_low(monkeypatch):
-    made, asked = blocks(MODEL), []
+def test_every_block_is_run_from_high_noise_to_low(monkeypatch):
+    made, run = blocks(MODEL), []
     original = Generator.logits
-    monkeypatch.setattr(Generator, "logits", lambda self, z, s, b: asked.append(b) or original(self, z, s, b))
+    monkeypatch.setattr(Generator, "logits", lambda self, z, s, b: run.append(b) or original(self, z, s, b))
     Generator(made, step_levels(made.partition, 6), seed=0).generate(torch.zeros(1, 0, dtype=torch.int64), 2)
-    assert asked[:6] == sorted(asked[:6]) == asked[6:] and set(asked) == {0, 1, 2}
+    assert run[:6] == sorted(run[:6]) == run[6:] and set(run) == {0, 1, 2}
 
 
-def test_walks_draw_what_the_network_says():
-    """One stream and many steps: the walk from noise has the distribution of the network's own logits."""
+def test_trajectories_have_the_networks_distribution():
+    """One stream and many steps: samples from noise have the distribution of the network's own logits."""
     made = blocks(MODEL, scale=0.0)
     logits = torch.tensor([2.0, 1.0, 0.0] + [-9.0] * 9)
     with torch.no_grad():
-        made.ends.head.linear.bias.copy_(logits)
+        made.stem_head.head.linear.bias.copy_(logits)
     tokens = Generator(made, step_levels(made.partition, 40), seed=0).generate(
         torch.zeros(4000, 0, dtype=torch.int64), 1
     )
     share = torch.bincount(tokens.flatten(), minlength=12) / 4000
-    # 4,000 draws: three standard errors of a share are 0.024; 40 Euler steps of the walk add about as much
+    # 4,000 draws: three standard errors of a share are 0.024; 40 Euler steps add about as much
     torch.testing.assert_close(share[:3], logits.softmax(0)[:3], rtol=0, atol=0.05)
 
 
-def test_an_ensemble_draws_exactly_what_it_says():
-    """Whatever the walk's steps: a walk of few would sharpen the distribution."""
+def test_an_ensemble_has_exactly_its_own_distribution():
+    """Whatever the number of steps: a trajectory of few would sharpen the distribution."""
     made = blocks(MODEL, scale=0.0, combine="mean")
     logits = torch.tensor([2.0, 1.0, 0.0] + [-9.0] * 9)
     with torch.no_grad():
-        made.ends.head.linear.bias.copy_(logits)
+        made.stem_head.head.linear.bias.copy_(logits)
     nothing = torch.zeros(20000, 0, dtype=torch.int64)
     tokens = Generator(made, step_levels(made.partition, 3), seed=0).generate(nothing, 1)
     share = torch.bincount(tokens.flatten(), minlength=12) / 20000
     # 20,000 draws: three standard errors of a share are 0.011
     torch.testing.assert_close(share[:3], logits.softmax(0)[:3], rtol=0, atol=0.011)
     only = Generator(made, [1.0, 0.0], seed=0, keep=lambda x: x.masked_fill(x < x.amax(-1, keepdim=True), -torch.inf))
-    assert only.generate(nothing, 2).eq(0).all(), "what isn't kept is not drawn"
+    assert only.generate(nothing, 2).eq(0).all(), "a filtered token must not be drawn"
 
 
 class Pairs(nn.Module):
-    """What follows is told by the token before; the first by nothing."""
+    """Logits of each token from the one before; of the first, all equal."""
 
     def __init__(self, table):
         super().__init__()
@@ -112,7 +110,7 @@ class Pairs(nn.Module):
         return torch.cat([torch.zeros(len(x), 1, self.table.shape[1]), self.table[x[:, :-1]]], 1)
 
 
-def test_ordinary_text_is_drawn_token_by_token_from_what_came_before():
+def test_ordinary_text_is_drawn_token_by_token_from_those_before():
     p = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
     network = Pairs(p.log())
     prompt = torch.tensor([[1], [2]]).expand(2, 1).repeat(2000, 1)

@@ -1,4 +1,4 @@
-"""Images from and to files: grids, which steps are shown, folders of one's own."""
+"""Generated images as files: grids with labels, trajectories, the steps that are shown."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusionblocks.experiments.data import images as data
-from diffusionblocks.experiments.models.dit import DiTConfig
-from diffusionblocks.experiments.plotting.pictures import to_pixels, write_grid
-from diffusionblocks.experiments.tasks.dit import DiTAdapter, DiTRun, spread_steps
+from diffusionblocks.experiments.plotting.pictures import CAPTION, to_pixels, write_grid, write_trajectory
+from diffusionblocks.experiments.tasks.dit import spread_steps
 
 
 def test_a_grid_by_hand(tmp_path):
@@ -26,48 +24,37 @@ def test_a_grid_by_hand(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_labels_stand_above_their_images_and_leave_them_as_they_are(tmp_path, channels):
+    images = torch.randint(256, (3, channels, 8, 8), dtype=torch.uint8)
+    plain = numpy.array(Image.open(write_grid(images, tmp_path / "plain.png", columns=2)))
+    for name, labels in {"ones": [1, 1, 1], "mixed": [1, "a name longer than its image", 1]}.items():
+        write_grid(images, tmp_path / f"{name}.png", columns=2, labels=labels)
+    ones, mixed = (numpy.array(Image.open(tmp_path / f"{name}.png")) for name in ("ones", "mixed"))
+    assert ones.shape[0] == plain.shape[0] + 2 * CAPTION and ones.shape[1:] == plain.shape[1:]
+    for row in (0, 1):
+        top = (row + 1) * CAPTION + row * 72
+        assert numpy.array_equal(ones[top : top + 72], plain[row * 72 : row * 72 + 72])
+    captions = ones[:CAPTION]
+    assert captions.min() < 100 and numpy.array_equal(captions[:, :72], captions[:, 72:]), "the same label twice"
+    assert numpy.array_equal(mixed[:CAPTION, :72], ones[:CAPTION, :72]), "a long label stays in its cell"
+    assert not numpy.array_equal(mixed[:CAPTION, 72:], ones[:CAPTION, 72:])
+    assert (ones[72 + CAPTION : 72 + 2 * CAPTION, 72:] == 255).all(), "no label without an image"
+    with pytest.raises(ValueError, match="as many as the 3 images"):
+        write_grid(images, tmp_path / "few.png", columns=2, labels=["one"])
+
+
+def test_a_trajectory_has_room_for_its_labels(tmp_path):
+    estimates = [(sigma, block, torch.zeros(2, 1, 8, 8, dtype=torch.uint8)) for block, sigma in enumerate((9.0, 0.5))]
+    plain = numpy.array(Image.open(write_trajectory(estimates, tmp_path / "plain.png", 2)))
+    path = write_trajectory(estimates, tmp_path / "labelled.png", 2, ["boot", "dress"])
+    labelled = numpy.array(Image.open(path))
+    assert labelled.shape[0] == plain.shape[0] and labelled.shape[1] > plain.shape[1] + 30
+    assert labelled[60:, :40].min() < 100, "the labels' ink"
+
+
 def test_every_block_is_shown():
     owners = [0] * 30 + [1] * 2 + [2] * 18
     shown = spread_steps(owners)
     assert {owners[i] for i in shown} == {0, 1, 2} and {29, 31, 49} <= set(shown) and len(shown) <= 12
     assert spread_steps(list(range(20))) == list(range(20))
-
-
-def test_a_folder_of_images(tmp_path):
-    generator = numpy.random.default_rng(0)
-    for kind in ("cats", "dogs"):
-        (tmp_path / kind).mkdir()
-        for i in range(20):
-            pixels = generator.integers(0, 255, (8, 8), dtype=numpy.uint8)
-            Image.fromarray(pixels).save(tmp_path / kind / f"{i}.png")
-    adapter = DiTAdapter(DiTRun(data="folder", folder=tmp_path, batch_size=8, model=DiTConfig(classes=2)))
-    assert [len(split) for split in (adapter.data.train, adapter.data.val, adapter.data.test)] == [32, 4, 4]
-    assert adapter.data.test.labels.tolist() == [0, 0, 1, 1]
-    (tmp_path / ".DS_Store").write_text("not an image")
-    (tmp_path / "cats" / ".hidden").write_text("nor this")
-    (tmp_path / "birds").mkdir()
-    assert data.load("folder", folder=tmp_path).classes == 2, "what is hidden or empty is no class"
-    labels, images = adapter.batches(torch.device("cpu")).batch(0)
-    assert images.shape == (8, 1, 8, 8) and set(labels.tolist()) <= {0, 1, 2}
-    Image.fromarray(numpy.zeros((8, 9), dtype=numpy.uint8)).save(tmp_path / "dogs" / "wide.png")
-    with pytest.raises(ValueError, match="is 9x8, not 8x8"):
-        data.load("folder", folder=tmp_path)
-    (tmp_path / "dogs" / "wide.png").unlink()
-    coloured = Image.fromarray(generator.integers(0, 255, (8, 8, 3), dtype=numpy.uint8))
-    coloured.save(tmp_path / "dogs" / "red.png")
-    assert data.load("folder", folder=tmp_path).channels == 3, "one image in colour makes all of them"
-    whole = (tmp_path / "dogs" / "red.png").read_bytes()
-    (tmp_path / "dogs" / "red.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"red\.png can't be read to its end"):
-        data.load("folder", folder=tmp_path)
-    Image.fromarray(generator.integers(0, 60000, (8, 8), dtype=numpy.uint16)).save(tmp_path / "dogs" / "red.png")
-    with pytest.raises(ValueError, match=r"red\.png has pixels of Pillow's mode 'I;16'"):
-        data.load("folder", folder=tmp_path)
-    (tmp_path / "cats" / "0.png").write_text("a text")
-    with pytest.raises(ValueError, match="is not an image file"):
-        data.load("folder", folder=tmp_path)
-    with pytest.raises(FileNotFoundError, match="needs folder="):
-        data.load("folder")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no image files"):
-        data.load("folder", folder=tmp_path / "empty")

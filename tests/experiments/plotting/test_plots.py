@@ -1,4 +1,4 @@
-"""Pictures of a run: drawn from what it wrote, changing with it; what is missing is refused by name."""
+"""Figures of a run: drawn from its files, changing with them; missing files and keys are refused by name."""
 
 from __future__ import annotations
 
@@ -6,114 +6,23 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from diffusionblocks.experiments.plotting import plots
 from diffusionblocks.noise import density
-from diffusionblocks.noise.information import information_bound
-from diffusionblocks.noise.partition import Partition, equal_mass_edges, make_partition, step_levels
-from diffusionblocks.training.memory import CATEGORIES
+from diffusionblocks.noise.partition import make_partition
+from invented_run import rows, run_of, summary, write_rows, write_run
 
-NAMES = ["loss", "levels", "walk", "memory", "partition", "bound"]
-EVERY = ("end-to-end", "checkpointing", "forward-forward")
-
-
-def evaluation(partition: Partition) -> dict[str, Any]:
-    """An evaluation as a good model of ten classes would give it."""
-    sigmas = list(equal_mass_edges(partition.density, 31))
-    owners = partition.block_of(torch.tensor(sigmas)).tolist()
-    known = [1 / (1 + s**-4) for s in sigmas]
-    entropy, error = [0.12 * k + 0.001 for k in known], [0.03 * k + 0.0001 for k in known]
-    read = information_bound(sigmas, entropy, error, owners)
-    names = ("sigma", "block", "cross_entropy", "error", "bound")
-    rows = zip(sigmas, owners, entropy, error, read.bound, strict=True)
-    steps = step_levels(partition, 8)[:-1]
-    return {
-        "accuracy": 97.2,
-        "images": 360,
-        "walk": [
-            {"step": i, "sigma": s, "block": int(partition.block_of(s)), "accuracy": 97.2 - 3 * 0.5**i}
-            for i, s in enumerate(steps)
-        ],
-        "levels": [dict(zip(names, row, strict=True)) | {"accuracy": 98.0} for row in rows],
-        "bound_bits": read.bound[-1] / math.log(2),
-        "regret_bits": [r / math.log(2) for r in read.regret],
-    }
-
-
-def summary(blocks: int = 3, baselines: tuple[str, ...] = EVERY) -> dict[str, Any]:
-    """summary.json of a run on made-up figures."""
-    log_sigma = np.linspace(math.log(0.2), math.log(14), 65)
-    noise = density.Tabulated(tuple(log_sigma), tuple(np.exp(-((log_sigma[1:] + 0.7) ** 2))))
-    partition = make_partition(noise, max(6, blocks), blocks)
-    bytes_ = dict(zip(CATEGORIES, (480_000, 477_000, 954_000, 477_000, 9_900_000), strict=True))
-    results: dict[str, Any] = {
-        "block-wise": {"test": evaluation(partition), "seconds": 60.0, "memory": bytes_, "plan": bytes_}
-    }
-    for name, accuracy in zip(EVERY, (95.4, 95.1, 71.0), strict=True):
-        if name in baselines:
-            large = {c: 2.6 * b for c, b in bytes_.items()}
-            results[name] = {"test": {"accuracy": accuracy}, "seconds": 55.0, "memory": large}
-    return {
-        "config": {"model": {"classes": 10}},
-        "partition": {
-            "edges": list(partition.edges),
-            "layers": list(partition.layers),
-            "overlap": partition.overlap,
-            "density": density.to_dict(partition.density),
-        },
-        "results": results,
-    }
-
-
-def rows(blocks: int = 3, baselines: tuple[str, ...] = EVERY) -> list[dict[str, Any]]:
-    """metrics.jsonl of a run on made-up figures."""
-    noise = np.random.default_rng(0)
-    made = []
-    for i in range(72):
-        loss = (2.2 * math.exp(-i / 15) + 0.1) * float(noise.uniform(0.7, 1.3))
-        made.append(
-            {"run": "block-wise", "step": 25 * (i + 1), "block": i % blocks, "loss": loss, "seconds": 0.8 * i,
-             "allocated": 12_000_000 + 30_000 * (i % blocks)}
-        )  # fmt: skip
-    for k, name in enumerate(baselines):
-        made += [
-            {
-                "run": name,
-                "step": 25 * (i + 1),
-                "loss": 1.0,
-                "seconds": 2.2 * i,
-                "allocated": 32_000_000 - 9_000_000 * k,
-            }
-            for i in range(24)
-        ]
-    return made
-
-
-def write_run(folder: Path, *, blocks: int = 3, baselines: tuple[str, ...] = EVERY) -> Path:
-    """A run folder without its config and checkpoint."""
-    write_rows(folder, rows(blocks, baselines))
-    (folder / "summary.json").write_text(json.dumps(summary(blocks, baselines)))
-    return folder
-
-
-def write_rows(folder: Path, lines: list[dict[str, Any]]) -> None:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+NAMES = ["loss", "levels", "trajectory", "memory", "partition", "bound"]
 
 
 def lines_of(figure: Any, axes: int, colour: str) -> list[Any]:
     return [line for line in figure.axes[axes].get_lines() if to_rgb(line.get_color()) == to_rgb(colour)]
-
-
-def run_of(folder: Path, **changes: Any) -> plots.Run:
-    return plots.read_run(write_run(folder, **changes))
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 8])
@@ -132,10 +41,10 @@ def test_a_picture_changes_with_the_data_and_only_then(tmp_path):
     before = [path.read_bytes() for path in plots.draw(tmp_path)]
     assert [path.read_bytes() for path in plots.draw(tmp_path)] == before
     changed = summary()
-    changed["results"]["block-wise"]["test"]["walk"][0]["accuracy"] = 10.0
+    changed["results"]["block-wise"]["test"]["trajectory"][0]["accuracy"] = 10.0
     (tmp_path / "summary.json").write_text(json.dumps(changed))
     after = [path.read_bytes() for path in plots.draw(tmp_path)]
-    assert [a != b for a, b in zip(after, before, strict=True)] == [name == "walk" for name in NAMES]
+    assert [a != b for a, b in zip(after, before, strict=True)] == [name == "trajectory" for name in NAMES]
 
 
 def test_losses_are_each_block_s_own(tmp_path):
@@ -148,6 +57,32 @@ def test_losses_are_each_block_s_own(tmp_path):
         (by_level,) = lines_of(plots.levels_figure(run), 0, colour)
         owned = run.partition.owned(block)
         assert all(owned.low * 0.999 <= s <= owned.high * 1.001 for s in by_level.get_xdata())
+        nats = [level["cross_entropy"] for level in run.test["levels"] if level["block"] == block]
+        np.testing.assert_allclose(by_level.get_ydata(), [n / math.log(2) for n in nats], err_msg="in bits")
+    assert plots.levels_figure(run).axes[0].get_title().endswith("(uniform guess: 3.32 bits)")
+
+
+def test_losses_are_drawn_so_that_their_end_can_be_seen(tmp_path):
+    """On a logarithmic axis where they fall tenfold, else between their limits; never from zero."""
+    falling, flat = run_of(tmp_path), run_of(tmp_path)
+    for row in flat.rows["block-wise"]:
+        row["loss"] = 3 + 0.2 * math.sin(row["step"])
+    axes = [plots.loss_figure(run).axes[0] for run in (falling, flat)]
+    assert [a.get_yscale() for a in axes] == ["log", "linear"] and axes[1].get_ylim()[0] > 2.5
+    for a, run in zip(axes, (falling, flat), strict=True):
+        losses = [row["loss"] for row in run.rows["block-wise"]]
+        assert a.get_ylim()[0] < min(losses) < max(losses) < a.get_ylim()[1], "every logged value is inside"
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 8])
+def test_legends_cover_no_data(tmp_path, blocks):
+    run = run_of(tmp_path, blocks=blocks)
+    for draw in (plots.loss_figure, plots.levels_figure, plots.trajectory_figure, plots.bound_figure):
+        figure = draw(run)
+        figure.canvas.draw()
+        (axes,) = figure.axes
+        legend, inside = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        assert legend.x0 >= inside.x1 or legend.y1 <= inside.y0, draw.__name__
 
 
 def test_a_row_logged_twice_counts_once_as_logged_last(tmp_path):
@@ -158,30 +93,38 @@ def test_a_row_logged_twice_counts_once_as_logged_last(tmp_path):
     assert len(run.rows["block-wise"]) == 72 and run.rows["block-wise"][0]["loss"] == 9.0
 
 
-def test_the_walk_shows_every_step_once_and_the_baselines(tmp_path):
+def test_the_trajectory_shows_every_step_once_and_the_baselines(tmp_path):
     run = run_of(tmp_path)
-    figure = plots.walk_figure(run)
+    figure = plots.trajectory_figure(run)
     steps = [x for colour in plots.colours_of(run) for line in lines_of(figure, 0, colour) for x in line.get_xdata()]
     assert sorted(steps) == list(range(8))
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert "end-to-end 95.4 %" in labels
-    assert "forward-forward 71.0 %" not in labels  # far below: told in words, so that the walk isn't flattened
+    assert "forward-forward 71.0 %" not in labels  # far below: written out, so that it doesn't flatten the curve
     assert any("forward-forward 71.0 %" in text.get_text() for text in figure.axes[0].texts)
     assert figure.axes[0].get_ylim()[0] > 90
 
 
-def test_a_baseline_near_the_walk_is_within_the_picture():
+def test_error_bars_are_wilson_s_standard_errors(tmp_path):
+    """Of 360 images one is 0.28 points; the interval's ends solve (p - q)^2 = q (1 - q) / n."""
+    for accuracy in (0.0, 50.0, 97.2, 100.0):
+        down, up = plots.standard_error(accuracy, 360)
+        for q in ((accuracy - down) / 100, (accuracy + up) / 100):
+            assert (accuracy / 100 - q) ** 2 == pytest.approx(q * (1 - q) / 360, abs=1e-12)
+    assert plots.standard_error(50.0, 360) == pytest.approx([100 * 0.5 / 361**0.5] * 2)
+    run = run_of(tmp_path)
+    bars = [c.get_segments() for c in plots.trajectory_figure(run).axes[0].collections]
+    heights = [b[1] - a[1] for segments in bars for a, b in segments]
+    want = [sum(plots.standard_error(step["accuracy"], 360)) for step in run.test["trajectory"]]
+    np.testing.assert_allclose(heights, want)
+    del run.test["images"]
+    bars = [c.get_segments() for c in plots.trajectory_figure(run).axes[0].collections]
+    assert all(a[1] == b[1] for segments in bars for a, b in segments), "no bars without a count"
+
+
+def test_a_baseline_near_the_trajectory_is_within_the_picture():
     low, high = plots._window([90.0, 97.0], [85.0, 20.0])
     assert 20 < low < 85 and 97 < high <= 100.5
-
-
-def test_memory_bars_add_up_and_tell_the_ratio(tmp_path):
-    run = run_of(tmp_path)
-    left, right = plots.memory_figure(run).axes
-    assert len(left.get_lines()) == 4
-    widths = [round(sum(bar.get_width() for bar in bars), 2) for bars in zip(*right.containers, strict=True)]
-    assert widths == [11.72, 11.72, 30.47, 30.47, 30.47]
-    assert [text.get_text() for text in right.texts][2] == "30.5 MiB, 2.6x"
 
 
 def test_the_partition_is_drawn_over_a_density_of_mass_one(tmp_path):
@@ -200,10 +143,10 @@ def test_the_partition_is_drawn_over_a_density_of_mass_one(tmp_path):
 
 def test_masks_are_drawn_over_time_as_it_is(tmp_path):
     write_run(tmp_path)
-    made = summary() | {"level": "t"}
+    masked = summary() | {"level": "t"}
     cut = make_partition(density.Uniform(1e-3, 1.0), 6, edges=[1, 2 / 3, 1 / 3, 1e-3], overlap=0)
-    made["partition"] |= {"edges": list(cut.edges), "density": density.to_dict(cut.density), "overlap": 0}
-    (tmp_path / "summary.json").write_text(json.dumps(made))
+    masked["partition"] |= {"edges": list(cut.edges), "density": density.to_dict(cut.density), "overlap": 0}
+    (tmp_path / "summary.json").write_text(json.dumps(masked))
     run = plots.read_run(tmp_path)
     t, height = plots._density_curve(run.partition, run.level)
     assert height == pytest.approx([1 / 0.999] * len(t)) and np.trapezoid(height, t) == pytest.approx(1, abs=0.01)

@@ -1,27 +1,25 @@
-"""The causal language model: who sees whom, an honest bound, what blocks hand on."""
+"""The causal language model: what each token attends to, the bound and the estimates, ensembles, text."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-from diffusionblocks.blocks import DiffusionBlocks
-from diffusionblocks.denoiser import Ends
-from diffusionblocks.experiments.metrics.bound import LabelReader, bound
+from diffusionblocks.experiments.metrics.bound import bound
 from diffusionblocks.experiments.metrics.language import TextOptions, estimates
-from diffusionblocks.experiments.models.causal_lm import Carry, CausalHead, CausalLayer, CausalLMConfig, CausalStem
+from diffusionblocks.experiments.models.causal_lm import CausalLMConfig
 from diffusionblocks.experiments.models.generation import Generator
-from diffusionblocks.experiments.session import Session, train
-from diffusionblocks.experiments.tasks.causal_lm import CausalLMAdapter
-from diffusionblocks.noise.density import LogNormal
+from diffusionblocks.experiments.tasks.base import Loader
+from diffusionblocks.experiments.tasks.causal_lm import CausalLMTask
 from diffusionblocks.noise.information import information_bound
-from diffusionblocks.noise.partition import make_partition, step_levels
-from diffusionblocks.sampling.sampler import Walker
-from diffusionblocks.targets.tokens import TokenTarget
-from diffusionblocks.training.offload import Residency, handed
+from diffusionblocks.noise.partition import step_levels
+from diffusionblocks.targets.base import Noised
+from diffusionblocks.training.offload import Offloader
+from tiny_all import resident
 from tiny_lm import KINDS, MODEL, N, blocks, config, kinds, noised
 
 
@@ -33,7 +31,7 @@ def test_a_token_sees_the_clean_ones_before_its_group_and_the_noise_of_its_group
 
     def features(x, z):
         with torch.no_grad():
-            return made.blocks[1](x, z, level, made.target, made.ends, made.handed(1, x)).h[0]
+            return made.blocks[1](x, *made.target.inputs(z, level), made.stem_head).h[0]
 
     before = features(x, z)
     for j in range(N):
@@ -48,33 +46,32 @@ def test_a_token_sees_the_clean_ones_before_its_group_and_the_noise_of_its_group
 
 
 @kinds
-def test_only_the_active_block_and_the_ends_learn(model):
-    made = CausalLMAdapter(config(model, shared="per_block")).blocks()
+def test_only_the_active_block_with_its_stem_and_head_learns(model):
+    made = CausalLMTask(config(model, shared="per_block")).model()
     x = torch.randint(12, (4, N))
-    before = made.handed(1, x)
-    loss = made.loss(1, x, x, seed=0, step=0, handed=before)
+    loss = made.loss(1, x, x, seed=0, step=0, error=True)
     loss.loss.backward()
     assert loss.sigma.shape == loss.error.shape == (4, N // model.group_size)
     touched = {name.split(".")[1] for name, p in made.named_parameters() if p.grad is not None}
     assert touched == {"1"}
     # a head of zeros passes no gradient on; once it has moved, all of the block learns
     with torch.no_grad():
-        made.blocks[1].ends.head.linear.weight.normal_()
-    made.loss(1, x, x, seed=0, step=0, handed=before).loss.backward()
+        made.blocks[1].stem_head.head.linear.weight.normal_()
+    made.loss(1, x, x, seed=0, step=0).loss.backward()
     idle = [name for name, p in made.blocks[1].named_parameters() if p.requires_grad and p.grad is None]
     assert not idle
-    assert all(p.grad is None for p in made.blocks[0].parameters()), "what is carried carries no gradient back"
 
 
 @kinds
-def test_the_fused_objective_is_the_loss_of_what_is_read(model):
+def test_the_fused_loss_is_that_of_the_decoded_output(model):
     made = blocks(model).float()
     x = torch.randint(12, (4, N))
     z, level = noised(made, x)
     z = z.float()
-    features = made.blocks[0](x, z, level, made.target, made.ends)
-    output = made.target.read(*features, z, level)
-    loss, error = made.target.objective(*features, z, x, level)
+    noised_ = Noised(z, *made.target.inputs(z, level))
+    features = made.blocks[0](x, noised_.scaled, noised_.c_noise, made.stem_head)
+    output = made.target.read(features, z, level)
+    loss, error = made.target.loss(features, noised_, x, level, error=True)
     # float32 logits of about 10; the readout's are divided by 0.09
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(output.raw.flatten(0, 1), x.flatten()))
     want = (output.denoised - made.target.clean(x)).square().sum(-1).view(4, -1, model.group_size).mean(-1)
@@ -83,8 +80,8 @@ def test_the_fused_objective_is_the_loss_of_what_is_read(model):
 
 @kinds
 def test_the_bound_of_an_untrained_model_is_the_entropy_of_the_alphabet(model):
-    adapter = CausalLMAdapter(config(model, evaluated=7200, length=240, text="topics"))
-    found = adapter.evaluate(Walker(adapter.blocks()), "val")
+    task = CausalLMTask(config(model, evaluated=7200, length=240, text="topics"))
+    found = task.evaluate(task.model(), "val")
     # 7,200 draws of noise, and an integral over 32 levels
     assert found["bits"] == pytest.approx(math.log2(12), abs=0.04)
     assert found["first_bits"] == pytest.approx(math.log2(12), abs=0.1)  # of an eighth of the tokens
@@ -93,24 +90,24 @@ def test_the_bound_of_an_untrained_model_is_the_entropy_of_the_alphabet(model):
     assert found["last_bits"] > 5, "the last step commits to a token that the noise chose"
 
 
-def test_what_the_ordinary_network_writes_is_judged_where_it_counts():
-    adapter = CausalLMAdapter(config(evaluated=480, length=24, text="topics"))
-    network = adapter.network()
-    test, val = (adapter.score(network, split, torch.device("cpu")) for split in ("test", "val"))
+def test_texts_of_the_ordinary_network_are_judged_on_the_test_split():
+    task = CausalLMTask(config(evaluated=480, length=24, text="topics"))
+    network = task.network()
+    test, val = (task.score(network, split, torch.device("cpu")) for split in ("test", "val"))
     assert set(val) == {"bits"} and network.training
     assert test["judge_bits"] > 2 * test["judge_test_bits"], "it knows nothing yet"
     assert test["distinct_2"] > test["distinct_2_test"]
 
 
-def test_the_bound_weighs_what_the_blocks_say():
+def test_the_bound_weighs_the_blocks_by_their_ranges():
     """Block 0 nearly knows how frequent the symbols are, block 1 does; chance, which hits both, is taken off."""
-    adapter = CausalLMAdapter(config(evaluated=2400, length=240, shared="per_block", blocks=2, combine="none"))
-    model, frequent = adapter.blocks(), torch.log_softmax(-torch.arange(12.0) / 3, 0)
+    task = CausalLMTask(config(evaluated=2400, length=240, shared="per_block", blocks=2, combine="none"))
+    model, frequent = task.model(), torch.log_softmax(-torch.arange(12.0) / 3, 0)
     with torch.no_grad():
         for block, known in zip(model.blocks, (0.8, 1.0), strict=True):
-            block.ends.head.linear.bias.copy_(known * frequent)
+            block.stem_head.head.linear.bias.copy_(known * frequent)
     x = torch.multinomial(frequent.exp(), 10 * 240, True, generator=torch.Generator().manual_seed(0)).view(10, 240)
-    found = [bound(Walker(model), x, x, seed=seed) for seed in range(4)]
+    found = [bound(model, x, x, seed=seed) for seed in range(4)]
     nats = [[level["bound"] for level in f["levels"]] for f in found]
     plain = [
         information_bound(*([level[k] for level in f["levels"]] for k in ("sigma", "cross_entropy", "error", "block")))
@@ -125,69 +122,57 @@ def test_the_bound_weighs_what_the_blocks_say():
     assert found[0]["regret_bits"][0] == pytest.approx(0, abs=1e-6) and found[0]["regret_bits"][1] < 0
 
 
-@kinds
-def test_a_block_that_does_not_see_z_is_asked_once_for_all_its_levels(model, monkeypatch):
-    made, asked = blocks(model), []
-    x, walker = torch.randint(12, (4, N)), Walker(made)
-    sigmas = step_levels(made.partition, 8)[:-1]
-    read, anew = LabelReader(walker, x), walker.read
-    monkeypatch.setattr(walker, "read", lambda x, z, sigma: asked.append(sigma) or anew(x, z, sigma))
-    for sigma in sigmas:
-        z = made.target.noised(x, torch.full(made.target.level_shape(x), sigma), seed=0, offset=0)
-        # in float64, but for what a head says, which is float32: a unit of 1 / sigma_min^2 rounds by 1e-5
-        for have, want in zip(read(z, sigma), anew(x, z, sigma), strict=True):
-            torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-4)
-    assert len(asked) == (len(sigmas) if model.sees_z else len(made.blocks))
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_an_ensemble_of_offloaded_blocks_is_the_mean_of_all(place, tmp_path):
+    """One block at a time on the device; with averages, where they are asked for."""
+    settings = config(shared="per_block", offload=place, combine="mean", folder=tmp_path, ema=0.9, lr=1e-2)
+    task, x = CausalLMTask(settings), torch.randint(12, (8, N))
+    trainer = task.trainer(task.model(), settings)
+    for _ in range(3 * settings.visit):
+        trainer.step(x, x)
+    model, ordinary, found = trainer.model, task.model(), []
+    for weights in (trainer.averages(), contextlib.nullcontext()):
+        with weights:
+            ordinary.load_state_dict(model.state_dict())
+            found.append(model.logits(x))
+        each = [ordinary.logits(x, block) for block in range(3)]
+        torch.testing.assert_close(found[-1], sum(each) / 3)
+        assert not torch.allclose(each[1], each[2])
+    assert not torch.allclose(*found), "averages lag behind"
+    if place == "disk":
+        assert resident(model) == [2]
 
 
-@pytest.mark.parametrize("store", ["host", "disk"])
-def test_what_is_carried_comes_from_borrowed_blocks(store, tmp_path):
-    """One earlier block at a time, its weights alone, and gone again: the same as with all of them at hand."""
-    settings, cpu = config(shared="per_block", store=store), torch.device("cpu")
-    adapter = CausalLMAdapter(settings)
+def test_blocks_that_are_no_ensemble_know_nothing_of_each_other():
+    """The estimate of one block isn't changed by another's weights."""
+    made = blocks(MODEL, combine="none").float()
     x = torch.randint(12, (2, N))
-    want = [adapter.blocks().handed(block, x) for block in range(3)]
-    session = Session(adapter.blocks(), settings, device=cpu, folder=tmp_path)
-    assert want[0] is None and not torch.allclose(want[1], want[2])
-    for block in range(3):
-        session.residency.activate(block)
-        held = session.residency.usage()
-        got = handed(session.model, session.residency, block, x)
-        assert got is want[block] is None or torch.equal(got, want[block])
-        assert session.residency.usage() == held
+    z = made.target.clean(x) + 0.3
+    before = made.denoise(x, z, 0.3, block=2).raw
     with torch.no_grad():
-        session.residency.activate(0)
-        for average in session.optimizers["block_0"].emas:
-            average.zero_()
-    session.residency.activate(2)
-    with session.residency.averages():
-        averaged = handed(session.model, session.residency, 1, x)
-    assert torch.count_nonzero(averaged) == 0, "evaluation borrows averages"
-    assert torch.equal(handed(session.model, session.residency, 1, x), want[1]), "training does not"
+        for p in made.blocks[0].parameters():
+            p.add_(1)
+    assert torch.equal(made.denoise(x, z, 0.3, block=2).raw, before)
 
 
-def test_independent_blocks_know_nothing_of_each_other():
-    made = CausalLMAdapter(config(combine="none")).blocks()
-    assert not made.carried and made.handed(2, torch.zeros(1, N, dtype=torch.int64)) is None
-
-
-def test_frozen_ends_let_the_layers_learn():
-    made = CausalLMAdapter(config(shared="frozen", combine="none")).blocks()
+def test_a_frozen_stem_and_head_let_the_layers_learn():
+    made = CausalLMTask(config(shared="frozen", combine="none")).model()
     x = torch.randint(12, (4, N))
     made.loss(1, x, x, seed=0, step=0).loss.backward()
     touched = {name.split(".")[0] for name, p in made.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched == {"blocks"}
 
 
-def test_the_bound_of_an_ensemble_is_that_of_its_mean():
-    """Two blocks that err in opposite ways, and a mean that doesn't: read one at a time, the others borrowed."""
-    adapter = CausalLMAdapter(config(evaluated=2400, length=240, shared="per_block", blocks=2, combine="mean"))
-    model, frequent = adapter.blocks(), torch.log_softmax(-torch.arange(12.0) / 3, 0)
+def test_the_bound_of_an_ensemble_is_that_of_its_mean(tmp_path):
+    """Two blocks that err in opposite ways, and a mean that doesn't; one of them at a time on the device."""
+    task = CausalLMTask(config(evaluated=2400, length=240, shared="per_block", blocks=2, combine="mean"))
+    model, frequent = task.model(), torch.log_softmax(-torch.arange(12.0) / 3, 0)
     with torch.no_grad():
         for block, wrong in zip(model.blocks, (1.0, -1.0), strict=True):
-            block.ends.head.linear.bias.copy_(frequent + wrong * torch.tensor([1.0, -1.0]).repeat(6))
+            block.stem_head.head.linear.bias.copy_(frequent + wrong * torch.tensor([1.0, -1.0]).repeat(6))
     x = torch.multinomial(frequent.exp(), 10 * 240, True, generator=torch.Generator().manual_seed(0)).view(10, 240)
-    found = bound(Walker(model, Residency(model, device="cpu")), x, x)
+    Offloader(model, device="cpu", offload="disk", folder=tmp_path)
+    found = bound(model, x, x)
     truth = -float(frequent[x].mean())
     # the mean is the truth up to float32's rounding, over all levels
     assert [level["bound"] for level in found["levels"]] == pytest.approx([truth] * 32, abs=1e-4)
@@ -196,27 +181,28 @@ def test_the_bound_of_an_ensemble_is_that_of_its_mean():
 
 @pytest.fixture(scope="module")
 def rhyme(tmp_path_factory):
-    """A text that can be foretold."""
+    """A predictable text."""
     path = tmp_path_factory.mktemp("text") / "rhyme.txt"
     path.write_text("one two buckle my shoe, " * 300)
     return str(path)
 
 
 @kinds
-def test_it_learns_and_writes_what_it_learnt(model, rhyme, tmp_path):
-    small = replace(model, symbols=16)
+def test_it_learns_a_rhyme_and_writes_it(model, rhyme, tmp_path):
+    small = replace(model, vocab_size=16)
     steps = 320 if model.sees_z else 160  # as many updates for each
-    together = "carry" if model.sees_z else "mean"
+    together = "none" if model.sees_z else "mean"
     settings = config(
         small, text=rhyme, length=24, batch_size=16, steps=steps, lr=1e-2, ema=0.9, visit=20, combine=together
     )
-    adapter = CausalLMAdapter(settings)
-    session = Session(adapter.blocks(), settings, device=torch.device("cpu"), folder=tmp_path / "waiting")
-    train(session, adapter.batches(torch.device("cpu")), on_log=lambda row: None, on_step=lambda: None)
-    with session.residency.averages():
-        walker = Walker(session.model, session.residency)
-        found = adapter.evaluate(walker, "test")
-        files = adapter.sample(walker, tmp_path, count=3, seed=0, prompt="one two buck", length=12, temperature=0.01)
+    task = CausalLMTask(replace(settings, folder=tmp_path / "waiting"))
+    trainer = task.trainer(task.model(), task.config)
+    trainer.fit(Loader(task.batches(torch.device("cpu"))), progress=False)
+    with trainer.averages():
+        found = task.evaluate(trainer.model, "test")
+        files = task.sample(
+            trainer.model, tmp_path, count=3, seed=0, prompt="one two buck", length=12, temperature=0.01
+        )
     # the first letters of a window can't be known, nor a whole first group
     assert found["bits"] < 2, found["bits"]
     assert found["first_bits"] < 2  # of 4, for symbols equally likely
@@ -224,21 +210,19 @@ def test_it_learns_and_writes_what_it_learnt(model, rhyme, tmp_path):
 
 
 def test_all_of_a_prompt_comes_back_whatever_the_group(rhyme, tmp_path):
-    adapter = CausalLMAdapter(config(replace(KINDS["groups of 4"], symbols=16), text=rhyme, out=tmp_path))
+    task = CausalLMTask(config(replace(KINDS["groups of 4"], vocab_size=16), text=rhyme, out=tmp_path))
+    model = task.model()
     for prompt in ("one two buck", "one two", "o"):
-        walker = Walker(adapter.blocks())
-        text = adapter.sample(walker, tmp_path, count=1, seed=0, prompt=prompt, length=7)[0].read_text()[:-1]
+        text = task.sample(model, tmp_path, count=1, seed=0, prompt=prompt, length=7)[0].read_text()[:-1]
         assert text.startswith(prompt) and len(text) == len(prompt) + 7
     with pytest.raises(ValueError, match="texts take no guidance"):
-        adapter.sample(walker, tmp_path, count=1, seed=0, guidance=2.0)
+        task.sample(model, tmp_path, count=1, seed=0, guidance=2.0)
 
 
 def test_steps_are_counted_in_layer_evaluations():
-    """Of two layers a block: forward and backward are 2, a forward pass through the block before 2/3."""
     base = config(MODEL, steps=600, blocks=2)
-    assert replace(base, combine="none").total_steps == 1200
-    assert base.total_steps == round(600 * 4 / ((2 + 2 + 2 / 3) / 2))
-    assert replace(base, combine="none", model=KINDS["own z"]).total_steps == 600
+    assert base.total_steps == replace(base, combine="mean").total_steps == 1200
+    assert replace(base, model=KINDS["own z"]).total_steps == 600, "two streams a step"
 
 
 def test_bad_input_is_named():
@@ -246,11 +230,8 @@ def test_bad_input_is_named():
         CausalLMConfig(group_size=4)
     with pytest.raises(ValueError, match="combine='mean' needs blocks that don't look at z"):
         config(KINDS["own z"], combine="mean")
-    with pytest.raises(ValueError, match="choose one"):
-        ends, layers = Ends(CausalStem(MODEL), CausalHead(MODEL)), [CausalLayer(MODEL) for _ in range(2)]
-        target = TokenTarget(torch.eye(12, 16))
-        cut = make_partition(LogNormal(), 2, 2)
-        DiffusionBlocks(ends, layers, target, cut, carries=[Carry(MODEL)], ensemble=True)
+    with pytest.raises(ValueError, match="combine must be 'mean' or 'none', got 'carry'"):
+        config(combine="carry")
     with pytest.raises(ValueError, match="must be even"):
         CausalLMConfig(dim=12, heads=4)
     made = blocks(KINDS["groups of 4"])
@@ -262,11 +243,11 @@ def test_bad_input_is_named():
         TextOptions(colour="red")
 
 
-def test_estimates_read_block_by_block_in_batches():
+def test_estimates_are_the_same_each_time():
     made = blocks(MODEL).float()
     x = torch.randint(12, (6, N))
     levels = step_levels(made.partition, 4)
-    whole = estimates(Walker(made), x, levels, draws=2)
+    whole = estimates(made, x, levels, draws=2)
     assert whole["first_bits"] < whole["last_bits"] and set(whole) == {"first_bits", "last_bits", "mixture_bits"}
-    again = estimates(Walker(made), x, levels, draws=2)
+    again = estimates(made, x, levels, draws=2)
     assert whole == again

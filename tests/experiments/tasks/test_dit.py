@@ -7,18 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusionblocks.experiments import commands as jobs
+from diffusionblocks.experiments import commands
 from diffusionblocks.experiments.config import from_yaml, to_yaml
 from diffusionblocks.experiments.data import images as data
-from diffusionblocks.experiments.metrics import frechet as metrics
 from diffusionblocks.experiments.metrics.bound import held_out_loss
 from diffusionblocks.experiments.models.dit import DiTConfig, DiTHead, DiTStem, patchify, unpatchify
-from diffusionblocks.experiments.session import train
-from diffusionblocks.experiments.tasks.dit import DiTAdapter, repeated
+from diffusionblocks.experiments.tasks.base import Loader
+from diffusionblocks.experiments.tasks.dit import DiTTask, repeated
 from diffusionblocks.noise.partition import step_levels
-from diffusionblocks.sampling.sampler import Walker
 from diffusionblocks.sampling.samplers import guided
-from reading import reader
+from tiny_all import resident
 from tiny_dit import MODEL, config, scrambled
 
 CPU = torch.device("cpu")
@@ -30,8 +28,8 @@ def batch(count: int = 6):
 
 
 @pytest.fixture
-def session(tmp_path):
-    return jobs.open_session(DiTAdapter(config(out=tmp_path)))
+def task(tmp_path):
+    return DiTTask(config(out=tmp_path))
 
 
 def test_patches_are_in_reading_order_and_come_back():
@@ -45,19 +43,19 @@ def test_patches_are_in_reading_order_and_come_back():
 
 
 @pytest.mark.parametrize("shared", ["shared", "per_block", "frozen"])
-def test_a_loss_reaches_all_of_its_block_and_the_ends_and_nothing_else(shared):
+def test_a_loss_reaches_all_of_its_block_with_stem_and_head_and_nothing_else(shared):
     model = scrambled(shared=shared)
     model.loss(1, *batch(), seed=0, step=0).loss.backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     every = {name for name, p in model.named_parameters() if p.requires_grad}
-    ends = {name for name in every if name.startswith("ends")} if shared == "shared" else set()
-    assert reached == ends | {name for name in every if name.startswith("blocks.1.")}
-    assert (shared == "shared") == bool(ends)
+    common = {name for name in every if name.startswith("stem_head.")}
+    assert reached == common | {name for name in every if name.startswith("blocks.1.")}
+    assert (shared == "shared") == bool(common)
 
 
-def test_an_untrained_model_says_c_skip_z():
+def test_an_untrained_model_returns_c_skip_z():
     """The head starts at zero, so F is 0 and D all that is known without it."""
-    model = DiTAdapter(config()).blocks()
+    model = DiTTask(config()).model()
     x, z = batch()
     D = model.denoise(x, z, 0.7).denoised
     torch.testing.assert_close(D, 0.25 / (0.25 + 0.49) * z)
@@ -72,7 +70,7 @@ def test_the_class_and_every_pixel_change_the_estimate_of_their_own_sample_only(
     for changed in (model.denoise(labels, z, 0.5).raw, model.denoise(x, pixels, 0.5).raw):
         same = [torch.equal(a, b) for a, b in zip(plain, changed, strict=True)]
         assert same == [True, True, False, True, True, True]
-        assert (plain[2] != changed[2]).all(), "every patch of the image hears of it"
+        assert (plain[2] != changed[2]).all(), "every patch of the image sees it"
 
 
 def test_guidance_by_hand():
@@ -84,8 +82,8 @@ def test_guidance_by_hand():
 
 
 def test_labels_are_dropped_by_address_and_images_are_not_touched():
-    plain = DiTAdapter(config(batch_size=256, label_dropout=0.0, guidance=1.0)).batches(CPU)
-    dropped = DiTAdapter(config(batch_size=256, label_dropout=0.25)).batches(CPU)
+    plain = DiTTask(config(batch_size=256, label_dropout=0.0, guidance=1.0)).batches(CPU)
+    dropped = DiTTask(config(batch_size=256, label_dropout=0.25)).batches(CPU)
     gone = []
     for step in range(20):
         (labels, images), (left, same) = plain.batch(step), dropped.batch(step)
@@ -98,49 +96,48 @@ def test_labels_are_dropped_by_address_and_images_are_not_touched():
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
-def test_a_walk_brings_in_each_block_once_in_falling_order_alone(tmp_path, sampler, monkeypatch):
-    adapter = DiTAdapter(config(out=tmp_path, sampler=sampler))
-    session = jobs.open_session(adapter)
-    walker, fetched, evaluated = reader(session), [], []
-    fetch, denoise = session.residency._fetch, session.model.denoise
-    monkeypatch.setattr(session.residency, "_fetch", lambda part: (fetched.append(part), fetch(part)))
+def test_a_trajectory_brings_each_block_once_in_falling_order_alone(tmp_path, sampler, monkeypatch):
+    task = DiTTask(config(out=tmp_path, sampler=sampler))
+    trainer, _ = commands.open_trainer(task)
+    model, fetched, evaluated = trainer.model, [], []
+    fetch, denoise = trainer.offloader._fetch, model.denoise
+    monkeypatch.setattr(trainer.offloader, "_fetch", lambda part: (fetched.append(part), fetch(part)))
 
-    def watched(x, z, sigma, *, block, handed):
-        held = [b for b, module in enumerate(session.model.blocks) if any(p.numel() for p in module.parameters())]
-        assert held == [block]
-        evaluated.append(session.model.partition.layers[block])
-        return denoise(x, z, sigma, block=block, handed=handed)
+    def watched(x, z, sigma, *, block):
+        assert resident(model) == [block]
+        evaluated.append(model.partition.layers[block])
+        return denoise(x, z, sigma, block=block)
 
-    monkeypatch.setattr(session.model, "denoise", watched)
-    levels = step_levels(session.model.partition, 6)
-    with session.residency.averages():
-        adapter.walk(walker, torch.arange(4), levels, seed=0)
+    monkeypatch.setattr(model, "denoise", watched)
+    levels = step_levels(model.partition, 6)
+    with trainer.averages():
+        task.trajectory(model, torch.arange(4), levels, seed=0)
     assert fetched == ["block_0", "block_1", "block_2"]
-    assert adapter.layer_evaluations(session.model.partition, levels) == sum(evaluated)
+    assert task.layer_evaluations(model.partition, levels) == sum(evaluated)
 
 
-def test_walks_are_the_same_from_the_same_seed_and_follow_the_class(tmp_path):
-    model, adapter = scrambled(), DiTAdapter(config(out=tmp_path))
-    walker, levels = Walker(model), step_levels(model.partition, 6)
+def test_images_are_the_same_from_the_same_seed_and_follow_the_class(task):
+    model = scrambled()
+    levels = step_levels(model.partition, 6)
 
-    def walk(labels, seed=0, guidance=2.0):
-        made = DiTAdapter(replace(adapter.config, guidance=guidance))
-        return made.walk(walker, torch.tensor(labels), levels, seed=seed)
+    def images(labels, seed=0, guidance=2.0):
+        made = DiTTask(replace(task.config, guidance=guidance))
+        return made.trajectory(model, torch.tensor(labels), levels, seed=seed)
 
-    one = walk([1, 2, 3])
-    assert torch.equal(one, walk([1, 2, 3])) and not torch.equal(one, walk([1, 2, 3], seed=1))
-    other = walk([1, 2, 4])
+    one = images([1, 2, 3])
+    assert torch.equal(one, images([1, 2, 3])) and not torch.equal(one, images([1, 2, 3], seed=1))
+    other = images([1, 2, 4])
     assert torch.equal(one[:2], other[:2]) and not torch.equal(one[2], other[2])
     none = [10, 10, 10]
-    torch.testing.assert_close(walk(none), walk(none, guidance=1.0))  # no class: nothing to strengthen
-    assert not torch.allclose(walk([1, 2, 3], guidance=1.0), one)
+    torch.testing.assert_close(images(none), images(none, guidance=1.0))  # no class: nothing to strengthen
+    assert not torch.allclose(images([1, 2, 3], guidance=1.0), one)
 
 
-def test_held_out_loss_is_the_mean_of_training_losses(session):
+def test_held_out_loss_is_the_mean_of_training_losses(task):
     """An untrained D is c_skip z, so the weighted loss at sigma is (s^2 |eps|^2 + sigma^2 |y|^2 / s^2 ...) by hand."""
     x, y = batch(400)
-    model, s = session.model, 0.5
-    found = held_out_loss(Walker(model, session.residency), x % 10, y, count=8)
+    model, s = commands.open_trainer(task)[0].model, 0.5
+    found = held_out_loss(model, x % 10, y, count=8)
     assert [level["block"] for level in found["levels"]] == sorted(level["block"] for level in found["levels"])
     assert {level["block"] for level in found["levels"]} == {0, 1, 2}
     for level in found["levels"]:
@@ -153,41 +150,30 @@ def test_held_out_loss_is_the_mean_of_training_losses(session):
 
 
 def test_training_makes_it_better(tmp_path):
-    adapter = DiTAdapter(config(out=tmp_path, steps=60, visit=10, batch_size=32))
-    session = jobs.open_session(adapter)
-    real = adapter.data.val
-    y = data.prepare(real.images, adapter.data.mean, adapter.data.std, device="cpu")
+    task = DiTTask(config(out=tmp_path, steps=60, visit=10, batch_size=32))
+    trainer, _ = commands.open_trainer(task)
+    real = task.data.val
+    y = data.prepare(real.images, task.data.mean, task.data.std, device="cpu")
 
     def loss():
-        with session.residency.averages():
-            return held_out_loss(reader(session), real.labels, y, count=8)["loss"]
+        with trainer.averages():
+            return held_out_loss(trainer.model, real.labels, y, count=8)["loss"]
 
     before = loss()
-    train(session, adapter.batches(CPU), on_log=lambda row: None, on_step=lambda: None)
+    trainer.fit(Loader(task.batches(CPU)), progress=False)
     assert loss() < 0.6 * before
 
 
-@pytest.fixture(scope="module")
-def quick_judge():
-    """Less of the judge's training: enough to tell digits apart."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "STEPS", 100)
-        patch.setattr(metrics, "EPOCHS", 0)
-        metrics.judge.cache_clear()
-        yield
-    metrics.judge.cache_clear()
-
-
-def test_what_an_evaluation_says(session, quick_judge):
-    adapter = DiTAdapter(session.config)
-    found = jobs.evaluate(adapter, session, "val")
-    assert found["images"] == 4 * len(adapter.data.val)
+def test_an_evaluation_of_untrained_images(task, quick_judge):
+    trainer, _ = commands.open_trainer(task)
+    found = commands.evaluate(task, trainer, "val")
+    assert found["images"] == 4 * len(task.data.val)
     assert 0 < 2 * found["floor"] < found["frechet"], "noise must be farther from digits than digits are"
     assert found["class_accuracy"] < 30 < 90 < found["real_accuracy"]
     assert found["layer_evaluations"] == 6 * 1 * 2 and found["sampling_seconds"] > 0
-    assert jobs.evaluate(adapter, session, "val")["frechet"] == found["frechet"]
-    whole = adapter.network()
-    assert adapter.score(whole, "val", CPU)["layer_evaluations"] == 6 * 3 * 2
+    assert commands.evaluate(task, trainer, "val")["frechet"] == found["frechet"]
+    one = DiTTask(task.config.in_one_block())
+    assert one.evaluate(one.model(), "val")["layer_evaluations"] == 6 * 3 * 2
 
 
 def test_labels_are_made_so_many_times_over():
@@ -199,7 +185,7 @@ def test_labels_are_made_so_many_times_over():
 
 def test_a_run_from_start_to_pictures(tmp_path, quick_judge):
     control = {"baseline": ("end-to-end",), "tune_lr": (1e-2,), "tune_warmup": (0.1,)}
-    summary = jobs.start(config(out=tmp_path / "run", walk_steps=3, **control))
+    summary = commands.start(config(out=tmp_path / "run", sampling_steps=3, **control))
     ours, control = summary["results"]["block-wise"], summary["results"]["end-to-end"]
     for result in (ours, control):
         assert result["test"]["images"] == 4 * 360 and result["test"]["frechet"] > 0
@@ -210,14 +196,14 @@ def test_a_run_from_start_to_pictures(tmp_path, quick_judge):
 
 
 def test_an_end_to_end_network_is_never_frozen(tmp_path):
-    frozen = DiTAdapter(config(out=tmp_path, shared="frozen"))
-    assert all(p.requires_grad for p in frozen.network().parameters())
-    assert not all(p.requires_grad for p in frozen.blocks().parameters())
+    frozen = config(out=tmp_path, shared="frozen")
+    assert all(p.requires_grad for p in DiTTask(frozen.in_one_block()).model().parameters())
+    assert not all(p.requires_grad for p in DiTTask(frozen).model().parameters())
 
 
 def test_too_few_images_to_judge_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"draws=0\.001 of 144 validation images are fewer than two"):
-        DiTAdapter(config(out=tmp_path, draws=0.001)).batches(CPU)
+        DiTTask(config(out=tmp_path, draws=0.001)).batches(CPU)
 
 
 def test_a_config_comes_back_from_yaml(tmp_path):
@@ -231,7 +217,7 @@ def test_a_config_comes_back_from_yaml(tmp_path):
         ({"label_dropout": -0.1}, "label_dropout must be"),
         ({"label_dropout": 0.0}, "guidance=2.0 needs label_dropout"),
         ({"draws": 0.0}, "draws must be a positive number"),
-        ({"walk_steps": 2}, "walk_steps=2"),
+        ({"sampling_steps": 2}, "sampling_steps=2"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(change, message):
@@ -241,7 +227,7 @@ def test_settings_that_do_not_fit_are_refused(change, message):
 
 
 def test_batches_that_do_not_fit_are_refused():
-    model = DiTAdapter(config()).blocks()
+    model = DiTTask(config()).model()
     x, y = batch()
     for labels in (x - 1, x + 7, x.float(), x[:, None], x[:0]):
         with pytest.raises(ValueError, match=r"labels|batch size"):
@@ -251,7 +237,7 @@ def test_batches_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="patch=3"):
         DiTConfig(patch=3)
     with pytest.raises(ValueError, match="the model"):
-        _ = DiTAdapter(config(model=replace(MODEL, image_size=16))).data
+        _ = DiTTask(config(model=replace(MODEL, image_size=16))).data
 
 
 def test_stem_and_head_by_hand():

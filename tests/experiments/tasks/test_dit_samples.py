@@ -1,4 +1,4 @@
-"""Images of a DiT run: their classes, what can be chosen anew, and what is held while they are made."""
+"""Images of a DiT run: their classes, the options of sampling, and the memory held meanwhile."""
 
 from __future__ import annotations
 
@@ -7,32 +7,28 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusionblocks.experiments import commands as jobs
-from diffusionblocks.experiments.tasks.dit import DiTAdapter, ImageOptions
-from diffusionblocks.sampling.sampler import Walker
+from diffusionblocks.experiments import commands
+from diffusionblocks.experiments.tasks.dit import DiTTask, ImageOptions
 from diffusionblocks.training.memory import count_bytes
-from reading import reader
+from diffusionblocks.training.offload import Offloader
+from tiny_all import resident
 from tiny_dit import config, scrambled
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def session(tmp_path):
-    return jobs.open_session(DiTAdapter(config(out=tmp_path)))
-
-
-def test_samples_are_written_a_class_a_row(session, tmp_path):
-    adapter = DiTAdapter(session.config)
-    files = jobs.sample(adapter, reader(session), tmp_path / "samples", count=20, seed=0)
+def test_samples_are_written_a_class_a_row(tmp_path):
+    task = DiTTask(config(out=tmp_path))
+    model = commands.open_trainer(task)[0].model
+    files = commands.sample(task, model, tmp_path / "samples", count=20, seed=0)
     assert [file.name for file in files] == ["samples.png", "trajectory.png"]
     grid = numpy.array(Image.open(files[0]))
-    assert grid.shape == (10 * 9 * 8, 2 * 9 * 8)
+    assert grid.shape == (10 * (9 * 8 + 14), 2 * 9 * 8)  # each row under its labels
     assert Image.open(files[1]).width > 3 * 80
-    again = jobs.sample(adapter, reader(session), tmp_path / "again", count=20, seed=0, steps=6)
+    again = commands.sample(task, model, tmp_path / "again", count=20, seed=0, steps=6)
     assert files[0].read_bytes() == again[0].read_bytes()
     with pytest.raises(ValueError, match="images take no prompt"):
-        jobs.sample(adapter, reader(session), tmp_path / "other", count=20, seed=0, prompt="a")
+        commands.sample(task, model, tmp_path / "other", count=20, seed=0, prompt="a")
 
 
 @pytest.mark.parametrize("count", [3, 10, 16, 20])
@@ -43,45 +39,48 @@ def test_samples_are_of_all_classes(count):
 
 
 def test_guidance_sampler_and_class_can_be_chosen_when_sampling(tmp_path):
-    adapter, walker = DiTAdapter(config(out=tmp_path)), Walker(scrambled())
+    task, model = DiTTask(config(out=tmp_path)), scrambled()
 
     def images(name, **options):
-        return jobs.sample(adapter, walker, tmp_path / name, count=20, seed=0, **options)[0].read_bytes()
+        return commands.sample(task, model, tmp_path / name, count=20, seed=0, **options)[0].read_bytes()
 
     own = images("own")
-    assert images("same", guidance=2.0, sampler="euler") == own, "what the run's own are"
+    assert images("same", guidance=2.0, sampler="euler") == own, "the run's own settings"
     others = [images("free", guidance=0.0), images("strong", guidance=4.0), images("heun", sampler="heun")]
     assert len({own, *others}) == 4
     alone = images("threes", label=3)
-    assert numpy.array(Image.open(tmp_path / "threes" / "samples.png")).shape == (2 * 9 * 8, 10 * 9 * 8)
+    assert numpy.array(Image.open(tmp_path / "threes" / "samples.png")).shape == (2 * (9 * 8 + 14), 10 * 9 * 8)
     assert alone != images("zeros", label=0)
     with pytest.raises(ValueError, match="label=10 must be one of the 10 classes"):
         images("eleventh", label=10)
 
 
-@pytest.mark.parametrize("store", ["disk", "host"])
-def test_reading_a_run_holds_averages_of_one_block_and_no_moments(tmp_path, store, monkeypatch):
-    adapter = DiTAdapter(config(out=tmp_path / "run", store=store, checkpoint_every=1))
-    jobs.start(adapter.config)
-    session = jobs.open_session(adapter)
-    with session.residency.averages():
-        want = session.residency.weights()
-    adapter, walker = jobs.open_run(tmp_path / "run")
-    assert want.keys() == walker.weights().keys() and all(torch.equal(want[k], t) for k, t in walker.weights().items())
-    sizes = {part: count_bytes(module.parameters(), CPU) for part, module in adapter.blocks().parts().items()}
-    denoise, most = walker.model.denoise, []
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+def test_an_opened_run_holds_averages_of_one_block_and_no_moments(tmp_path, place, monkeypatch, quick_judge):
+    task = DiTTask(config(out=tmp_path / "run", draws=0.1))
+    commands.start(task.config)
+    trainer, _ = commands.open_trainer(task)
+    with trainer.averages():
+        want = trainer.offloader.weights()
+    task, model = commands.open_run(tmp_path / "run")
+    if place == "cpu":  # as where a GPU samples
+        model.offloader.release()
+        Offloader(model, device=CPU, offload="cpu")
+    found = model.offloader.weights()
+    assert want.keys() == found.keys() and all(torch.equal(want[name], t) for name, t in found.items())
+    sizes = {part: count_bytes(module.parameters(), CPU) for part, module in task.model().parts().items()}
+    denoise, most = model.denoise, []
 
-    def watched(x, z, sigma, *, block, handed):
-        resident = [b for b, module in enumerate(walker.model.blocks) if any(p.numel() for p in module.parameters())]
-        assert resident == ([block] if store == "disk" else [0, 1, 2])
-        name, read = walker.residency._ahead or ("", None)
-        ahead = read.result() if read else {}
+    def watched(x, z, sigma, *, block):
+        assert resident(model) == ([block] if place == "disk" else [0, 1, 2])
+        name, pending = model.offloader._ahead or ("", None)
+        ahead = pending.result() if pending else {}
         assert name in ("", f"block_{block + 1}") and all(key.startswith("weight/") for key in ahead)
-        most.append(walker.residency.usage().total + count_bytes(ahead.values(), CPU))
-        return denoise(x, z, sigma, block=block, handed=handed)
+        most.append(model.offloader.usage().total + count_bytes(ahead.values(), CPU))
+        return denoise(x, z, sigma, block=block)
 
-    monkeypatch.setattr(walker.model, "denoise", watched)
-    jobs.sample(adapter, walker, tmp_path / "samples", count=4, seed=0)
-    # the shared part, the block that works and the one that is read ahead; buffers besides, of a few numbers
-    if store == "disk":
+    monkeypatch.setattr(model, "denoise", watched)
+    commands.sample(task, model, tmp_path / "samples", count=4, seed=0)
+    # the shared part, the block that works and the one that is prefetched; buffers besides, of a few numbers
+    if place == "disk":
         assert max(most) <= sizes["shared"] + 2 * sizes["block_0"] + 4096

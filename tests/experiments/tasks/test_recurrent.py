@@ -1,4 +1,4 @@
-"""Recurrent depth: one pass of the core trains it, a walk applies it again and again; the ordinary one through time."""
+"""Recurrent depth: one pass of the core per training step, many when sampling; the ordinary one through time."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diffusionblocks.experiments import commands as jobs
+from diffusionblocks.experiments import commands
 from diffusionblocks.experiments.data.puzzles import Sums
 from diffusionblocks.experiments.models.recurrent import Recurrent, RecurrentConfig, drawn_passes, layer_evaluations
-from diffusionblocks.experiments.plan import plan, plans
-from diffusionblocks.experiments.session import train
-from diffusionblocks.experiments.tasks.recurrent import Beliefs, RecurrentAdapter, RecurrentRun, solved
-from diffusionblocks.sampling.sampler import Walker
+from diffusionblocks.experiments.plan import plan_of
+from diffusionblocks.experiments.tasks.base import Loader
+from diffusionblocks.experiments.tasks.recurrent import Beliefs, RecurrentRun, RecurrentTask, solved
 from diffusionblocks.targets.base import Output
 from diffusionblocks.targets.labels import spread_codebook
 
 CPU = torch.device("cpu")
 MODEL = RecurrentConfig(dim=16, layers=2, heads=2, mlp=32, prelude=1, coda=1, passes=4, backprop=3)
 CONFIG = RecurrentRun(
-    task="sums", size=6, model=MODEL, steps=20, share=0.5, batch_size=8, evaluated=64, walk_steps=3, baseline=()
+    task="sums", size=6, model=MODEL, steps=20, share=0.5, batch_size=8, evaluated=64, sampling_steps=3, baseline=()
 )
 
 
-def adapter(**changes) -> RecurrentAdapter:
-    return RecurrentAdapter(replace(CONFIG, **changes))
+def make_task(**changes) -> RecurrentTask:
+    return RecurrentTask(replace(CONFIG, **changes))
 
 
 def awake(model):
@@ -39,9 +38,9 @@ def awake(model):
 
 @pytest.mark.parametrize("shared", ["shared", "per_block"])
 def test_one_pass_trains_prelude_core_and_coda(shared):
-    one = adapter(shared=shared)
-    model = awake(one.blocks())
-    model.loss(0, *one.batches(CPU).batch(0), seed=0, step=0).loss.backward()
+    task = make_task(shared=shared)
+    model = awake(task.model())
+    model.loss(0, *task.batches(CPU).batch(0), seed=0, step=0).loss.backward()
     silent = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not silent
     assert not model.target.table.requires_grad
@@ -49,24 +48,28 @@ def test_one_pass_trains_prelude_core_and_coda(shared):
 
 def test_the_answers_are_seen_through_z_alone():
     """y doesn't reach the network but through z; z of one token reaches the estimates of the others."""
-    one = adapter()
-    model = awake(one.blocks())
-    x, y = one.batches(CPU).batch(0)
+    task = make_task()
+    model = awake(task.model())
+    x, y = task.batches(CPU).batch(0)
     sigma = torch.full((8, 6), 0.5)
     z = model.target.noised(y, sigma, seed=0, offset=0)
     network = model.blocks[0]
-    before = network(x, z, sigma, model.target, model.ends).h
+
+    def features(z, sigma):
+        return network(x, *model.target.inputs(z, sigma), model.stem_head).h
+
+    before = features(z, sigma)
     moved = z.clone()
     moved[:, 2] = model.target.table[(y[:, 2] + 1) % 3]
-    after = network(x, moved, sigma, model.target, model.ends).h
-    assert bool(((after - before).abs().amax(-1) > 1e-6).all())  # the positive control: everyone looks at everyone
+    after = features(moved, sigma)
+    assert bool(((after - before).abs().amax(-1) > 1e-6).all())  # the positive control: all attend to all
     loss = [model.loss_at(0, x, labels, torch.full((8, 6), 1e4), seed=0, step=0) for labels in (y, (y + 1) % 3)]
-    features = [network(x, z_, torch.full((8, 6), 1e4), model.target, model.ends).h for z_ in (z * 1e4, -z * 1e4)]
     assert loss[0].loss != loss[1].loss
-    torch.testing.assert_close(features[0], features[1], rtol=0, atol=0.05)  # at such a level z says next to nothing
+    one, other = (features(z_, torch.full((8, 6), 1e4)) for z_ in (z * 1e4, -z * 1e4))
+    torch.testing.assert_close(one, other, rtol=0, atol=0.05)  # at such a level z holds next to nothing
 
 
-def test_what_the_network_sees_is_bayes_rule_from_z_alone():
+def test_the_networks_input_is_bayes_rule_from_z_alone():
     target = Beliefs(spread_codebook(3, 5))
     z, sigma = torch.randn(2, 4, 5), torch.rand(2, 4) + 0.2
     seen, _ = target.inputs(z, sigma)
@@ -78,15 +81,15 @@ def test_what_the_network_sees_is_bayes_rule_from_z_alone():
     torch.testing.assert_close(seen.double(), mean * 5**0.5, rtol=1e-4, atol=1e-5)
 
 
-def test_every_step_of_a_walk_applies_the_core_once():
-    one = adapter()
-    model = one.blocks()
+def test_every_step_of_a_trajectory_applies_the_core_once():
+    task = make_task()
+    model = task.model()
     calls = []
     model.blocks[0].layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    x, _ = one.puzzles("val", CPU)
+    x, _ = task.puzzles("val", CPU)
     for passes in (1, 2, 5):
         calls.clear()
-        path = one.walk(Walker(model), x, passes)
+        path = task.trajectory(model, x, passes)
         assert len(calls) == len(path) == passes
         assert [step["sigma"] for step in path] == sorted((step["sigma"] for step in path), reverse=True)
 
@@ -106,7 +109,7 @@ def test_the_ordinary_network_is_trained_at_the_depth_of_its_step():
     network = awake(Recurrent(MODEL, Sums(6)))
     calls = []
     network.norm.register_forward_pre_hook(lambda *_: calls.append(1))
-    x, y = adapter().batches(CPU).batch(0)
+    x, y = make_task().batches(CPU).batch(0)
     for step in range(6):
         calls.clear()
         network.loss(x, y, seed=3, step=step)
@@ -135,8 +138,8 @@ def test_block_wise_training_costs_its_share():
 
 def test_an_untrained_model_knows_nothing_and_its_bound_is_the_entropy():
     """Zero head and the posterior readout: Bayes with a uniform prior, log2 3 bits an answer at every level."""
-    one = adapter(evaluated=300)
-    result = one.evaluate(Walker(one.blocks()), "val")
+    task = make_task(evaluated=300)
+    result = task.evaluate(task.model(), "val")
     assert result["bound_bits"] == pytest.approx(1.585, abs=0.05)
     assert result["accuracy"] == pytest.approx(33.3, abs=5)
     assert [row["passes"] for row in result["passes"]] == [1, 2, 4, 8, 16, 32]
@@ -150,50 +153,51 @@ def test_solved_counts_answers_and_puzzles():
 
 def test_a_run_trains_both_samples_and_draws_its_pictures(tmp_path):
     config = replace(CONFIG, out=tmp_path / "run", baseline=("end-to-end",), tune_lr=(1e-3,), tune_warmup=(0.1,))
-    summary = jobs.start(config)
+    summary = commands.start(config)
     ours, theirs = (summary["results"][name]["test"] for name in ("block-wise", "end-to-end"))
     assert ours["layer_evaluations"] == pytest.approx(0.5 * theirs["layer_evaluations"], rel=0.1)
     assert len(theirs["passes"]) == len(ours["passes"]) == 6
     assert (config.out / "passes.png").exists()
-    one, walker = jobs.open_run(config.out)
-    (file,) = jobs.sample(one, walker, tmp_path / "samples", count=2, seed=1)
+    task, model = commands.open_run(config.out)
+    (file,) = commands.sample(task, model, tmp_path / "samples", count=2, seed=1)
     text = file.read_text()
     assert text.count("puzzle") == 2 and text.count("pass 3") == 2 and "pass 4" not in text
     with pytest.raises(ValueError, match="puzzles take no prompt"):
-        jobs.sample(one, walker, tmp_path / "other", count=2, seed=1, prompt="a")
+        commands.sample(task, model, tmp_path / "other", count=2, seed=1, prompt="a")
     assert json.loads((config.out / "summary.json").read_text())["results"].keys() == {"block-wise", "end-to-end"}
 
 
-def test_a_walk_hands_each_answer_on_to_the_next():
+def test_a_trajectory_passes_each_answer_on_to_the_next(monkeypatch):
     """A network that knows the local rule alone, y_i = y_(i-1) + x_i, is right about one answer after one pass,
     about all after enough."""
-    one = adapter()
-    x, y = one.puzzles("val", CPU)
+    task = make_task()
+    x, y = task.puzzles("val", CPU)
 
-    class Local(Walker):
-        def read(self, x, z, sigma, batch=0):
-            target, levels = self.model.target, torch.full(z.shape[:2], sigma)
-            seen = (
-                target.inputs(z, levels)[0] * target.sigma_data @ target.table.T
-            )  # probabilities: rows are orthonormal
-            before = torch.cat([torch.eye(3)[0].expand(len(x), 1, 3), seen[:, :-1]], 1)
-            prior = torch.stack([before.gather(2, (k - x).remainder(3).unsqueeze(-1))[..., 0] for k in range(3)], -1)
-            logits = prior.clamp(min=1e-6).log() + (z @ target.table.T - 0.5) / sigma**2
-            return Output(logits, logits.softmax(-1) @ target.table)
+    model = task.model()
 
-    walker = Local(one.blocks())
-    right = {passes: solved(one.walk(walker, x, passes)[-1]["logits"], y) for passes in (1, 4, 32)}
+    def local(x, z, sigma, *, block):
+        target, levels = model.target, torch.full(z.shape[:2], sigma)
+        seen = target.inputs(z, levels)[0] * target.sigma_data @ target.table.T  # probabilities: rows are orthonormal
+        before = torch.cat([torch.eye(3)[0].expand(len(x), 1, 3), seen[:, :-1]], 1)
+        prior = torch.stack([before.gather(2, (k - x).remainder(3).unsqueeze(-1))[..., 0] for k in range(3)], -1)
+        logits = prior.clamp(min=1e-6).log() + (z @ target.table.T - 0.5) / sigma**2
+        return Output(logits, logits.softmax(-1) @ target.table)
+
+    monkeypatch.setattr(model, "denoise", local)
+    right = {passes: solved(task.trajectory(model, x, passes)[-1]["logits"], y) for passes in (1, 4, 32)}
     assert right[1]["accuracy"] == pytest.approx(100 / 6 + 500 / 18, abs=10)  # the first, and a third of the others
     assert right[1]["accuracy"] + 10 < right[4]["accuracy"] < right[32]["accuracy"] == 100
 
 
 def test_a_plan_has_one_block_and_holds(tmp_path):
-    one = adapter(out=tmp_path)
-    assert list(plans(one, CPU)) == [1]
-    session, rows = jobs.open_session(one), []
-    train(session, one.batches(CPU), on_log=rows.append, on_step=lambda: None)
-    planned = plan(one, CPU).by_category
-    for category, count in rows[-1]["bytes"].items():
+    task = make_task(out=tmp_path, log_folder=tmp_path)
+    trainer, _ = commands.open_trainer(task)
+    trainer.fit(Loader(task.batches(CPU)), progress=False)
+    plan = plan_of(task)
+    assert list(plan.rows) == list(plan.waiting) == [1], "one core denoises at every level"
+    planned = plan.rows[1].by_category
+    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    for category, count in row["bytes"].items():
         assert count == pytest.approx(planned[category], rel=0.05), category
 
 
@@ -220,13 +224,13 @@ def test_rotary_positions_need_pairs():
 
 def test_a_size_with_too_few_puzzles_is_refused_before_training():
     with pytest.raises(ValueError, match="so few puzzles"):
-        adapter(size=2).batches(CPU)
+        make_task(size=2).batches(CPU)
 
 
 def test_foreign_puzzles_are_refused():
-    one = adapter()
-    model = one.blocks()
-    x, y = one.batches(CPU).batch(0)
+    task = make_task()
+    model = task.model()
+    x, y = task.batches(CPU).batch(0)
     for bad in (x[:, :-1], x.float()):
         with pytest.raises(ValueError, match=r"puzzles must be a \(B >= 1, 6\) int64 tensor"):
             model.loss(0, bad, y, seed=0, step=0)

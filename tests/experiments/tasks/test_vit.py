@@ -11,7 +11,7 @@ from diffusionblocks.experiments.tasks.vit import ViTRun
 SMALL = {
     "image_size": 4,
     "channels": 2,
-    "classes": 5,
+    "num_classes": 5,
     "patch": 2,
     "dim": 8,
     "layers": 2,

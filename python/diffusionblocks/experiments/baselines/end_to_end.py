@@ -1,51 +1,74 @@
-"""What block-wise training is measured against: the same network end to end, tuned, and with checkpointing."""
+"""The baselines of block-wise training: the same network end to end, tuned, and with activation checkpointing."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...noise.rng import stream
-from ...training.memory import SavedTensors, allocated, count_bytes, reset_peak
-from ...training.optimizer import PartOptimizer, clip_gradients, learning_rate
-from ..session import LOG_EVERY, NonFiniteLoss, autocast
-from ..tasks.base import Adapter, Row
+from ...blocks import DiffusionBlocks
+from ...denoiser import BlockLoss, StemHead
+from ...noise.density import LogNormal
+from ...noise.partition import make_partition
+from ...targets.base import Target
+from ...training.config import TrainerConfig
+from ...training.finite import NonFiniteLoss
+from ...training.memory import SavedTensors
+from ...training.progress import Progress
+from ...training.trainer import Trainer
+from ..config import TrainConfig
+from ..tasks.base import Batches, Loader, Row, Task
 
-Log = Callable[[Row], None]
+Score = Callable[[str], Row]  # a split's scores
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a baseline reached: the adapter's scores, seconds of the chosen run, peak bytes by category, the choice."""
+    """A baseline's scores, seconds of the chosen run, its peak bytes by category, the choice, and all choices tried."""
 
     name: str
     val: Row
     test: Row
     seconds: float
     memory: dict[str, int]
-    choice: dict[str, float] = field(default_factory=dict)
-    tried: list[dict[str, float]] = field(default_factory=list)
+    choice: dict[str, float]
+    tried: list[dict[str, float]]
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One training of the end-to-end network."""
+class Ordinary(DiffusionBlocks):
+    """An ordinary network as the one block of a Trainer: trained by its own loss(x, y, seed=, step=), at no noise."""
 
-    network: nn.Module
-    val: Row
-    seconds: float
-    memory: dict[str, int]
+    def __init__(self, network: nn.Module):
+        partition = make_partition(LogNormal(), 1)
+        super().__init__(StemHead(nn.Identity(), nn.Identity()), [network], Target(1.0), partition)
+
+    @property
+    def network(self) -> Any:
+        """The network."""
+        return self.blocks[0].layers[0]
+
+    def draw_sigma(self, block: int | None, shape: tuple[int, ...], *, device: torch.device, **_: Any) -> Tensor:
+        """Return no noise."""
+        return torch.zeros(1, device=device)
+
+    def check(self, block: int, x: Tensor, y: Tensor) -> None:
+        """Leave the batch to the network."""
+
+    def loss_at(
+        self, block: int, x: Tensor, y: Tensor, sigma: Tensor, *, seed: int, step: int, weight: float = 1.0, **_: Any
+    ) -> BlockLoss:
+        """Return the network's loss, a mean over the batch."""
+        loss = self.network.loss(x, y, seed=seed, step=step)
+        return BlockLoss(loss * weight, sigma, loss.detach(), None)
 
 
 class Checkpointed(nn.Module):
-    """A layer whose activations are made again in the backward pass."""
+    """A layer whose activations are recomputed in the backward pass."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -55,137 +78,160 @@ class Checkpointed(nn.Module):
         return checkpoint(self.layer, *args, use_reentrant=False)
 
 
+class Rows:
+    """A trainer's callback that corrects the log's rows for a baseline and keeps their peak of bytes.
+
+    recomputed: Bytes of activations that aren't saved but recomputed in the backward pass.
+    """
+
+    def __init__(self, recomputed: int = 0):
+        self.recomputed, self.peak = recomputed, dict[str, int]()
+
+    def on_log(self, trainer: Trainer, row: Row) -> None:
+        if isinstance(trainer.model, Ordinary):
+            del row["sigma_low"], row["sigma_high"]
+        row["bytes"]["activations"] += self.recomputed
+        if trainer.device.type != "cuda":  # where it is the sum of `bytes`
+            row["allocated"] += self.recomputed
+        self.peak = max(self.peak, row["bytes"], key=lambda bytes_: sum(bytes_.values()))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One training. score: evaluates its averaged weights on a split; val: on the validation split."""
+
+    trainer: Trainer
+    score: Score
+    val: Row
+    seconds: float
+    memory: dict[str, int]
+
+
 def end_to_end(
-    adapter: Adapter,
+    task: Task,
     device: torch.device,
-    *,
-    on_log: Log,
+    *callbacks: Any,
     name: str = "end-to-end",
     choice: dict[str, float] | None = None,
 ) -> Result:
-    """The adapter's network, all layers at once, for config.steps steps.
+    """Train the task's network, all layers at once, for config.steps steps; tuned on the validation split.
 
-    name: "checkpointing" makes activations again in the backward pass; "shallow" is a network of one block's depth.
-    `choice` of learning rate and warm-up skips the search. The test split is read once, for the chosen run.
-    Raises: NonFiniteLoss, naming the step, if the loss isn't finite and there is nothing else to try.
+    Args:
+        callbacks: Of every Trainer.
+        name: "checkpointing" recomputes activations in the backward pass; "shallow" is a network of one block's depth.
+        choice: A learning rate and a warm-up, to skip the search.
+
+    Raises: NonFiniteLoss if no choice gives a finite loss.
     """
-    adapter = shallow(adapter) if name == "shallow" else adapter
-    best, choice, tried = tuned(
-        adapter, lambda lr, warmup: attempt(name, adapter, device, lr, warmup, on_log), choice=choice
-    )
-    test = adapter.score(best.network, "test", device)
-    return Result(name, best.val, test, best.seconds, best.memory, choice, tried)
+    task = shallow(task) if name == "shallow" else task
+    rates, warmups = task.config.tune_lr, task.config.tune_warmup
+    if choice is not None:
+        rates, warmups = (choice["lr"],), (choice["warmup"],)
+    return tuned(name, task, lambda lr, warmup: attempt(name, task, device, lr, warmup, *callbacks), rates, warmups)
+
+
+def shallow(task: Task) -> Task:
+    """Return the same architecture with one block's layers."""
+    return type(task)(task.config.in_one_block(max(task.config.layer_counts)))
 
 
 def tuned(
-    adapter: Adapter, run: Callable[[float, float], Attempt], *, choice: dict[str, float] | None = None
-) -> tuple[Attempt, dict[str, float], list[dict[str, float]]]:
-    """The run(lr, warmup) that is best on the validation split, its choice, and all that were tried.
+    name: str, task: Task, run: Callable[[float, float], Attempt], rates: Sequence[float], warmups: Sequence[float]
+) -> Result:
+    """Return the result of the run(lr, warmup) that is best on the validation split.
 
-    Every rate of the config's tune_lr at the first warm-up, then the other warm-ups at the best rate; ties go to the
-    earlier one. `choice` skips the search. Raises: NonFiniteLoss if no loss is finite.
+    Every rate is tried at the first warm-up, then the other warm-ups at the best rate; ties go to the earlier one. The
+    test split is evaluated once, for the best.
+    Raises: NonFiniteLoss if no loss is finite.
     """
-    config, metric = adapter.config, adapter.metric
     tried: list[dict[str, float]] = []
     best: Attempt | None = None
+    choice: dict[str, float] = {"lr": rates[0]}
 
     def look(lr: float, warmup: float) -> None:
         nonlocal best, choice
         tried.append({"lr": lr, "warmup": warmup, "val": float("nan")})
         try:
-            made = run(lr, warmup)
+            new = run(lr, warmup)
         except NonFiniteLoss:
-            if len(config.tune_lr) * len(config.tune_warmup) == 1:
+            if len(rates) * len(warmups) == 1:
                 raise
             return
-        tried[-1]["val"] = made.val[metric.key]
-        if best is None or metric.better(made.val[metric.key], best.val[metric.key]):
-            best, choice = made, {"lr": lr, "warmup": warmup}
+        value = tried[-1]["val"] = new.val[task.metric.key]
+        if best is None or task.metric.better(value, best.val[task.metric.key]):
+            best, choice = new, {"lr": lr, "warmup": warmup}
 
-    if choice is not None:
-        look(choice["lr"], choice["warmup"])
-    else:
-        for lr in config.tune_lr:
-            look(lr, config.tune_warmup[0])
-        rate = choice["lr"] if choice else config.tune_lr[0]
-        for warmup in config.tune_warmup[1:]:
-            look(rate, warmup)
-    if best is None or choice is None:
-        raise NonFiniteLoss(f"no learning rate of {config.tune_lr} gave a finite loss; use lower ones")
-    return best, choice, tried
+    for lr in rates:
+        look(lr, warmups[0])
+    for warmup in warmups[1:]:
+        look(choice["lr"], warmup)
+    if best is None:
+        raise NonFiniteLoss(f"{name}: no learning rate of {rates} gave a finite loss; use lower ones")
+    return Result(name, best.val, best.score("test"), best.seconds, best.memory, choice, tried)
 
 
-def shallow(adapter: Adapter) -> Adapter:
-    """The same architecture with one block's layers."""
-    config = adapter.config
-    return type(adapter)(config.in_one_block(max(config.layer_counts)))
+def attempt(name: str, task: Task, device: torch.device, lr: float, warmup: float, *callbacks: Any) -> Attempt:
+    """Train the task's network once: where there is no ordinary one, all layers as one block, for all noise."""
+    network, whole = task.network(), type(task)(task.config.in_one_block())
+    model = (whole.model() if network is None else Ordinary(network)).to(device)
+    layers: Any = model.blocks[0].layers if network is None else network.layers
+    batches, recomputed = task.batches(device), 0
+    if name == "checkpointing":
+        recomputed = saved_by_a_layer(model, layers[0], *batches.batch(0))
+        for i, layer in enumerate(layers):
+            layers[i] = Checkpointed(layer)
+
+    def score(split: str) -> Row:
+        return whole.evaluate(model, split) if network is None else task.score(network, split, device)
+
+    settings = settings_of(task.config, device, steps=task.config.end_to_end_steps, lr=lr, warmup=warmup)
+    return train(name, model, settings, batches, score, Rows(recomputed), *callbacks)
 
 
-def attempt(
-    name: str, adapter: Adapter, device: torch.device, lr: float, warmup: float, on_log: Log = lambda row: None
+def settings_of(
+    config: TrainConfig, device: torch.device, *, steps: int, warmup: float, **changes: Any
+) -> TrainerConfig:
+    """Return the Trainer's settings of a baseline, which keeps no files. warmup: a share of the steps."""
+    values = {f.name: getattr(config, f.name) for f in fields(TrainerConfig)}
+    own = {"device": str(device), "branch": 0.0, "compile": False, "offload": "cpu", "folder": None, "log_folder": None}
+    return TrainerConfig(**values | own | {"steps": steps, "warmup": max(1, round(warmup * steps))} | changes)
+
+
+def train(
+    name: str,
+    model: DiffusionBlocks,
+    settings: TrainerConfig,
+    batches: Batches,
+    score: Score,
+    rows: Rows,
+    *callbacks: Any,
 ) -> Attempt:
-    """One training; the network comes with its averaged weights."""
-    reset_peak(device)
-    config, checkpointing = adapter.config, name == "checkpointing"
-    network: Any = adapter.network().to(device)
-    if checkpointing:
-        for i, layer in enumerate(network.layers):
-            network.layers[i] = Checkpointed(layer)
-    optimizer = PartOptimizer(network.named_parameters(), weight_decay=config.weight_decay, ema_decay=config.ema)
-    batches = adapter.batches(device)
-    warm, began = max(1, round(warmup * config.steps)), time.perf_counter()
-    peak: dict[str, int] = {}
-    for step in range(config.steps):
-        logs = step % LOG_EVERY == LOG_EVERY - 1 or step + 1 == config.steps
-        torch.manual_seed(stream(config.seed, "layers", step) % 2**63)
-        for micro in range(step * config.accumulate, (step + 1) * config.accumulate):
-            x, y = batches.batch(micro)
-            counter = SavedTensors(network.parameters()).count() if logs else nullcontext()
-            with counter as saved, autocast(config, device):
-                loss = network.loss(x, y, seed=config.seed, step=micro)
-            (loss / config.accumulate).backward()
-        again = saved_by_a_layer(network, x, y) if saved and checkpointing else 0
-        used = usage(network, optimizer, saved.bytes + again, device) if saved else {}
-        norm = clip_gradients([optimizer], config.clip)
-        rate = learning_rate(step, steps=config.steps, peak=lr, warmup=warm)
-        optimizer.step(rate)
-        if logs:
-            if not bool(loss.isfinite() & norm.isfinite()):
-                raise NonFiniteLoss(f"{name}: the loss is not finite at or before step {step}; lower lr (now {lr})")
-            row = {"step": step + 1, "loss": float(loss.detach()), "grad_norm": float(norm), "lr": rate}
-            on_log({"run": name, **row, "seconds": time.perf_counter() - began, **memory_row(used, device)})
-            peak = max(peak, used, key=lambda bytes_: sum(bytes_.values()))
+    """Train a model to the end and evaluate its averages. Raises: NonFiniteLoss, naming the baseline."""
+    with Progress(settings.total_steps or 0, name) as bar:
+        trainer, began = Trainer(model, settings, callbacks=[rows, *callbacks, bar]), time.perf_counter()
+        try:
+            trainer.fit(Loader(batches), progress=False)
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"{name}: {error}") from error
     seconds = time.perf_counter() - began
-    optimizer.swap_ema()
-    return Attempt(network, adapter.score(network, "val", device), seconds, peak)
+
+    def averaged(split: str) -> Row:
+        with trainer.averages():
+            model.eval().activate(0)
+            result = score(split)
+        trainer.offloader.retire()  # the next attempt needs the device
+        return result
+
+    return Attempt(trainer, averaged, averaged("val"), seconds, rows.peak)
 
 
-def saved_by_a_layer(network: Any, x: Tensor, y: Tensor) -> int:
-    """Bytes that one layer saves: with checkpointing they are made again, a layer at a time, in the backward pass."""
-    layer, inputs = network.layers[0], []
+def saved_by_a_layer(model: DiffusionBlocks, layer: nn.Module, x: Tensor, y: Tensor) -> int:
+    """Return bytes that one layer saves: checkpointing recomputes them, a layer at a time."""
+    inputs: list[Any] = []
     hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args))
     with torch.no_grad():
-        network.loss(x, y, seed=0, step=0)
+        model.loss(0, x, y, seed=0, step=0)
     hook.remove()
-    with SavedTensors(network.parameters()).count() as saved:
-        layer.layer(*inputs[0])
+    with SavedTensors(model.parameters()).count() as saved:
+        layer(*inputs[0])
     return saved.bytes
-
-
-def usage(network: nn.Module, optimizer: PartOptimizer, saved: int, device: torch.device) -> dict[str, int]:
-    """Bytes by category after a backward pass."""
-    state = optimizer.tensors()
-    moments = [t for name, t in state.items() if not name.startswith("ema/")]
-    return {
-        "weights": count_bytes([*network.parameters(), *network.buffers()], device),
-        "gradients": count_bytes([p.grad for p in network.parameters() if p.grad is not None], device),
-        "moments": count_bytes(moments, device),
-        "averages": count_bytes([t for name, t in state.items() if name.startswith("ema/")], device),
-        "activations": saved,
-    }
-
-
-def memory_row(used: dict[str, int], device: torch.device) -> dict[str, Any]:
-    peak, reserved = allocated(device)
-    total = sum(used.values())
-    return {"bytes": used, "allocated": peak if device.type == "cuda" else total, "reserved": reserved}

@@ -1,14 +1,15 @@
-"""The NoProp baseline, in discrete time: each block alone tells the label's embedding from a noisier one.
+"""The NoProp baseline, in discrete time: each block alone denoises the label's embedding, at its one noise level.
 
 Source: Li, Teh, Pascanu 2025, arXiv 2503.24322 (NoProp-DT). Ours, not the paper's: the blocks are a ViT's layers, the
-noisy embedding is the first token, and the label embeddings are fixed.
+noisy embedding is the first token, and the label embeddings are fixed. Its variance-preserving z is ours times c_in,
+with sigma_data = 1 and sigma^2 = (1 - alpha_bar) / alpha_bar.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import time
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -16,125 +17,107 @@ from torch import Tensor, nn
 
 import dbkernels
 
+from ...blocks import DiffusionBlocks
+from ...denoiser import BlockLoss, StemHead
+from ...noise.density import LogUniform
+from ...noise.partition import make_partition
 from ...noise.rng import stream
-from ...sampling.sampler import BATCH
-from ...targets.labels import spread_codebook
-from ...training.memory import SavedTensors, reset_peak
-from ...training.optimizer import PartOptimizer, clip_gradients, learning_rate
-from ..metrics.bound import accuracy
-from ..models.vit import Head, Layer, Stem, ViTConfig
-from ..session import LOG_EVERY, NonFiniteLoss, block_at
-from ..tasks.base import Row
-from ..tasks.vit import ViTAdapter, ViTRun
-from .end_to_end import Log, Result, memory_row, usage
+from ...targets.base import Features, Output, Target
+from ...targets.labels import LabelTarget
+from ..models.layers import Layer
+from ..models.vit import Head, Stem
+from ..tasks.vit import ViTRun, ViTTask
+from .end_to_end import Attempt, Result, Rows, settings_of, train, tuned
 
 ETA = 0.1  # the paper's weight of the denoising loss
+ALPHA_MIN = 1e-4  # alpha_bar's distance from 0 and 1
 
 
-class NoPropBlock(nn.Module):
-    """Some layers with a stem and a head of their own: (x, z, noise) -> the estimate of the label's embedding."""
+class NoPropTarget(LabelTarget):
+    """Labels as fixed embeddings, and the classifier `out` of the last block's z, which all blocks train."""
 
-    def __init__(self, config: ViTConfig, layers: int):
-        super().__init__()
-        self.stem, self.head = Stem(config, True), Head(config, True)
-        self.layers = nn.ModuleList(Layer(config, True) for _ in range(layers))
+    def __init__(self, num_classes: int, dim: int):
+        super().__init__(num_classes, dim, sigma_data=1.0)
+        self.out = nn.Linear(dim, num_classes)
 
-    def forward(self, x: Tensor, z: Tensor, level: Tensor, table: Tensor) -> Tensor:
-        h, cond = self.stem(x, z, level)
-        for layer in self.layers:
-            h = layer(h, cond)
-        return self.head(self.head.features(h), cond).softmax(-1) @ table
+    def read(self, features: Features, z: Tensor, sigma: Tensor) -> Output:
+        """Return the logits of the label's embedding from features alone, and their mean embedding."""
+        logits = features.head(features.h, features.cond)
+        return Output(logits, logits.softmax(-1) @ self.table)
+
+    def start(self, count: int, sigma: float, *, seed: int, device: torch.device) -> Tensor:
+        """Return z at the highest level: sigma eps."""
+        return Target.start(self, count, sigma, seed=stream(seed, "noprop walk"), device=device)
+
+    def advance(self, z: Tensor, output: Output, sigma: float, below: float, *, seed: int, step: int) -> Tensor:
+        """Return z at the level `below`, drawn from the noise's posterior given D."""
+        r2, D = (below / sigma) ** 2, output.denoised
+        eps = dbkernels.philox_normal(z.shape, seed=stream(seed, "noprop walk"), offset=step + 1, device=z.device)
+        return D + r2 * (z - D) + below * math.sqrt(1 - r2) * eps
 
 
-class NoProp(nn.Module):
-    """B blocks, the embeddings, and the classifier of the last step's z.
+class NoProp(DiffusionBlocks):
+    """Independent blocks: block t is trained at the level partition.edges[t] and leads to the next.
 
-    alpha_bar: B + 1 rising shares of signal, a cosine from 1e-4 to 1 - 1e-4; block t is trained at alpha_bar[t].
+    alpha_bar rises along a cosine from ALPHA_MIN to 1 - ALPHA_MIN.
     """
 
     def __init__(self, config: ViTRun):
-        super().__init__()
-        self.blocks = nn.ModuleList(NoPropBlock(config.model, n) for n in config.layer_counts)
-        self.out = nn.Linear(config.model.dim, config.model.classes)
-        self.register_buffer("table", spread_codebook(config.model.classes, config.model.dim))
+        model, around, layers = config.model, list[StemHead](), list[Layer]()
+        for count in config.layer_counts:
+            around.append(StemHead(Stem(model, True), Head(model, True)))
+            layers += [Layer(model, True) for _ in range(count)]
         times = torch.linspace(1, 0, config.blocks + 1, dtype=torch.float64)
-        self.alpha_bar = (times * math.pi / 2).cos().square().clamp(1e-4, 1 - 1e-4).tolist()
+        alpha_bar = (times * math.pi / 2).cos().square().clamp(ALPHA_MIN, 1 - ALPHA_MIN)
+        edges = ((1 - alpha_bar) / alpha_bar).sqrt().tolist()
+        partition = make_partition(LogUniform(edges[-1], edges[0]), config.layer_counts, edges=edges, overlap=0.0)
+        target = NoPropTarget(model.num_classes, model.dim)
+        super().__init__(around, layers, target.requires_grad_(False), partition, shared="per_block")
+        self.seed = config.seed
+        target.out.requires_grad_(True)  # it reads z alone, so blocks that share it still agree on z
 
-    def noised(self, y: Tensor, t: int, seed: int, step: int) -> Tensor:
-        """z of labels (B,) at time t: (B, d), of unit variance where it is noise."""
-        signal = self.alpha_bar[t]
-        sigma = math.sqrt((1 - signal) / signal)
-        noisy = dbkernels.inject_noise(self.table[y], sigma, seed=stream(seed, "noprop", t), offset=step)
-        return math.sqrt(signal) * noisy
+    def draw_sigma(self, block: int | None, shape: tuple[int, ...], *, device: torch.device, **_: Any) -> Tensor:
+        """Return the one level of a block."""
+        return torch.full(shape, self.partition.edges[block or 0], device=device)
 
-    def estimate(self, x: Tensor, z: Tensor, t: int) -> Tensor:
-        """What block t makes of z."""
-        signal = self.alpha_bar[t]
-        level = torch.full((len(x),), math.log((1 - signal) / signal) / 8, device=x.device)  # ln(sigma) / 4
-        return self.blocks[t](x, z, level, self.table)
+    def loss_at(
+        self, block: int, x: Tensor, y: Tensor, sigma: Tensor, *, seed: int, step: int, weight: float = 1.0, **_: Any
+    ) -> BlockLoss:
+        """Return |y - D|^2, weighted by the block's gain of signal-to-noise, plus the classifier's cross-entropy."""
+        B, (above, below), target = self.partition.blocks, self.partition.edges[block : block + 2], self.target
+        least = torch.full_like(sigma, self.partition.sigma_min)
+        noised = target.add_noise(y, sigma, seed=stream(seed, "noprop", block), offset=step)
+        end = target.add_noise(y, least, seed=stream(seed, "noprop", B), offset=step)
+        D = target.read(self.blocks[block](x, noised.scaled, noised.c_noise, None), noised.z, sigma).denoised
+        gain = below**-2 - above**-2
+        squared = (D - target.clean(y)).square().sum(-1)
+        entropy = functional.cross_entropy(target.out(end.scaled), y, reduction="none")
+        per_sample = entropy + B / 2 * ETA * gain * squared
+        return BlockLoss(per_sample.mean() * weight, sigma, per_sample.detach(), None)
 
-    def loss(self, x: Tensor, y: Tensor, t: int, *, seed: int, step: int) -> Tensor:
-        """Block t's error, weighted by the gain of signal-to-noise, and the classifier's cross-entropy."""
-        B, (below, above) = len(self.blocks), self.alpha_bar[t : t + 2]
-        gain = above / (1 - above) - below / (1 - below)
-        error = (self.estimate(x, self.noised(y, t, seed, step), t) - self.table[y]).square().sum(-1).mean()
-        return functional.cross_entropy(self.out(self.noised(y, B, seed, step)), y) + B / 2 * ETA * gain * error
-
-    def walk(self, x: Tensor, *, seed: int) -> Tensor:
-        """Logits (B, K): from noise through all blocks, noise added behind each."""
-        shape = (len(x), self.table.shape[1])
-        z = dbkernels.philox_normal(shape, seed=stream(seed, "noprop walk"), device=x.device)
-        for t, (below, above) in enumerate(itertools.pairwise(self.alpha_bar)):
-            kept = below / above
-            a = math.sqrt(above) * (1 - kept) / (1 - below)
-            b = math.sqrt(kept) * (1 - above) / (1 - below)
-            c = (1 - above) * (1 - kept) / (1 - below)
-            eps = dbkernels.philox_normal(shape, seed=stream(seed, "noprop walk"), offset=t + 1, device=x.device)
-            z = a * self.estimate(x, z, t) + b * z + math.sqrt(c) * eps
-        return self.out(z)
+    @torch.no_grad()
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        """Return logits (B, K) at the end of the sampling trajectory, a step per block; weights as they are."""
+        edges = self.partition.edges
+        z = self.target.start(len(x), edges[0], seed=self.seed, device=x.device)
+        for t, (sigma, below) in enumerate(itertools.pairwise(edges)):
+            z = self.target.advance(z, self.denoise(x, z, sigma, block=t), sigma, below, seed=self.seed, step=t)
+        levels = torch.full((len(z),), edges[-1], device=z.device)
+        return self.target.out(self.target.inputs(z, levels)[0])
 
 
-def noprop(adapter: ViTAdapter, device: torch.device, *, on_log: Log) -> Result:
-    """Train block by block at equal layer evaluations; learning rate and warm-up are block-wise training's.
+def noprop(task: ViTTask, device: torch.device, *callbacks: Any) -> Result:
+    """Train block by block, at equal layer evaluations, with the learning rate and warm-up of block-wise training.
 
     Raises: NonFiniteLoss, naming the step.
     """
-    reset_peak(device)
-    config = adapter.config
-    torch.manual_seed(stream(config.seed, "init") % 2**63)
-    network, batches, began = NoProp(config).to(device), adapter.batches(device), time.perf_counter()
-    parts = [
-        PartOptimizer(module.named_parameters(), weight_decay=config.weight_decay, ema_decay=config.ema)
-        for module in (*network.blocks, network.out)
-    ]
-    warm = max(1, round(config.warmup * config.total_steps))
-    peak: dict[str, int] = {}
-    for step in range(config.total_steps):
-        t = block_at(step, config)
-        x, y = batches.batch(step)
-        with SavedTensors(network.parameters()).count() as saved:
-            loss = network.loss(x, y, t, seed=config.seed, step=step)
-        loss.backward()
-        used = usage(network.blocks[t], parts[t], saved.bytes, device)
-        norm = clip_gradients([parts[t], parts[-1]], config.clip)
-        rate = learning_rate(step, steps=config.total_steps, peak=config.lr, warmup=warm)
-        parts[t].step(rate)
-        parts[-1].step(rate)
-        if step % LOG_EVERY == LOG_EVERY - 1 or step + 1 == config.total_steps:
-            if not bool(loss.isfinite() & norm.isfinite()):
-                raise NonFiniteLoss(f"noprop: the loss is not finite at or before step {step}; lower lr")
-            row = {"step": step + 1, "loss": float(loss.detach()), "grad_norm": float(norm), "lr": rate}
-            on_log({"run": "noprop", **row, "seconds": time.perf_counter() - began} | memory_row(used, device))
-            peak = max(peak, used, key=lambda bytes_: sum(bytes_.values()))
-    for part in parts:
-        part.swap_ema()
-    seconds = time.perf_counter() - began
-    val, test = (score(network, *adapter.inputs(split, device), seed=config.seed) for split in ("val", "test"))
-    return Result("noprop", val, test, seconds, peak, {"lr": config.lr, "warmup": config.warmup})
+    config = task.config
 
+    def run(lr: float, warmup: float) -> Attempt:
+        torch.manual_seed(stream(config.seed, "init") % 2**63)
+        model, where = NoProp(config), {"offload": config.offload, "folder": config.out / "waiting" / "noprop"}
+        settings = settings_of(config, device, steps=config.total_steps, lr=lr, warmup=warmup, **where)
+        score = lambda split: task.score(model, split, device)  # noqa: E731
+        return train("noprop", model, settings, task.batches(device), score, Rows(), *callbacks)
 
-@torch.no_grad()
-def score(network: NoProp, x: Tensor, labels: Tensor, *, seed: int) -> Row:
-    """Accuracy at the end of the walk."""
-    network.eval()
-    return {"accuracy": accuracy(torch.cat([network.walk(part, seed=seed) for part in x.split(BATCH)]), labels)}
+    return tuned("noprop", task, run, (config.lr,), (config.warmup,))

@@ -1,4 +1,4 @@
-"""IDX, the file format of MNIST and its kin: a magic number, big-endian sizes, then the elements."""
+"""Load IDX files, the format of MNIST: a magic number, big-endian sizes, then the elements."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ GZIP_MAGIC = b"\x1f\x8b"
 TYPES = {0x08: "uint8", 0x09: "int8", 0x0B: "int16", 0x0C: "int32", 0x0D: "float32", 0x0E: "float64"}
 
 
-def read(path: Path) -> Tensor:
-    """The array in an IDX file, plain or gzipped: uint8, of the shape its header gives.
+def load(path: Path) -> Tensor:
+    """Load an IDX file, plain or gzipped, as a uint8 tensor of the shape in its header.
 
-    Raises: FileNotFoundError if there is no such file. ValueError as `parse`, or on broken gzip.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: broken gzip, or a fault that `parse` names.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no IDX file {path}")
@@ -26,10 +28,14 @@ def read(path: Path) -> Tensor:
 
 
 def parse(content: bytes, name: str) -> Tensor:
-    """The array in `content`, the bytes of an unzipped IDX file: uint8, of the shape its header gives.
+    """Parse the bytes of an uncompressed IDX file into a uint8 tensor of the shape in its header.
 
-    name: what errors call the file. Raises: ValueError on a wrong magic number, an element type other than
-    uint8, a truncated file or one that goes on after its last element.
+    Args:
+        content: the file's bytes.
+        name: the file's name in error messages.
+
+    Raises:
+        ValueError: a wrong magic number, an element type other than uint8, or more or fewer elements than announced.
     """
     shape = _shape(content, name)
     start, size = 4 + 4 * len(shape), math.prod(shape)
@@ -39,14 +45,14 @@ def parse(content: bytes, name: str) -> Tensor:
             f"{name} is {kind}: its header announces shape {shape}, {start + size} bytes in all, "
             f"but it has {len(content)}; fetch the file again"
         )
-    if not size:  # torch.frombuffer refuses an empty rest
+    if not size:  # torch.frombuffer refuses an empty buffer
         return torch.empty(shape, dtype=torch.uint8)
-    # A bytearray, because a tensor over read-only bytes could be written to.
+    # bytearray: writing to a tensor over immutable bytes is undefined
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
 
 
 def _shape(content: bytes, name: str) -> tuple[int, ...]:
-    """The sizes in the header, after checking the magic number: two zero bytes, type, number of axes."""
+    """Return the sizes in the header after checking the magic number: two zero bytes, type, number of axes."""
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in TYPES or not content[3]:
         raise ValueError(
             f"{name} is not an IDX file: it starts with {content[:4].hex(' ') or 'nothing'}, "

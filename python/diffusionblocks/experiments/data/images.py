@@ -1,7 +1,6 @@
-"""Image classification data: the splits, the order of the batches, normalisation and augmentation.
+"""Image classification data: splits, order of the batches, normalisation and augmentation.
 
-Nothing here has state: order and augmentation are functions of (seed, step), so a resumed run
-needs only its step.
+Stateless: order and augmentation are functions of (seed, step), so resuming needs only the step.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ from ...noise.rng import stream
 from ...targets.devices import send
 from .sources import SOURCES, Source, hub_images, idx_folder, image_folder, stratified
 
-NAMES = tuple(SOURCES)
-OWN = {"folder": image_folder, "idx": idx_folder}  # files of one's own
+OWN = {"folder": image_folder, "idx": idx_folder}  # the user's files
 
 
 @dataclass(frozen=True)
 class Split:
-    """images: (N, C, H, W) uint8. labels: (N,) int64."""
+    """Images (N, C, H, W) uint8 and labels (N,) int64."""
 
     images: Tensor
     labels: Tensor
@@ -34,32 +32,40 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def facts(self) -> dict[str, Any]:
+        """Return size and SHA-256, as JSON values."""
+        digest = hashlib.sha256(self.labels.numpy().tobytes())
+        digest.update(self.images.contiguous().numpy())
+        return {"samples": len(self), "sha256": digest.hexdigest()}
+
     def take(self, indices: Tensor) -> Split:
-        """The samples at `indices`: (K,) int64."""
+        """Return the samples at `indices`, (K,) int64."""
         return Split(self.images[indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A dataset in memory. mean, std: one number a channel, of the training images scaled to 0..1.
+    """A dataset in memory; mean and std per channel are of the training images scaled to [0, 1].
 
-    Raises: ValueError if a split is empty, or its shapes, dtypes or labels don't fit the others or `classes`.
+    Raises:
+        ValueError: an empty split, or shapes, dtypes or labels that don't fit the other splits or num_classes.
     """
 
     name: str
     train: Split
     val: Split
     test: Split
-    classes: int
+    num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         shape = tuple(self.train.images.shape[1:])
         for part in ("train", "val", "test"):
-            _check(getattr(self, part), self.classes, shape, f"{self.name} ({part})")
+            _check(getattr(self, part), self.num_classes, shape, f"{self.name} ({part})")
         if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError(f"{self.name}: need {self.channels} numbers in mean and std, one a channel")
+            raise ValueError(f"{self.name}: need {self.channels} numbers in mean and std, one per channel")
 
     @property
     def channels(self) -> int:
@@ -71,99 +77,114 @@ class ImageData:
         """H = W, in pixels."""
         return int(self.train.images.shape[2])
 
-    def fingerprint(self) -> str:
-        """SHA-256 of what is trained on."""
-        digest = hashlib.sha256(self.train.labels.numpy().tobytes())
-        digest.update(self.train.images.contiguous().numpy())
-        return digest.hexdigest()
+    def facts(self) -> dict[str, Any]:
+        """Return what a trained model needs of its data, and each split's size and SHA-256, as JSON values."""
+        return {
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "channels": self.channels,
+            "image_size": self.image_size,
+            "class_names": list(self.class_names),
+            "splits": {name: getattr(self, name).facts() for name in ("train", "val", "test")},
+        }
 
 
 def load(name: str, *, folder: str | Path | None = None, val_fraction: float = 0.1, seed: int = 0) -> ImageData:
-    """The dataset `name`: one of NAMES, "folder" or "idx" for files of one's own, or "hub:ID" for any of the hub's with
-    square images of one size and labels. Its test split is the same for every seed.
+    """Load a dataset and set validation images aside. The test split is the same for every seed.
 
-    folder: where the files are. For fashion-mnist the four IDX files, gzipped or not (None: where Debian's
-    package dataset-fashion-mnist puts them); for cifar100 and tiny-imagenet a copy of the hub's dataset, as
-    parquet or from save_to_disk (None: downloaded); digits comes with scikit-learn and takes none; for
-    "folder" and "idx" see sources.image_folder and sources.idx_folder.
-    val_fraction: share of the training images set aside for choices, stratified by class, drawn by `seed`.
-    Raises: FileNotFoundError on a missing folder or file, or an unreachable hub. ValueError on an unknown
-    name, files that are truncated, foreign or of another shape, labels out of range, or an empty split.
-    ImportError on a missing library.
+    Args:
+        name: one of SOURCES, "folder" or "idx" for the user's files, or "hub:ID" for any dataset of the hub with labels
+            and square images of one size.
+        folder: for fashion-mnist the folder of the four IDX files, gzipped or not (None: Debian's package
+            dataset-fashion-mnist); for cifar100 and tiny-imagenet a copy of the hub's dataset, as parquet or from
+            save_to_disk (None: download); for "folder" and "idx" see sources.image_folder and sources.idx_folder.
+            digits takes none.
+        val_fraction: share of the training images in the validation split, stratified by class.
+        seed: of the validation split.
+
+    Raises:
+        FileNotFoundError: a missing folder or file, or an unreachable hub.
+        ValueError: an unknown name; truncated or foreign files, or images of another shape; labels out of range; an
+            empty split.
+        ImportError: a library is missing.
     """
-    source, where = _source(name, folder), None if folder is None else Path(folder).expanduser()
-    pairs = source.read(where)
+    folder = None if folder is None else Path(folder).expanduser()
+    source = _source(name, folder)
+    pairs = source.load(folder)
     full, test = Split(*pairs["train"]), Split(*pairs["test"])
     for part, split in (("train", full), ("test", test)):
-        _check(split, source.classes, source.shape, f"{name} ({part})")
+        _check(split, source.num_classes, source.shape, f"{name} ({part})")
     val_count = _val_count(len(full), val_fraction)
     val_indices, train_indices = stratified(full.labels, val_count, stream(seed, "data", "val"))
     train, val = full.take(train_indices), full.take(val_indices)
-    return ImageData(name, train, val, test, source.classes, *_statistics(train.images))
+    return ImageData(name, train, val, test, source.num_classes, *_statistics(train.images), source.class_names)
 
 
-def _source(name: str, folder: str | Path | None) -> Source:
-    where = None if folder is None else Path(folder).expanduser()
+def _source(name: str, folder: Path | None) -> Source:
     if name.startswith("hub:"):
-        return hub_images(name.removeprefix("hub:"), where)
+        return hub_images(name.removeprefix("hub:"), folder)
     if name not in (*SOURCES, *OWN):
-        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join((*NAMES, *OWN))}, or 'hub:ID'")
-    return OWN[name](where) if name in OWN else SOURCES[name]
+        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join((*SOURCES, *OWN))}, or 'hub:ID'")
+    return OWN[name](folder) if name in OWN else SOURCES[name]
 
 
 def check_model(data: ImageData, model: Any) -> None:
-    """Raise ValueError if a model is for other images or classes."""
-    have = (data.channels, data.image_size, data.classes)
-    want = (model.channels, model.image_size, model.classes)
+    """Raise ValueError if the model's config is for other images or another number of classes."""
+    have = (data.channels, data.image_size, data.num_classes)
+    want = (model.channels, model.image_size, model.num_classes)
     if have != want:
-        raise ValueError(f"{data.name} has (channels, image_size, classes) {have}, the model {want}: set --model.*")
+        raise ValueError(f"{data.name} has (channels, image_size, num_classes) {have}, the model {want}: set --model.*")
 
 
 def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> Tensor:
-    """Which of `n` samples make up batch `step`: (batch_size,) int64 on the CPU.
+    """Return the indices of batch `step` among `n` samples: (batch_size,) int64 on the CPU.
 
-    The batches cut one endless row of shuffled epochs, so every batch is full and each epoch holds every
-    sample once; a batch that crosses a border may hold a sample twice.
-    Raises: ValueError unless n and batch_size are positive and seed and step not negative.
+    The batches cut an endless sequence of shuffled epochs: every batch is full, each epoch holds every sample once, and
+    a batch across two epochs may hold a sample twice.
+
+    Raises:
+        ValueError: n or batch_size isn't positive, or step is negative.
     """
     if n < 1 or batch_size < 1 or step < 0:
         raise ValueError(f"need n >= 1, batch_size >= 1, step >= 0; got n={n}, batch_size={batch_size}, step={step}")
     first, end = step * batch_size, (step + 1) * batch_size
     epochs = range(first // n, (end - 1) // n + 1)
-    # cat copies, so that the caller can't write into the cached permutation
+    # cat copies: the caller can't write into the cached permutation
     return torch.cat([_permutation(n, seed, e)[max(first - e * n, 0) : end - e * n] for e in epochs])
 
 
-def prepare(
-    images: Tensor,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """(images / 255 - mean) / std: (B, C, H, W) uint8 on any device to `dtype` on `device`.
+def prepare(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], *, device: torch.device | str) -> Tensor:
+    """Return (images / 255 - mean) / std, float32 on `device`.
 
-    mean, std: one number a channel, for images scaled to 0..1.
-    Raises: ValueError on an empty batch, another shape or dtype, or a std that is not positive.
+    Args:
+        images: (B, C, H, W) uint8, on any device.
+        mean, std: one number per channel, of images scaled to [0, 1].
+        device: of the result.
+
+    Raises:
+        ValueError: an empty batch, another shape or dtype, or a std that isn't positive.
     """
     _check_images(images)
     if not len(mean) == len(std) == images.shape[1]:
-        raise ValueError(f"need {images.shape[1]} numbers, one a channel, got mean={mean}, std={std}")
+        raise ValueError(f"need {images.shape[1]} numbers, one per channel, got mean={mean}, std={std}")
     if not all(s > 0 for s in std):
         raise ValueError(f"std must be positive in every channel, got {std}; drop channels that never vary")
     images = send(images, device)
-    exact = torch.promote_types(dtype, torch.float32)  # bfloat16 has too few digits to compute in
-    scale, shift = _scale_shift(tuple(mean), tuple(std), images.device, exact)
-    return torch.addcmul(shift, images.to(exact), scale).to(dtype)
+    scale, shift = _scale_shift(tuple(mean), tuple(std), images.device)
+    return torch.addcmul(shift, images.float(), scale)
 
 
 def augment(images: Tensor, *, pad: int, flip: bool, seed: int, step: int) -> Tensor:
-    """Each image shifted by up to `pad` pixels (what comes in is black) and, by a coin, mirrored.
+    """Shift each image by up to `pad` pixels, padding with black, and mirror half of them.
 
-    images: (B, C, H, W) uint8; returns the same shape, dtype and device, or its input for pad=0, flip=False.
-    The draws are made on the CPU from (seed, step), so they are the same on every device.
-    Raises: ValueError on an empty batch, another shape or dtype, a negative pad, seed or step.
+    Args:
+        images: (B, C, H, W) uint8.
+        pad: largest shift in pixels, in each direction.
+        flip: mirror each image with probability 1/2.
+        seed, step: address of the draws, which are the same on every device.
+
+    Raises:
+        ValueError: an empty batch, another shape or dtype, or a negative pad or step.
     """
     _check_images(images)
     if pad < 0 or step < 0:
@@ -177,17 +198,19 @@ def augment(images: Tensor, *, pad: int, flip: bool, seed: int, step: int) -> Te
     if flip:
         columns = torch.where(mirrored[:, None] == 1, columns.flip(1), columns)
     columns = columns + left[:, None]  # (B, W)
-    # Indexed as (B, 1, 1), (B, H, 1), (B, 1, W) around the slice of channels: comes out as (B, H, W, C).
+    # (B, 1, 1), (B, H, 1) and (B, 1, W) index around the slice of channels: the result is (B, H, W, C)
     sample = torch.arange(len(images), device=images.device)[:, None, None]
     padded = F.pad(images, (pad, pad, pad, pad))
     return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 class Loader:
-    """Training batches of `split` by step number: shuffled, augmented, normalised by `data`'s mean and std.
+    """Training batches of a split by step: shuffled, augmented, normalised by the dataset's mean and std.
 
-    The images stay where they are; only a batch goes to `device`. pad, flip: as in `augment`.
-    Raises: ValueError on a batch_size below 1, a negative seed or pad, or an empty split.
+    Only the batch moves to `device`. pad, flip: as for `augment`.
+
+    Raises:
+        ValueError: batch_size below 1, a negative seed or pad, or an empty split.
     """
 
     def __init__(
@@ -201,17 +224,14 @@ class Loader:
         pad: int = 0,
         flip: bool = False,
     ) -> None:
-        _check(split, data.classes, (data.channels, *data.train.images.shape[2:]), data.name)
+        _check(split, data.num_classes, (data.channels, *data.train.images.shape[2:]), data.name)
         if batch_size < 1 or pad < 0 or seed < 0:
             raise ValueError(f"need batch_size >= 1, pad >= 0, seed >= 0; got {batch_size}, {pad}, {seed}")
         self.split, self.data, self.batch_size = split, data, batch_size
         self.seed, self.device, self.pad, self.flip = seed, torch.device(device), pad, flip
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Batch number `step` >= 0 on the device: x (batch_size, C, H, W) float32, labels (batch_size,).
-
-        Raises: ValueError on a negative step.
-        """
+        """Return batch `step` >= 0 on the device: x (batch_size, C, H, W) float32, labels (batch_size,) int64."""
         indices = batch_indices(len(self.split), self.batch_size, seed=self.seed, step=step)
         indices = indices.to(self.split.images.device)
         images = send(self.split.images[indices], self.device)
@@ -226,19 +246,17 @@ def _permutation(n: int, seed: int, epoch: int) -> Tensor:
 
 
 def _draws(count: int, pad: int, key: int) -> Tensor:
-    """(3, count) int64: the coin for mirroring, 0 or 1; the crop's top and left edge, 0..2 pad."""
+    """Return (3, count) int64: mirror (0 or 1), and the crop's top and left edge in 0..2 pad."""
     generator = torch.Generator().manual_seed(key)
     coin = torch.randint(2, (1, count), generator=generator)
     return torch.cat([coin, torch.randint(2 * pad + 1, (2, count), generator=generator)])
 
 
 @lru_cache(maxsize=8)
-def _scale_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """x -> x scale + shift, each (C, 1, 1); cached, as making them anew waits for the GPU."""
+def _scale_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return scale and shift, (C, 1, 1), of x -> x scale + shift; cached, since the copy to a GPU waits for it."""
     constants = [[1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]]
-    scale, shift = torch.tensor(constants, device=device, dtype=dtype)[:, :, None, None]
+    scale, shift = torch.tensor(constants, device=device, dtype=torch.float32)[:, :, None, None]
     return scale, shift
 
 
@@ -250,7 +268,7 @@ def _val_count(n: int, fraction: float) -> int:
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of each channel / 255, from exact counts, so the same on any number of threads."""
+    """Return mean and std per channel, scaled to [0, 1]; from exact counts, whatever the number of threads."""
     values = torch.arange(256, dtype=torch.float64) / 255
     counts = [torch.bincount(images[:, c].flatten(), minlength=256).double() for c in range(images.shape[1])]
     means = [(values @ count / count.sum()).item() for count in counts]
@@ -258,8 +276,8 @@ def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(means), tuple(square**0.5 for square in squares)
 
 
-def _check(split: Split, classes: int, shape: tuple[int, ...], where: str) -> None:
-    """Raise ValueError unless `split` has images of `shape` (C, H, W), each with a label in 0..classes-1."""
+def _check(split: Split, num_classes: int, shape: tuple[int, ...], where: str) -> None:
+    """Raise ValueError unless `split` has images of `shape` (C, H, W), each with a label in [0, num_classes)."""
     images, labels = split.images, split.labels
     if not labels.numel():
         raise ValueError(f"{where} is empty; every split needs at least one image")
@@ -269,8 +287,8 @@ def _check(split: Split, classes: int, shape: tuple[int, ...], where: str) -> No
         expected = f"({len(labels)} labels, {', '.join(map(str, shape))}) uint8"
         raise ValueError(f"{where}: images must be {expected}, got {tuple(images.shape)} {images.dtype}")
     low, high = labels.min().item(), labels.max().item()
-    if low < 0 or high >= classes:
-        raise ValueError(f"{where}: labels must be in 0..{classes - 1}, got {low}..{high}; check its source")
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"{where}: labels must be in 0..{num_classes - 1}, got {low}..{high}; check its source")
 
 
 def _check_images(images: Tensor) -> None:

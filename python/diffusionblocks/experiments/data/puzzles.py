@@ -1,7 +1,7 @@
-"""Puzzles whose answers follow from each other: a few layers can't give them all at once, step by step they are easy.
+"""Puzzles that need many sequential steps: easy one step at a time, out of reach of a few layers at once.
 
-Nothing here has state: which puzzles make up a batch is a function of (seed, step). What a puzzle asks decides its
-split, so validation and test never meet training, whatever the seeds.
+Stateless: a batch is a function of (seed, step). A hash of the puzzle decides its split, so the splits are disjoint
+for every seed.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from ...noise.rng import stream
 from ...targets.devices import send
 
 BASE = 3
-WALLS = 0.4
+WALLS = 0.4  # probability of a wall
 SHARES = {"val": range(1), "test": range(1, 2), "train": range(2, 16)}  # sixteenths of all puzzles
 
 
 class Puzzle(ABC):
-    """A task. x is `tokens` tokens of `symbols` kinds, each the place of an answer y of `classes` kinds.
+    """A task: x holds `tokens` tokens below `vocab_size`, y an answer below `num_classes` for each.
 
-    Raises: ValueError if size is less than 2.
+    Raises:
+        ValueError: size is less than 2.
     """
 
-    symbols: int
-    classes: int
+    vocab_size: int
+    num_classes: int
     tokens: int
 
     def __init__(self, size: int):
@@ -37,23 +38,23 @@ class Puzzle(ABC):
 
     @abstractmethod
     def make(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random puzzles x (count, tokens) and their answers y (count, tokens), int64."""
+        """Draw puzzles x and their answers y, both (count, tokens) int64."""
 
     @abstractmethod
     def ask(self, x: Tensor) -> str:
-        """One puzzle (tokens,), for people."""
+        """Format one puzzle (tokens,) as text."""
 
     def answer(self, x: Tensor, y: Tensor) -> str:
-        """Its answers (tokens,), for people; those not known yet are -1 in y."""
+        """Format its answers y (tokens,) as text; -1 marks one that isn't known yet."""
         return " ".join("?" if value < 0 else str(value) for value in y.tolist())
 
 
 class Sums(Puzzle):
-    """`size` digits base 3; answer i is the last digit of the sum of the first i."""
+    """Running sums: `size` base-3 digits; answer i is the sum of digits 0 to i, modulo 3."""
 
     def __init__(self, size: int):
         super().__init__(size)
-        self.symbols = self.classes = BASE
+        self.vocab_size = self.num_classes = BASE
         self.tokens = size
 
     def make(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -65,13 +66,13 @@ class Sums(Puzzle):
 
 
 class Mazes(Puzzle):
-    """`size` by `size` cells, 2 in 5 of them walls (1), a free one the entrance (2); a cell's answer is whether water
-    that enters there reaches it.
+    """Flood fill on `size` x `size` cells: walls are 1, the entrance is 2; a cell's answer is whether it is reachable
+    from the entrance.
     """
 
     def __init__(self, size: int):
         super().__init__(size)
-        self.symbols, self.classes = 3, 2
+        self.vocab_size, self.num_classes = 3, 2
         self.tokens = size * size
 
     def make(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -98,9 +99,19 @@ PUZZLES: dict[str, type[Puzzle]] = {"sums": Sums, "mazes": Mazes}
 
 
 def draw(puzzle: Puzzle, count: int, split: str, key: int) -> tuple[Tensor, Tensor]:
-    """`count` puzzles of "train", "val" or "test" with their answers, the same for the same key.
+    """Draw `count` puzzles of a split with their answers.
 
-    Raises: ValueError on another split, or if so small puzzles leave none for it.
+    Args:
+        puzzle: the task.
+        count: number of puzzles.
+        split: "train", "val" or "test".
+        key: seed; the same key gives the same puzzles.
+
+    Returns:
+        x and y, both (count, tokens) int64.
+
+    Raises:
+        ValueError: another split, or puzzles so small that the split has none.
     """
     if split not in SHARES:
         raise ValueError(f"split must be one of {', '.join(SHARES)}, got {split!r}")
@@ -109,8 +120,8 @@ def draw(puzzle: Puzzle, count: int, split: str, key: int) -> tuple[Tensor, Tens
     while sum(len(x) for x, _ in pieces) < count:
         x, y = puzzle.make(count, generator)
         part = digest(x) % 16
-        mine = (share.start <= part) & (part < share.stop)
-        pieces.append((x[mine], y[mine]))
+        member = (share.start <= part) & (part < share.stop)
+        pieces.append((x[member], y[member]))
         if len(pieces) == 64 and not any(len(x) for x, _ in pieces):
             raise ValueError(
                 f"with size={puzzle.size} there are so few puzzles that {split} has none: take a larger one"
@@ -120,7 +131,7 @@ def draw(puzzle: Puzzle, count: int, split: str, key: int) -> tuple[Tensor, Tens
 
 
 def digest(x: Tensor) -> Tensor:
-    """A number of 31 bits for each row of tokens (B, T): a polynomial in them, in wrapping 64-bit integers."""
+    """Return a 31-bit hash (B,) of each row of tokens (B, T): a polynomial in wrapping 64-bit integers."""
     value = torch.zeros(len(x), dtype=torch.int64)
     for column in x.unbind(1):
         value = (value + column + 1) * 6364136223846793005
@@ -128,12 +139,12 @@ def digest(x: Tensor) -> Tensor:
 
 
 class PuzzleBatches:
-    """Training batches by step number: x (batch_size, tokens), y (batch_size, tokens)."""
+    """Training batches by step: puzzles x and answers y, both (batch_size, tokens)."""
 
     def __init__(self, puzzle: Puzzle, batch_size: int, *, seed: int, device: torch.device | str):
         self.puzzle, self.batch_size, self.seed, self.device = puzzle, batch_size, seed, device
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Batch number `step`."""
+        """Return batch `step` on the device."""
         x, y = draw(self.puzzle, self.batch_size, "train", stream(self.seed, "puzzles", step))
         return send(x, self.device), send(y, self.device)

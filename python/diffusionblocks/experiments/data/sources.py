@@ -1,4 +1,4 @@
-"""Where each dataset comes from: its training and test images as tensors; stratified splits."""
+"""Image sources: load the training and test images of each dataset as tensors; draw stratified splits."""
 
 from __future__ import annotations
 
@@ -17,19 +17,30 @@ from . import hub, idx
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 GREY, COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}  # Pillow's modes of at most 8 bits
+FASHION = (
+    "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)  # fmt: skip
 DIGITS_TEST_SIZE = 360  # a fifth of the 1,797
 
 Pair = tuple[Tensor, Tensor]  # images (N, C, H, W) uint8, labels (N,) int64
-Reader = Callable[[Path | None], dict[str, Pair]]
+Loader = Callable[[Path | None], dict[str, Pair]]
 
 
 @dataclass(frozen=True)
 class Source:
-    """The shape (C, H, W) and number of classes of a dataset, and what reads its "train" and "test"."""
+    """An image dataset.
+
+    Attributes:
+        shape: (C, H, W).
+        num_classes: labels are in [0, num_classes).
+        load: (folder) -> {"train": (images, labels), "test": (images, labels)}.
+        class_names: of the labels, where they have any.
+    """
 
     shape: tuple[int, int, int]
-    classes: int
-    read: Reader
+    num_classes: int
+    load: Loader
+    class_names: tuple[str, ...] = ()
 
 
 def _digits(folder: Path | None) -> dict[str, Pair]:
@@ -54,8 +65,8 @@ def _fashion_mnist(folder: Path | None) -> dict[str, Pair]:
 
 
 def _idx_pair(folder: Path, prefix: str) -> Pair:
-    images = idx.read(_plain_or_gz(folder / f"{prefix}-images-idx3-ubyte"))
-    labels = idx.read(_plain_or_gz(folder / f"{prefix}-labels-idx1-ubyte"))
+    images = idx.load(_plain_or_gz(folder / f"{prefix}-images-idx3-ubyte"))
+    labels = idx.load(_plain_or_gz(folder / f"{prefix}-labels-idx1-ubyte"))
     return images.unsqueeze(1), labels.long()
 
 
@@ -68,22 +79,25 @@ def _plain_or_gz(path: Path) -> Path:
 
 SOURCES = {
     "digits": Source((1, 8, 8), 10, _digits),
-    "fashion-mnist": Source((1, 28, 28), 10, _fashion_mnist),
-    "cifar100": Source((3, 32, 32), 100, partial(hub.read, hub.CIFAR100)),
-    "tiny-imagenet": Source((3, 64, 64), 200, partial(hub.read, hub.TINY_IMAGENET)),
+    "fashion-mnist": Source((1, 28, 28), 10, _fashion_mnist, FASHION),
+    "cifar100": Source((3, 32, 32), 100, partial(hub.load_images, hub.CIFAR100)),
+    "tiny-imagenet": Source((3, 64, 64), 200, partial(hub.load_images, hub.TINY_IMAGENET)),
 }
 
 
 def image_folder(folder: Path | None) -> Source:
-    """A source of one's own: a folder of square image files of one size, its sub-folders (if any) the classes.
+    """Return the source of a folder of square image files of one size; its sub-folders, if any, are the classes.
 
-    A tenth of each class is the test split, the same one every time.
-    Raises: FileNotFoundError on a missing folder, ValueError on none or foreign files, or two sizes.
+    A fixed tenth of each class is the test split.
+
+    Raises:
+        FileNotFoundError: the folder is missing.
+        ValueError: no images, files that aren't images of at most 8 bits per channel, or several sizes.
     """
     if folder is None or not folder.is_dir():
         raise FileNotFoundError(f"data='folder' needs folder= with image files, got {folder}")
-    kinds = [kind for kind in _seen(folder) if kind.is_dir() and any(p.is_file() for p in _seen(kind))] or [folder]
-    files = [(path, label) for label, kind in enumerate(kinds) for path in _seen(kind) if path.is_file()]
+    classes = [d for d in _visible(folder) if d.is_dir() and any(p.is_file() for p in _visible(d))] or [folder]
+    files = [(path, label) for label, d in enumerate(classes) for path in _visible(d) if path.is_file()]
     if not files:
         raise ValueError(f"{folder} holds no image files, and no sub-folders with any")
     modes, widths, _ = zip(*(_header(path) for path, _ in files), strict=True)
@@ -92,55 +106,58 @@ def image_folder(folder: Path | None) -> Source:
     labels = torch.tensor([label for _, label in files])
     test, train = stratified(labels, len(labels) // 10, stream(0, "folder", "test"))
     pairs = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
-    return Source((channels, size, size), len(kinds), lambda _: pairs)
+    names = () if classes == [folder] else tuple(d.name for d in classes)
+    return Source((channels, size, size), len(classes), lambda _: pairs, names)
 
 
-def _seen(folder: Path) -> list[Path]:
-    """What is in a folder, in order, but for hidden files."""
+def _visible(folder: Path) -> list[Path]:
+    """Return the sorted entries of a folder without hidden ones."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def idx_folder(folder: Path | None) -> Source:
-    """A source of one's own: a folder of four IDX files, gzipped or not, named as MNIST's and its kin's are, perhaps
-    with more in front (emnist-letters-train-images-idx3-ubyte.gz). Classes are the labels that occur, in order.
+    """Return the source of a folder of four IDX files, gzipped or not, with MNIST's names after any prefix
+    (emnist-letters-train-images-idx3-ubyte.gz). The sorted labels of the training split become classes 0, 1, ...
 
-    Raises: FileNotFoundError on a missing folder or file, ValueError on foreign files or two that would do.
+    Raises:
+        FileNotFoundError: the folder or a file is missing.
+        ValueError: files that aren't IDX, several candidates for one file, or test labels absent from training.
     """
     if folder is None or not folder.is_dir():
         raise FileNotFoundError(f"data='idx' needs folder= with four IDX files, got {folder}")
     pairs = {}
     for part, names in (("train", ("train",)), ("test", ("t10k", "test"))):
-        images, labels = (idx.read(_only(folder, [f"{n}-{kind}" for n in names])) for kind in ("images", "labels"))
+        images, labels = (idx.load(_only(folder, [f"{n}-{kind}" for n in names])) for kind in ("images", "labels"))
         pairs[part] = (images.unsqueeze(1), labels.long())
-    kinds = pairs["train"][1].unique()
-    if not bool(torch.isin(pairs["test"][1], kinds).all()):
+    classes = pairs["train"][1].unique()
+    if not bool(torch.isin(pairs["test"][1], classes).all()):
         raise ValueError(f"{folder} has labels in its test split that its training split lacks")
-    known = {part: (images, torch.searchsorted(kinds, labels)) for part, (images, labels) in pairs.items()}
+    numbered = {part: (images, torch.searchsorted(classes, labels)) for part, (images, labels) in pairs.items()}
     size = pairs["train"][0].shape[-1]
-    return Source((1, size, size), len(kinds), lambda _: known)
+    return Source((1, size, size), len(classes), lambda _: numbered)
 
 
 def _only(folder: Path, names: list[str]) -> Path:
-    found = [path for path in _seen(folder) if any(name in path.name for name in names)]
-    if not found:
+    paths = [path for path in _visible(folder) if any(name in path.name for name in names)]
+    if not paths:
         raise FileNotFoundError(f"{folder} has no file with {' or '.join(names)} in its name")
-    if len(found) > 1:
-        raise ValueError(f"{folder} has {' and '.join(path.name for path in found)}: keep one of them there")
-    return found[0]
+    if len(paths) > 1:
+        raise ValueError(f"{folder} has {' and '.join(path.name for path in paths)}: keep one of them there")
+    return paths[0]
 
 
 def hub_images(name: str, folder: Path | None) -> Source:
-    """A source by the name of a dataset of the hub, or of a folder with a copy of one; its classes are its labels'."""
+    """Return the source of any hub dataset with images and labels, or of a local copy whose folder is `name`."""
     local = Path(name).expanduser()
     where = folder or (local if local.is_dir() else None)
-    source = hub.found(name, where)
-    pairs = hub.read(source, where)
-    classes = int(pairs["train"][1].max()) + 1
-    return Source((3, source.size, source.size), classes, lambda _: pairs)
+    source = hub.infer_source(name, where)
+    pairs = hub.load_images(source, where)
+    num_classes = int(pairs["train"][1].max()) + 1
+    return Source((3, source.size, source.size), num_classes, lambda _: pairs)
 
 
 def read_image(path: Path, channels: int, size: int) -> Tensor:
-    """An image file as (C, S, S) uint8. Raises: ValueError if it can't be read or has another size."""
+    """Load an image file as (C, S, S) uint8. Raises ValueError if it is unreadable or of another size."""
     _, width, height = _header(path)
     if (width, height) != (size, size):
         raise ValueError(f"{path} is {width}x{height}, not {size}x{size}; resize it first")
@@ -153,7 +170,7 @@ def read_image(path: Path, channels: int, size: int) -> Tensor:
 
 
 def _header(path: Path) -> tuple[str, int, int]:
-    """An image file's mode, width and height."""
+    """Return an image file's Pillow mode, width and height."""
     try:
         with Image.open(path) as image:
             mode, (width, height) = image.mode, image.size
@@ -165,9 +182,14 @@ def _header(path: Path) -> tuple[str, int, int]:
 
 
 def stratified(labels: Tensor, count: int, key: int) -> tuple[Tensor, Tensor]:
-    """`count` of the samples with each class in proportion, and the others: rising indices, int64.
+    """Draw `count` samples, each class in proportion, and return their indices and those of the others.
 
-    labels: (N,) int64 >= 0, N >= count. key: chooses samples of a class, never how many of each class.
+    Args:
+        labels: (N,) int64 >= 0, N >= count.
+        key: seed of the draw; the number of samples per class doesn't depend on it.
+
+    Returns:
+        Indices (count,) and (N - count,), int64, ascending.
     """
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(key))
     quota = _quota(torch.bincount(labels), count)
@@ -178,7 +200,7 @@ def stratified(labels: Tensor, count: int, key: int) -> tuple[Tensor, Tensor]:
 
 
 def _quota(sizes: Tensor, count: int) -> list[int]:
-    """How many of each class: the proportional share rounded down; the largest remainders get the rest."""
+    """Return samples per class: proportional shares rounded down, plus one for the largest remainders."""
     total = int(sizes.sum())
     shares = [divmod(size * count, total) for size in sizes.tolist()]
     by_remainder = sorted(range(len(shares)), key=lambda c: -shares[c][1])

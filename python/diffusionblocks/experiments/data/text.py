@@ -1,6 +1,6 @@
-"""Text as tokens: the characters of a file, a folder, a data set of the hub, or the standard library's English.
+"""Text as character tokens, from a file, a folder, a hub dataset or the standard library's help.
 
-Nothing here has state: which windows make up a batch is a function of (seed, step).
+Stateless: the windows of a batch are a function of (seed, step).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,12 @@ from ...targets.devices import send
 
 UNKNOWN = "\ufffd"
 EMBEDDED = "topics"
-HELD_OUT = 0.05  # of the characters, for validation and for testing each
+HELD_OUT = 0.05  # share of the characters in validation, and in test
 
 
 @dataclass(frozen=True)
 class TextData:
-    """Tokens (N,) int64 of each split; token i stands for alphabet[i], the last one for any other character, as do
-    those that the text has no character for."""
+    """Tokens (N,) int64 of each split. Token i stands for alphabet[i]; the last one for every other character."""
 
     train: Tensor
     val: Tensor
@@ -32,11 +32,11 @@ class TextData:
     alphabet: str
 
     def decode(self, tokens: Tensor) -> str:
-        """The text of tokens (N,)."""
-        return "".join(self.alphabet[i] for i in tokens.tolist())
+        """Return the text of tokens (N,)."""
+        return decode(tokens, self.alphabet)
 
     def check_windows(self, length: int, least: int) -> None:
-        """Raise ValueError unless every split has so many windows."""
+        """Raise ValueError unless every split has at least `least` windows of `length` tokens."""
         shortest = min(len(self.train), len(self.val), len(self.test))
         if shortest < least * length:
             raise ValueError(
@@ -44,55 +44,74 @@ class TextData:
                 "or shorten the windows"
             )
 
-    def fingerprint(self) -> str:
-        """SHA-256 of what is trained on and of what its tokens stand for."""
-        return hashlib.sha256(self.train.numpy().tobytes() + self.alphabet.encode()).hexdigest()
+    def facts(self) -> dict[str, Any]:
+        """Return what a trained model needs of its data, and each split's size and SHA-256, as JSON values."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        digests = {name: hashlib.sha256(tokens.numpy().tobytes()).hexdigest() for name, tokens in splits.items()}
+        sizes = {name: {"samples": len(splits[name]), "sha256": digests[name]} for name in splits}
+        return {"alphabet": self.alphabet, "splits": sizes}
+
+
+def decode(tokens: Tensor, alphabet: str) -> str:
+    """Return the text of tokens (N,)."""
+    return "".join(alphabet[i] for i in tokens.tolist())
 
 
 def encode(text: str, alphabet: str) -> Tensor:
-    """Tokens (N,) of a text."""
-    place = {symbol: i for i, symbol in enumerate(alphabet)}
-    return torch.tensor([place.get(symbol, len(alphabet) - 1) for symbol in text], dtype=torch.int64)
+    """Encode a text as tokens (N,) int64; characters outside the alphabet become its last token."""
+    token = {character: i for i, character in enumerate(alphabet)}
+    return torch.tensor([token.get(character, len(alphabet) - 1) for character in text], dtype=torch.int64)
 
 
-def load(source: str, *, symbols: int) -> TextData:
-    """Split a text: documents in an order of their own, the last twentieths of the characters held out.
+def check_prompt(prompt: str, alphabet: str) -> None:
+    """Raise ValueError if a prompt has characters that aren't in the alphabet: the model would see others."""
+    unknown = sorted(set(prompt) - set(alphabet))
+    if unknown:
+        raise ValueError(f"prompt has {''.join(unknown)!r}, the model knows {alphabet.rstrip(UNKNOWN)!r}: leave it out")
 
-    source: "topics", Python's own help in English (465 kB, always there); a text file or a folder of .txt files; or
-    "hub:NAME", the "text" column of a data set of the Hugging Face hub or of a local copy.
-    symbols: size of the alphabet: the most frequent characters of the training split, and one for all others.
-    Raises: FileNotFoundError if there is no such file. ValueError if it isn't UTF-8 text, or too short.
+
+def load(source: str, *, vocab_size: int) -> TextData:
+    """Load a text, shuffle its documents, hold out the end for validation and test, and encode it.
+
+    Args:
+        source: "topics" (Python's help, 465 kB, part of the standard library); a text file or a folder of .txt files;
+            or "hub:NAME", the column "text" of a hub dataset or of a local copy.
+        vocab_size: vocabulary size: the most frequent characters of the training split, and one token for all others.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the text isn't UTF-8, or too short to hold any out.
     """
-    documents = read(source)
+    documents = load_documents(source)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(stream(0, "documents")))
     text = "\n\n".join(documents[i] for i in order)
     held = int(len(text) * HELD_OUT)
     if held < 1:
         raise ValueError(f"{source} holds {len(text)} characters: too few to hold any out")
     train, val, test = text[: -2 * held], text[-2 * held : -held], text[-held:]
-    frequent = [symbol for symbol, _ in Counter(train).most_common(symbols - 1)]
-    alphabet = "".join(sorted(frequent)).ljust(symbols, UNKNOWN)
+    frequent = [character for character, _ in Counter(train).most_common(vocab_size - 1)]
+    alphabet = "".join(sorted(frequent)).ljust(vocab_size, UNKNOWN)
     return TextData(encode(train, alphabet), encode(val, alphabet), encode(test, alphabet), alphabet)
 
 
-def read(source: str) -> list[str]:
-    """The documents of a source, in an order that doesn't change."""
+def load_documents(source: str) -> list[str]:
+    """Load the documents of a source (see `load`), in a fixed order."""
     if source == EMBEDDED:
         from pydoc_data.topics import topics
 
         return [topics[name] for name in sorted(topics)]
     if source.startswith("hub:"):
-        from .hub import read_text
+        from .hub import load_texts
 
-        return read_text(source.removeprefix("hub:"))
+        return load_texts(source.removeprefix("hub:"))
     path = Path(source).expanduser()
     files = sorted(path.glob("**/*.txt")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise FileNotFoundError(f"{path} is no text file, and no folder with any .txt file")
-    return [_text(file) for file in files]
+        raise FileNotFoundError(f"{path} is neither a text file nor a folder with .txt files")
+    return [_load_text(file) for file in files]
 
 
-def _text(path: Path) -> str:
+def _load_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -102,9 +121,10 @@ def _text(path: Path) -> str:
 
 
 class Windows:
-    """Training batches of a text by step number: (x, y), both the tokens (batch_size, length) of random windows.
+    """Training batches by step: (x, y), both the same random windows (batch_size, length) int64.
 
-    Raises: ValueError if the text is shorter than a window.
+    Raises:
+        ValueError: the text is shorter than a window.
     """
 
     def __init__(self, tokens: Tensor, length: int, batch_size: int, *, seed: int, device: torch.device | str):
@@ -114,7 +134,7 @@ class Windows:
         self.seed, self.device = seed, device
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Batch number `step`."""
+        """Return batch `step` on the device."""
         generator = torch.Generator().manual_seed(stream(self.seed, "windows", step))
         starts = torch.randint(len(self.tokens) - self.length + 1, (self.batch_size, 1), generator=generator)
         y = send(self.tokens[starts + torch.arange(self.length)], self.device)
@@ -122,5 +142,5 @@ class Windows:
 
 
 def rows(tokens: Tensor, length: int) -> Tensor:
-    """All of a split in windows that don't overlap: (N // length, length)."""
+    """Cut tokens (N,) into windows that don't overlap: (N // length, length)."""
     return tokens[: len(tokens) // length * length].view(-1, length)

@@ -1,4 +1,4 @@
-"""A trained model read where it stands, a block at a time; the information bound with its per-block regret."""
+"""The information bound with its per-block regret, the held-out loss, cross-entropy and accuracy."""
 
 from __future__ import annotations
 
@@ -10,77 +10,53 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from ...blocks import DiffusionBlocks
 from ...noise.information import Bound, information_bound
 from ...noise.partition import equal_mass_edges
 from ...noise.rng import stream
-from ...sampling.sampler import Walker
+from ...sampling.sampler import BATCH, Sampler
 from ...targets.base import Output
-
-
-class LabelReader:
-    """The owners' outputs for all of x, at falling levels; a block whose layers don't see z is asked once.
-
-    x: conditioning, the same for every level.
-    """
-
-    def __init__(self, walker: Walker, x: Tensor):
-        self.walker, self.x = walker, x
-        self.block, self.said = -1, torch.empty(0)  # what the last block asked said from x alone
-
-    def __call__(self, z: Tensor, sigma: float) -> Output:
-        """What the owner of `sigma` makes of z."""
-        model = self.walker.model
-        block = int(model.partition.block_of(sigma))
-        if block == self.block and not model.sees_z:
-            return self.updated(self.said, z, sigma)
-        output = self.walker.read(self.x, z, sigma)
-        self.block, self.said = block, output.raw - self.evidence(z, sigma)
-        return output
-
-    def evidence(self, z: Tensor, sigma: float) -> Tensor:
-        """What z alone says of each label: log-likelihoods up to a constant."""
-        return self.walker.model.target.evidence(z) / sigma**2
-
-    def updated(self, said: Tensor, z: Tensor, sigma: float) -> Output:
-        """What was said from x alone, updated by Bayes' rule."""
-        logits = said + self.evidence(z, sigma)
-        return Output(logits, logits.softmax(-1) @ self.walker.model.target.embeddings().float())
+from ...targets.codebook import CodebookTarget
 
 
 @torch.no_grad()
-def bound(walker: Walker, x: Tensor, labels: Tensor, *, count: int = 32, seed: int = 0) -> dict[str, Any]:
-    """Cross-entropy, error and bound at `count` levels of equal probability, true labels noised; regret per block.
+def bound(model: DiffusionBlocks, x: Tensor, labels: Tensor, *, count: int = 32, seed: int = 0) -> dict[str, Any]:
+    """Return cross-entropy, error and bound at `count` levels of equal probability, true labels noised; regret per
+    block.
 
-    x: conditioning; labels: (B,) or (B, N), each a class of the target's codebook. What the network says at the highest
-    noise, updated by Bayes' rule alone, has a known bound: its cross-entropy. By how much chance and the integral miss
-    that is taken off the model's own, which saw the same noise (a control variate).
+    Monte-Carlo and integration error, measured on a prediction whose bound is known, is subtracted (control variate):
+    the logits at the highest noise, updated by Bayes' rule alone, have their cross-entropy as bound.
+
+    Args:
+        model: With a CodebookTarget.
+        x: Conditioning.
+        labels: (B,) or (B, N), classes of the target's codebook.
     """
-    model = walker.model
-    model.eval()
     target, shape = model.target, model.target.level_shape(labels)
+    assert isinstance(target, CodebookTarget)
     sigmas = list(equal_mass_edges(model.partition.density, count - 1))
-    clean, prior, read = target.clean(labels), torch.empty(0), LabelReader(walker, x)
+    clean, prior, sampler = target.clean(labels), torch.empty(0), Sampler(model, x)
     levels: list[dict[str, Any]] = []
     known: list[dict[str, Any]] = []
     for i, sigma in enumerate(sigmas):
         level = torch.full(shape, sigma, device=x.device)
         z = target.noised(labels, level, seed=stream(seed, "bound"), offset=i)
-        output = read(z, sigma)
-        prior = read.said if i == 0 else prior
-        bayes = read.updated(prior, z, sigma)
+        output = sampler(z, sigma)
+        if i == 0:
+            prior = output.raw - target.evidence(z) / sigma**2
         block = int(model.partition.block_of(sigma))
         levels.append({"sigma": sigma, "block": block, **_measured(output, clean, labels)})
-        known.append({"sigma": sigma, "block": block, **_measured(bayes, clean, labels)})
+        known.append({"sigma": sigma, "block": block, **_measured(target.posterior(prior, z, level), clean, labels)})
     truth = cross_entropy(prior, labels)
     missed = [value - truth for value in _bound(known).bound]
-    found = [value - miss for value, miss in zip(_bound(levels).bound, missed, strict=True)]
-    for level, value in zip(levels, found, strict=True):
-        level["bound"] = value
+    corrected = [value - miss for value, miss in zip(_bound(levels).bound, missed, strict=True)]
+    for row, value in zip(levels, corrected, strict=True):
+        row["bound"] = value
     rises = [0.0] * (levels[-1]["block"] + 1)
-    for level, rise in zip(levels[1:], (b - a for a, b in itertools.pairwise(found)), strict=True):
-        rises[level["block"]] += rise
+    for row, rise in zip(levels[1:], (b - a for a, b in itertools.pairwise(corrected)), strict=True):
+        rises[row["block"]] += rise
     bits = 1 / math.log(2)
-    return {"levels": levels, "bound_bits": found[-1] * bits, "regret_bits": [r * bits for r in rises]}
+    return {"levels": levels, "bound_bits": corrected[-1] * bits, "regret_bits": [r * bits for r in rises]}
 
 
 def _measured(output: Output, clean: Tensor, labels: Tensor) -> dict[str, float]:
@@ -97,27 +73,29 @@ def _bound(levels: list[dict[str, Any]]) -> Bound:
 
 
 @torch.no_grad()
-def held_out_loss(walker: Walker, x: Tensor, y: Tensor, *, count: int = 32, seed: int = 0) -> dict[str, Any]:
-    """The denoising loss at `count` levels, each standing for the same share of the training noise, and their mean.
+def held_out_loss(model: DiffusionBlocks, x: Tensor, y: Tensor, *, count: int = 32, seed: int = 0) -> dict[str, Any]:
+    """Return the denoising loss at `count` levels, each for the same share of the training noise, and their mean.
 
     x: conditioning; y: targets.
     """
-    model, levels = walker.model, []
     model.eval()
+    levels = []
     for i, sigma in enumerate(equal_mass_edges(model.partition.density, 2 * count)[1::2]):
-        level = torch.full(model.target.level_shape(y), sigma, device=y.device)
-        z = model.target.noised(y, level, seed=stream(seed, "held out"), offset=i)
-        loss = model.target.loss(walker.read(x, z, sigma), z, y, level)
         block = int(model.partition.block_of(sigma))
-        levels.append({"sigma": sigma, "block": block, "loss": float(loss.double().mean())})
+        total = torch.zeros((), dtype=torch.float64)
+        for k, (x_, y_) in enumerate(zip(x.split(BATCH), y.split(BATCH), strict=True)):
+            level = torch.full(model.target.level_shape(y_), sigma, device=y.device)
+            loss = model.loss(block, x_, y_, sigma=level, seed=stream(seed, "held out"), step=i + count * k)
+            total += loss.per_sample.double().mean().cpu() * len(y_)
+        levels.append({"sigma": sigma, "block": block, "loss": float(total / len(y))})
     return {"loss": sum(level["loss"] for level in levels) / count, "levels": levels}
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> float:
-    """Mean over labels, in nats."""
+    """Return the mean over labels, in nats."""
     return float(functional.cross_entropy(logits.flatten(0, -2).double(), labels.flatten().long()))
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of right first guesses, in percent."""
+    """Return the share of right first guesses, in percent."""
     return float((logits.argmax(-1) == labels).double().mean() * 100)

@@ -1,4 +1,4 @@
-"""What a classifier is worth: accuracy along the walk of the label's estimate, and the information bound."""
+"""A classifier's accuracy along the sampling trajectory of its label's estimate, and the information bound."""
 
 from __future__ import annotations
 
@@ -8,72 +8,73 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import dbkernels
-
+from ...blocks import DiffusionBlocks
 from ...noise.partition import step_levels
-from ...noise.rng import stream
-from ...sampling.sampler import BATCH, Walker
+from ...sampling.sampler import BATCH, Sampler
 from ...sampling.samplers import SAMPLERS
 from .bound import accuracy, bound
 
 
-def walk(
-    walker: Walker, x: Tensor, sigmas: Sequence[float], *, start: str = "mean", sampler: str = "euler", seed: int = 0
+def trajectory(
+    model: DiffusionBlocks,
+    x: Tensor,
+    sigmas: Sequence[float],
+    *,
+    sampler: str = "euler",
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """From the highest level to 0: each step's number, level, block and logits (N, K).
-
-    start: "mean" is z = 0, the centre of the noise; "noise" is sigma_max eps.
-    """
-    z = torch.zeros(len(x), walker.model.target.table.shape[1], device=x.device)
-    if start == "noise":
-        z = dbkernels.inject_noise(z, torch.tensor(sigmas[0], device=x.device), seed=stream(seed, "walk"), offset=0)
+    """Return each step's number, level, block and logits (N, K), from the highest level to 0."""
+    z = model.target.start(len(x), sigmas[0], seed=seed, device=x.device)
     logits: dict[float, Tensor] = {}
+    read = Sampler(model, x)
 
     def denoise(z: Tensor, sigma: float) -> Tensor:
-        output = walker.read(x, z, sigma)
+        output = read(z, sigma)
         logits[sigma] = output.raw  # a level's own step comes after Heun has looked ahead to it
         return output.denoised
 
-    walker.model.eval()
     SAMPLERS[sampler](denoise, z, sigmas)
-    block_of = walker.model.partition.block_of
+    block_of = model.partition.block_of
     return [{"step": i, "sigma": s, "block": int(block_of(s)), "logits": logits[s]} for i, s in enumerate(sigmas[:-1])]
 
 
 @torch.no_grad()
 def evaluate(
-    walker: Walker,
+    model: DiffusionBlocks,
     x: Tensor,
     labels: Tensor,
     *,
     steps: int,
     levels: str = "karras",
-    start: str = "mean",
     sampler: str = "euler",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Accuracy along a walk of `steps` steps, and the information bound read at 32 noise levels.
+    """Return accuracy along a trajectory of `steps` steps, and the information bound read at 32 noise levels.
 
-    x: (N, ...) conditioning; labels: (N,). Raises: ValueError on an empty split or steps < B.
+    Args:
+        x: Conditioning, (N, ...).
+        labels: (N,).
+
+    Raises: ValueError on an empty split or steps < B.
     """
     if len(x) == 0:
         raise ValueError("nothing to evaluate: the split is empty")
-    sigmas = step_levels(walker.model.partition, steps, kind=levels)
+    sigmas = step_levels(model.partition, steps, kind=levels)
     path = [
         {k: step[k] for k in ("step", "sigma", "block")} | {"accuracy": accuracy(step["logits"], labels)}
-        for step in walk(walker, x, sigmas, start=start, sampler=sampler, seed=seed)
+        for step in trajectory(model, x, sigmas, sampler=sampler, seed=seed)
     ]
     return {
         "accuracy": path[-1]["accuracy"],
         "images": len(x),
-        "walk": path,
-        **bound(walker, x, labels, seed=seed),
+        "trajectory": path,
+        **bound(model, x, labels, seed=seed),
     }
 
 
 @torch.no_grad()
 def score(network: nn.Module, x: Tensor, labels: Tensor) -> float:
-    """Accuracy of an ordinary classifier, in percent."""
+    """Return the accuracy of an ordinary classifier, in percent."""
     network.eval()
     guesses = torch.cat([network(part) for part in x.split(BATCH)])
     network.train()

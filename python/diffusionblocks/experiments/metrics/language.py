@@ -1,4 +1,4 @@
-"""What a language model in blocks is worth: three estimates of its code length, and a judge of what it writes."""
+"""Evaluate language models in blocks: three estimates of the code length, and a judge of generated text."""
 
 from __future__ import annotations
 
@@ -17,47 +17,59 @@ from torch import Tensor
 
 import dbkernels
 
+from ...blocks import DiffusionBlocks
 from ...noise.rng import stream
 from ...sampling.decoding import distinct_2, filtered
-from ...sampling.sampler import Walker
-from ..data.text import TextData, rows
+from ...sampling.sampler import Sampler
+from ..data.text import TextData, decode, rows
 from . import pretrained
-from .bound import LabelReader
 from .ngram import NGram
 
 BIT = 1 / math.log(2)
-ORDER = 5  # characters of the judge's context: the best on the embedded text's validation split
+SEPARATOR = "\n\n----\n\n"  # between texts
+NGRAM = "ngram"  # the judge that the training text itself makes
+ORDER = 5  # characters of the judge's context: the best on the validation split of "topics"
 
 
 @torch.no_grad()
 def estimates(
-    walker: Walker, x: Tensor, sigmas: Sequence[float], *, draws: int = 8, seed: int = 0, batch: int = 64
+    model: DiffusionBlocks, x: Tensor, sigmas: Sequence[float], *, draws: int = 8, seed: int = 0, batch: int = 64
 ) -> dict[str, float]:
-    """Bits a token of three models that the walk makes, each a code length that can be achieved.
+    """Estimate three achievable code lengths of the sampling trajectory, in bits per token.
 
-    x: tokens (B, N), which are given and predicted. sigmas: the walk's falling levels, the last 0. Noise is drawn
-    independently of the tokens, so that given the noise each step's distribution is normalised.
-    first_bits: after the first step, which is block 0 (with all others, in an ensemble). last_bits: after the last
-    step, mean over draws: at least the mixture's. mixture_bits: of the mean of the last steps' distributions over the
-    draws. None is the sampler's own likelihood, nor the information bound.
+    Noise is drawn independently of the tokens: given the noise, each step's distribution is normalised. None of the
+    three is the sampler's own likelihood or the information bound.
+
+    Args:
+        model: The model.
+        x: tokens (B, N), both condition and target.
+        sigmas: falling noise levels, the last 0.
+        draws: trajectories per token.
+        seed: of the noise.
+        batch: sequences evaluated at once.
+
+    Returns:
+        first_bits: after the first step, by block 0 (for an ensemble, all blocks).
+        last_bits: after the last step, averaged over draws; at least mixture_bits.
+        mixture_bits: of the mean over draws of the last step's distributions.
     """
-    first, last = [], []
-    readers = [LabelReader(walker, part) for part in x.split(batch)]
+    firsts, lasts = [], []
+    readers = [Sampler(model, part) for part in x.split(batch)]
     for draw in range(draws):
-        logs = [_walk(read, sigmas, stream(seed, "estimates", draw, i)) for i, read in enumerate(readers)]
-        first.append(torch.cat([a for a, _ in logs]))
-        last.append(torch.cat([b for _, b in logs]))
-    ends = torch.stack(last)
+        pairs = [_log_likelihoods(read, sigmas, stream(seed, "estimates", draw, i)) for i, read in enumerate(readers)]
+        firsts.append(torch.cat([first for first, _ in pairs]))
+        lasts.append(torch.cat([last for _, last in pairs]))
+    last = torch.stack(lasts).double()  # (draws, B, N)
     return {
-        "first_bits": -float(torch.stack(first).double().mean()) * BIT,
-        "last_bits": -float(ends.double().mean()) * BIT,
-        "mixture_bits": -float((torch.logsumexp(ends.double(), 0) - math.log(draws)).mean()) * BIT,
+        "first_bits": -float(torch.stack(firsts).double().mean()) * BIT,
+        "last_bits": -float(last.mean()) * BIT,
+        "mixture_bits": -float((torch.logsumexp(last, 0) - math.log(draws)).mean()) * BIT,
     }
 
 
-def _walk(read: LabelReader, sigmas: Sequence[float], key: int) -> tuple[Tensor, Tensor]:
-    """ln p of the reader's tokens (B, N) after the first and after the last step, given one draw of noise."""
-    x, width = read.x, read.walker.model.target.table.shape[1]
+def _log_likelihoods(read: Sampler, sigmas: Sequence[float], key: int) -> tuple[Tensor, Tensor]:
+    """Return ln p of the reader's tokens (B, N) after the first and after the last step, for one draw of noise."""
+    x, width = read.x, read.model.target.table.shape[1]
     z = sigmas[0] * dbkernels.philox_normal((*x.shape, width), seed=key, device=x.device)
     logs: list[Tensor] = []
     for sigma, below in itertools.pairwise(sigmas):
@@ -70,8 +82,17 @@ def _walk(read: LabelReader, sigmas: Sequence[float], key: int) -> tuple[Tensor,
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What can be asked for of texts that are made: their beginning, their length in characters, how tokens are drawn,
-    steps of the walk if not the config's, and a pretrained network that judges them besides, see `pretrained.mauve`."""
+    """Options of text sampling.
+
+    Attributes:
+        prompt: text to continue.
+        length: characters to generate.
+        steps: denoising steps; None takes the config's.
+        judge: "ngram", or a pretrained network that computes MAUVE, see `pretrained.mauve`.
+        temperature: divisor of the logits.
+        top_k: keep the top_k likeliest tokens.
+        top_p: keep the fewest likeliest tokens whose probabilities reach top_p.
+    """
 
     prompt: str = ""
     length: int = 256
@@ -86,31 +107,38 @@ class TextOptions:
             raise ValueError(f"length must be at least 2, got {self.length}")
 
     def keep(self, logits: Tensor) -> Tensor:
-        """What is kept of logits (..., V)."""
+        """Filter logits (..., V) by temperature, top_k and top_p."""
         return filtered(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
-def write_texts(folder: Path, data: TextData, samples: Tensor, judge: str | None = None) -> list[Path]:
-    """samples.txt with the text of tokens (B, N), and judge.json about it; returns the files.
+def write_texts(folder: Path, samples: Tensor, alphabet: str) -> Path:
+    """Write tokens (B, N) as text to samples.txt; return the file."""
+    file = folder / "samples.txt"
+    file.write_text(SEPARATOR.join(decode(sample, alphabet) for sample in samples) + "\n", encoding="utf-8")
+    return file
 
-    judge: a pretrained network that judges them besides, see `pretrained.mauve`.
+
+def write_scores(folder: Path, data: TextData, samples: Tensor, judge: str) -> Path:
+    """Write the scores of tokens (B, N) to judge.json; return the file.
+
+    judge: "ngram", or a pretrained network that adds "mauve", see `pretrained.mauve`.
     """
-    texts = [data.decode(sample) for sample in samples]
-    verdict = judged(data, samples.cpu())
-    if judge:
+    scores = judged(data, samples.cpu())
+    if judge != NGRAM:
+        texts = [data.decode(sample) for sample in samples]
         real = [data.decode(row) for row in _spread(data.test, *samples.shape)]
-        verdict["mauve"] = pretrained.mauve(texts, real, judge, device=samples.device)
-    files = {"samples.txt": "\n\n----\n\n".join(texts), "judge.json": json.dumps(verdict, indent=1)}
-    for name, content in files.items():
-        (folder / name).write_text(content + "\n", encoding="utf-8")
-    return [folder / name for name in files]
+        scores["mauve"] = pretrained.mauve(texts, real, judge, device=samples.device)
+    file = folder / "judge.json"
+    file.write_text(json.dumps(scores, indent=1) + "\n")
+    return file
 
 
 def judged(data: TextData, samples: Tensor) -> dict[str, Any]:
-    """How likely generated tokens (B, N) are to an n-gram model of the training text, and how varied they are, since
-    loops are likely too; and the same for as many windows of the test text, where it has them.
+    """Score generated tokens (B, N), and as many windows of the test text, by an n-gram model of the training text.
 
-    judge_bits: bits a character, the logarithm of the generative perplexity. distinct_2: share of different pairs.
+    Returns:
+        judge_bits, judge_test_bits: bits per character, the logarithm of the generative perplexity.
+        distinct_2, distinct_2_test: share of distinct pairs of characters, since loops are likely under the judge too.
     """
     judge = _judge(data.decode(data.train), len(data.alphabet))
     both = {"": samples, "_test": _real(data, samples)}
@@ -119,17 +147,17 @@ def judged(data: TextData, samples: Tensor) -> dict[str, Any]:
 
 
 def _real(data: TextData, samples: Tensor) -> Tensor:
-    """As many windows of the test text as there are samples, as long, where it has them."""
+    """Return windows of the test text, as many and as long as the samples if it is long enough."""
     return rows(data.test, min(samples.shape[1], len(data.test)))[: len(samples)]
 
 
 def _spread(tokens: Tensor, count: int, length: int) -> Tensor:
-    """`count` windows of tokens (N,), evenly spread, overlapping where there is too little text: (count, length)."""
+    """Return `count` evenly spread windows (count, length) of tokens (N,), overlapping if the text is short."""
     windows = tokens.unfold(0, min(length, len(tokens)), 1)
     return windows[torch.linspace(0, len(windows) - 1, count).round().long()]
 
 
 @functools.lru_cache(maxsize=1)
-def _judge(train: str, symbols: int) -> NGram:
-    """The judge of a training text, read once a process."""
-    return NGram(train, order=ORDER, symbols=symbols)
+def _judge(train: str, vocab_size: int) -> NGram:
+    """Return the n-gram model of a training text, counted once per process."""
+    return NGram(train, order=ORDER, vocab_size=vocab_size)

@@ -1,4 +1,4 @@
-"""A character n-gram model: a judge of generated text that needs no network and no download."""
+"""Character n-gram model: judges generated text without a network or a download."""
 
 from __future__ import annotations
 
@@ -7,34 +7,38 @@ from collections import Counter, defaultdict
 
 
 class NGram:
-    """Interpolated n-grams with Witten-Bell smoothing, down to equally likely symbols.
+    """Interpolated n-grams with Witten-Bell smoothing, down to a uniform distribution.
 
-    text: what it learns from. order: characters of context. symbols: how many different characters there may be.
+    Args:
+        text: training text.
+        order: characters of context.
+        vocab_size: number of possible characters.
+
     Source: Witten and Bell 1991.
     """
 
-    def __init__(self, text: str, *, order: int, symbols: int):
-        self.order, self.symbols = order, symbols
+    def __init__(self, text: str, *, order: int, vocab_size: int):
+        self.order, self.vocab_size = order, vocab_size
         self.counts: list[dict[str, Counter[str]]] = [defaultdict(Counter) for _ in range(order + 1)]
         for length, table in enumerate(self.counts):
             for i in range(length, len(text)):
                 table[text[i - length : i]][text[i]] += 1
-        self.totals = [{context: sum(seen.values()) for context, seen in table.items()} for table in self.counts]
+        self.totals = [{context: sum(count.values()) for context, count in table.items()} for table in self.counts]
 
-    def probability(self, context: str, symbol: str) -> float:
-        """Of `symbol` after `context`."""
-        p = 1 / self.symbols
+    def probability(self, context: str, character: str) -> float:
+        """Return p(character | context)."""
+        p = 1 / self.vocab_size
         for length in range(min(self.order, len(context)) + 1):
-            seen = self.counts[length].get(context[len(context) - length :])
-            if seen is None:
+            counts = self.counts[length].get(context[len(context) - length :])
+            if counts is None:
                 break
             total = self.totals[length][context[len(context) - length :]]
-            p = (seen[symbol] + len(seen) * p) / (total + len(seen))
+            p = (counts[character] + len(counts) * p) / (total + len(counts))
         return p
 
     def bits(self, text: str) -> float:
-        """Mean bits a character of a text. Raises: ValueError if it is empty."""
+        """Return the mean bits per character of a text. Raises ValueError if it is empty."""
         if not text:
             raise ValueError("text is empty: there is nothing to judge")
-        logs = (math.log2(self.probability(text[max(0, i - self.order) : i], symbol)) for i, symbol in enumerate(text))
+        logs = (math.log2(self.probability(text[max(0, i - self.order) : i], c)) for i, c in enumerate(text))
         return -sum(logs) / len(text)

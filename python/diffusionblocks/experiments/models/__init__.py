@@ -1,4 +1,4 @@
-"""The small reference models that the recipes train."""
+"""The small reference models that the presets train."""
 
 from .vit import ViT, ViTConfig
 

@@ -1,4 +1,4 @@
-"""A small Diffusion Transformer: labels and noised images in, F of the image's shape out."""
+"""A small Diffusion Transformer: from labels and noised images to F of the image's shape."""
 
 from __future__ import annotations
 
@@ -16,12 +16,20 @@ from .layers import ConditionedConfig, Modulation
 
 @dataclass(frozen=True)
 class DiTConfig(ConditionedConfig):
-    """Sizes of a Diffusion Transformer."""
+    """Sizes of a Diffusion Transformer.
+
+    Attributes:
+        cond: width of the conditioning.
+        image_size: side length in pixels.
+        channels: of the images.
+        num_classes: number of classes.
+        patch: side length of a patch in pixels.
+    """
 
     cond: int = 64
     image_size: int = 8
     channels: int = 1
-    classes: int = 10
+    num_classes: int = 10
     patch: int = 2
 
     def __post_init__(self) -> None:
@@ -31,19 +39,19 @@ class DiTConfig(ConditionedConfig):
 
 
 class DiTStem(nn.Module):
-    """Labels (B,) and c_in z (B, C, S, S) -> tokens (B, N, D) and the conditioning (B, cond): noise plus class.
+    """Embed c_in z (B, C, S, S) as tokens (B, N, D); the conditioning (B, cond) is noise plus label embedding.
 
-    The label after the last class is no class: what guidance compares with.
+    Label `num_classes` stands for no class, for classifier-free guidance.
     """
 
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.config = config
         self.patch = nn.Linear(config.channels * config.patch**2, config.dim)
-        # as large as an embedded patch: from a start near zero, where a patch lies is learnt late
+        # as large as an embedded patch: positions that start near zero are learnt late
         self.position = nn.Parameter(torch.randn(1, (config.image_size // config.patch) ** 2, config.dim) * 0.5)
         self.noise = NoiseEmbedding(config.cond)
-        self.label = nn.Embedding(config.classes + 1, config.cond)
+        self.label = nn.Embedding(config.num_classes + 1, config.cond)
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
         shape = (self.config.channels, self.config.image_size, self.config.image_size)
@@ -53,16 +61,15 @@ class DiTStem(nn.Module):
         return self.patch(patches) + self.position, self.noise(c_noise) + self.label(x)
 
     def check(self, x: Tensor) -> None:
-        """Raise ValueError unless `x` is (B,) labels in [0, classes], `classes` being none; on a device their values
-        aren't read."""
+        """Raise ValueError unless `x` is (B >= 1,) labels in [0, num_classes]; values on a GPU aren't checked."""
         if x.dim() != 1 or x.dtype not in (torch.int64, torch.int32) or len(x) == 0:
             raise ValueError(f"labels must be a non-empty 1-d integer tensor, got {tuple(x.shape)} {x.dtype}")
-        none = self.config.classes
+        none = self.config.num_classes
         check_labels("labels", x, none + 1, f"[0, {none}], {none} for no class")
 
 
 class DiTHead(nn.Module):
-    """Tokens (B, N, D) -> F (B, C, S, S): a modulated norm and a linear map that starts at zero."""
+    """Map tokens (B, N, D) to F (B, C, S, S): a modulated norm and a linear map initialised to zero."""
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -82,14 +89,14 @@ class DiTHead(nn.Module):
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """(B, C, S, S) -> (B, N, C P P), patches in reading order."""
+    """Cut images (B, C, S, S) into patches (B, N, C P P), row by row."""
     B, C, S, _ = images.shape
     parts = images.reshape(B, C, S // patch, patch, S // patch, patch)
     return parts.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch**2)
 
 
 def unpatchify(patches: Tensor, patch: int) -> Tensor:
-    """(B, N, C P P) -> (B, C, S, S), the inverse of `patchify`."""
+    """Join patches (B, N, C P P) to images (B, C, S, S): the inverse of `patchify`."""
     B, N, width = patches.shape
     side, C = round(N**0.5), width // patch**2
     parts = patches.view(B, side, side, C, patch, patch)

@@ -1,4 +1,4 @@
-"""The layers that the reference models are made of."""
+"""Layers of the reference models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ import dbkernels
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What all models have. mlp: width of the MLP."""
+    """Sizes of a transformer.
+
+    Attributes:
+        dim: width of the tokens.
+        layers: number of layers.
+        heads: number of attention heads.
+        mlp: width of the MLP's hidden layer.
+        norm_eps: eps of the norms.
+    """
 
     dim: int = 64
     layers: int = 6
@@ -34,17 +42,20 @@ class LayerConfig:
 
 
 def check_rotary(config: LayerConfig) -> None:
-    """Raise ValueError unless rotary positions can turn pairs of a head's numbers."""
+    """Raise ValueError unless a head's width is even, as rotary positions need."""
     if config.dim // config.heads % 2:
         raise ValueError(f"dim={config.dim} over heads={config.heads} must be even: rotary positions turn pairs")
 
 
 @dataclass(frozen=True)
 class ConditionedConfig(LayerConfig):
-    """What models have besides whose layers know the noise. cond: width of the conditioning.
+    """Config of noise-conditioned models.
 
-    gate_start: what AdaLN's gates start from: 0 is AdaLN-Zero; from 1 a shallow block learns sooner (docs/method.md).
-    silu_after: put SiLU after AdaLN's linear layer, as the published code does, not before it.
+    Attributes:
+        cond: width of the conditioning.
+        gate_start: initial value of AdaLN's gates: 0 is AdaLN-Zero; with 1 a shallow block learns sooner
+            (docs/method.md).
+        silu_after: apply SiLU after AdaLN's linear layer, as the published code does, instead of before.
     """
 
     cond: int = 16
@@ -53,7 +64,7 @@ class ConditionedConfig(LayerConfig):
 
 
 class Modulation(nn.Module):
-    """Conditioning (B, C) -> `parts` vectors (B, 1, D), or per token (B, N, C) -> (B, N, D); all zero at the start."""
+    """Map conditioning (B, C) to `parts` vectors (B, 1, D), or (B, N, C) to (B, N, D); initialised to zero."""
 
     def __init__(self, cond: int, dim: int, parts: int, silu_after: bool):
         super().__init__()
@@ -68,7 +79,7 @@ class Modulation(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP on (B, N, D), each with a residual; AdaLN where conditioned, affine LayerNorm where not."""
+    """Residual attention and MLP on (B, N, D); AdaLN if conditioned, else affine LayerNorm."""
 
     def __init__(self, config: LayerConfig, conditioned: bool):
         super().__init__()
@@ -97,33 +108,33 @@ class Layer(nn.Module):
     def attend(self, h: Tensor) -> Tensor:
         B, N, D = h.shape
         q, k, v = self.qkv(h).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
-        out = functional.scaled_dot_product_attention(self.placed(q), self.placed(k), v)
+        out = dbkernels.attention(self.encode_positions(q), self.encode_positions(k), v)
         return self.proj(out.transpose(1, 2).reshape(B, N, D))
 
-    def placed(self, x: Tensor) -> Tensor:
-        """Queries or keys (B, H, N, C) that know their positions; here the tokens carry them."""
+    def encode_positions(self, x: Tensor) -> Tensor:
+        """Return queries or keys (B, H, N, C) as they are: the stem adds positions to the tokens."""
         return x
 
 
 class RotaryLayer(Layer):
-    """A layer whose attention knows the distances between tokens, not where they are."""
+    """A layer with rotary positions: attention depends on the distances between tokens."""
 
-    def placed(self, x: Tensor) -> Tensor:
+    def encode_positions(self, x: Tensor) -> Tensor:
         return rotary(x)
 
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """AdaLN's affine map. h: (B, N, D); shift, scale: (B, 1, D)."""
+    """Return h (1 + scale) + shift. h: (B, N, D); shift, scale: (B, 1, D)."""
     return h * (1 + scale) + shift
 
 
-def rotary(x: Tensor, first: int = 0, base: float = 1e4) -> Tensor:
-    """Queries or keys (..., N, C) turned by their positions first, first + 1, ...: scores depend on distances alone.
+def rotary(x: Tensor, first: int = 0) -> Tensor:
+    """Rotate queries or keys (..., N, C) by their positions first, first + 1, ...; scores depend on distances alone.
 
-    Source: Su et al. 2021, arXiv 2104.09864, in the form that turns the halves against each other.
+    Source: Su et al. 2021, arXiv 2104.09864; here element i pairs with i + C/2.
     """
     half = x.shape[-1] // 2
-    rates = base ** (-torch.arange(half, device=x.device) / half)
+    rates = 1e4 ** (-torch.arange(half, device=x.device) / half)
     angles = torch.arange(first, first + x.shape[-2], device=x.device).unsqueeze(-1) * rates
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]

@@ -1,4 +1,4 @@
-"""A small bidirectional language model for masked diffusion: stem, rotary layers, head over the vocabulary."""
+"""A small bidirectional language model for masked diffusion: stem, rotary layers, head."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from torch import Tensor, nn
 from ...convert.conditioning import NoiseEmbedding
 from .layers import ConditionedConfig, RotaryLayer, check_rotary
 
-NEAR = 5  # tokens, centred, that the convolution of the stem sees
+KERNEL_SIZE = 5  # of the stem's convolution over tokens
 
 
 @dataclass(frozen=True)
 class MaskedLMConfig(ConditionedConfig):
-    """Sizes of a masked language model. symbols: of the alphabet; the mask is one more, the last.
+    """Sizes of a masked language model.
 
-    Gates start at 0: from 1, six layers at once stay at single characters' frequencies for hundreds of steps.
+    Attributes:
+        heads: number of attention heads.
+        gate_start: initial value of AdaLN's gates; with 1, six layers predict no more than character frequencies for
+            hundreds of steps.
+        vocab_size: vocabulary size without the mask, whose token is `vocab_size`.
     """
 
     heads: int = 2
     gate_start: float = 0.0
-    symbols: int = 64
+    vocab_size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,16 +33,16 @@ class MaskedLMConfig(ConditionedConfig):
 
 
 class Stem(nn.Module):
-    """Tokens with masks (B, N) -> (B, N, D), and the conditioning (B, cond). What is given, x, is nothing: (B, 0).
+    """Embed masked tokens z (B, N) as (B, N, D), with the conditioning (B, cond); x (B, 0) is unused.
 
-    A depthwise convolution brings every place its neighbours from the first step. By rotary positions alone
-    attention takes hundreds of steps to find them.
+    A depthwise convolution mixes neighbouring tokens from the first step; by rotary positions alone attention takes
+    hundreds of steps to find them.
     """
 
     def __init__(self, config: MaskedLMConfig):
         super().__init__()
-        self.tokens = nn.Embedding(config.symbols + 1, config.dim)
-        self.near = nn.Conv1d(config.dim, config.dim, NEAR, padding=NEAR // 2, groups=config.dim)
+        self.tokens = nn.Embedding(config.vocab_size + 1, config.dim)
+        self.near = nn.Conv1d(config.dim, config.dim, KERNEL_SIZE, padding=KERNEL_SIZE // 2, groups=config.dim)
         self.noise = NoiseEmbedding(config.cond)
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,10 +51,10 @@ class Stem(nn.Module):
 
 
 class Head(nn.Linear):
-    """Logits (B, N, V) of the tokens: `features` is the final norm, (B, N, D)."""
+    """Map tokens to logits (B, N, V): `features` is the final norm, (B, N, D)."""
 
     def __init__(self, config: MaskedLMConfig):
-        super().__init__(config.dim, config.symbols)
+        super().__init__(config.dim, config.vocab_size)
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
@@ -63,5 +67,5 @@ class Head(nn.Linear):
 
 
 def layers(config: MaskedLMConfig) -> list[RotaryLayer]:
-    """All layers, each conditioned on the time."""
+    """Return the conditioned layers of the model."""
     return [RotaryLayer(config, conditioned=True) for _ in range(config.layers)]

@@ -1,4 +1,4 @@
-"""A small recurrent-depth network: a prelude reads x, a core is applied again and again, a coda reads the answers."""
+"""A small recurrent-depth network: a prelude embeds x, a core is iterated, a coda predicts the answers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ from .layers import LayerConfig, RotaryLayer, check_rotary
 
 @dataclass(frozen=True)
 class RecurrentConfig(LayerConfig):
-    """Sizes of a recurrent-depth network; `layers` are the core's.
+    """Sizes of a recurrent-depth network.
 
-    prelude, coda: layers before and after the core. passes: mean number of times the ordinary network applies its core
-    in training, by Huginn's Poisson of a log-normal. backprop: how many of them, the last ones, pass gradients.
+    Attributes:
+        layers: layers of the core.
+        mlp: width of the MLP's hidden layer.
+        prelude: layers before the core.
+        coda: layers after the core.
+        passes: mean number of the core's iterations in end-to-end training, drawn from Huginn's log-normal Poisson.
+        backprop: last iterations that gradients pass through.
     """
 
     layers: int = 4
@@ -37,33 +42,33 @@ class RecurrentConfig(LayerConfig):
 
     @property
     def evaluated(self) -> int:
-        """Layers that one pass through all parts evaluates."""
+        """Number of layers evaluated by one iteration with prelude and coda."""
         return self.prelude + self.layers + self.coda
 
 
 class Prelude(nn.Module):
-    """Puzzles (B, T) and the state (B, T, width) -> the core's input (B, T, D), and None."""
+    """Map puzzles (B, T) and the state (B, T, width) to the core's input (B, T, D); there is no conditioning."""
 
     def __init__(self, config: RecurrentConfig, puzzle: Puzzle, width: int):
         super().__init__()
         self.puzzle = puzzle
-        self.embed = nn.Embedding(puzzle.symbols, config.dim)
+        self.embed = nn.Embedding(puzzle.vocab_size, config.dim)
         self.position = nn.Parameter(torch.randn(puzzle.tokens, config.dim) * 0.2)
         self.layers = nn.ModuleList(RotaryLayer(config, conditioned=False) for _ in range(config.prelude))
         self.join = nn.Linear(config.dim + width, config.dim)  # Huginn's "adapter"
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor | None = None) -> tuple[Tensor, None]:
-        return self.enter(self.read(x), z), None
+        return self.add_state(self.embed_puzzle(x), z), None
 
-    def read(self, x: Tensor) -> Tensor:
-        """What the layers make of the puzzles, the same for every pass: (B, T, D)."""
+    def embed_puzzle(self, x: Tensor) -> Tensor:
+        """Embed puzzles (B, T) as (B, T, D), once for all iterations."""
         h = self.embed(x) + self.position
         for layer in self.layers:
             h = layer(h, None)
         return h
 
-    def enter(self, h: Tensor, z: Tensor) -> Tensor:
-        """The core's input."""
+    def add_state(self, h: Tensor, z: Tensor) -> Tensor:
+        """Join embedded puzzles (B, T, D) and the state (B, T, width) to the core's input (B, T, D)."""
         return self.join(torch.cat([h, z.to(h.dtype)], dim=-1))
 
     def check(self, x: Tensor) -> None:
@@ -75,13 +80,13 @@ class Prelude(nn.Module):
 
 
 class Coda(nn.Module):
-    """(B, T, D) -> features of the same shape, and of these logits (B, T, K)."""
+    """Map the core's output (B, T, D) to features (B, T, D), and these to logits (B, T, K)."""
 
     def __init__(self, config: RecurrentConfig, puzzle: Puzzle):
         super().__init__()
         self.layers = nn.ModuleList(RotaryLayer(config, conditioned=False) for _ in range(config.coda))
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
-        self.linear = nn.Linear(config.dim, puzzle.classes)
+        self.linear = nn.Linear(config.dim, puzzle.num_classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -95,7 +100,7 @@ class Coda(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """The ordinary recurrent-depth network: state <- core(join(prelude(x), state)), again and again, then the coda.
+    """The ordinary recurrent-depth network: iterate state <- core(join(prelude(x), state)), then apply the coda.
 
     Source: Geiping et al. 2025, arXiv 2502.05171.
     """
@@ -109,8 +114,8 @@ class Recurrent(nn.Module):
         self.coda = Coda(config, puzzle)
 
     def forward(self, x: Tensor, passes: int, *, seed: int = 0, step: int = 0) -> Tensor:
-        """Puzzles (B, T) -> logits (B, T, K); the first state is drawn by (seed, step)."""
-        h = self.prelude.read(x)
+        """Return logits (B, T, K) of puzzles (B, T) after `passes` iterations; (seed, step) address the first state."""
+        h = self.prelude.embed_puzzle(x)
         noise = dbkernels.philox_normal(h.shape, seed=stream(seed, "state"), offset=step, device=x.device)
         state = noise.clamp(-2, 2).mul(math.sqrt(0.4)).to(h.dtype)
         through = min(passes, self.config.backprop)
@@ -122,20 +127,20 @@ class Recurrent(nn.Module):
         return self.coda(self.coda.features(state), None)
 
     def iterate(self, h: Tensor, state: Tensor) -> Tensor:
-        """One pass of the core."""
-        state = self.prelude.enter(h, state)
+        """Apply the core once to the state (B, T, D)."""
+        state = self.prelude.add_state(h, state)
         for layer in self.layers:
             state = layer(state, None)
         return self.norm(state)
 
     def loss(self, x: Tensor, y: Tensor, *, seed: int, step: int) -> Tensor:
-        """Cross-entropy after as many passes as the step's draw says."""
+        """Return the mean cross-entropy after a number of passes drawn for the step."""
         logits = self(x, drawn_passes(self.config.passes, seed, step), seed=seed, step=step)
         return functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
 
 def drawn_passes(mean: int, seed: int, step: int) -> int:
-    """1 + a draw from a Poisson whose rate is log-normal, of mean about `mean`. Source: arXiv 2502.05171."""
+    """Draw 1 + Poisson(log-normal rate), of mean about `mean`. Source: arXiv 2502.05171."""
     spread = 0.5
     generator = torch.Generator().manual_seed(stream(seed, "passes", step))
     rate = math.log(max(mean - 1, 1e-9)) - spread**2 / 2 + spread * torch.randn((), generator=generator)
@@ -143,8 +148,7 @@ def drawn_passes(mean: int, seed: int, step: int) -> int:
 
 
 def layer_evaluations(config: RecurrentConfig, *, steps: int, seed: int) -> float:
-    """What training the ordinary network for `steps` steps costs, in layers evaluated forward and backward for a batch;
-    those without a gradient count a third."""
+    """Return the layer evaluations of `steps` end-to-end training steps; forward alone counts a third."""
     total = 0.0
     for step in range(steps):
         passes = drawn_passes(config.passes, seed, step)

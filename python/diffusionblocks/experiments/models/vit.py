@@ -1,4 +1,4 @@
-"""A small Vision Transformer: stem, layers, head; each takes a conditioning vector or none."""
+"""A small Vision Transformer, noise-conditioned for diffusion blocks or as an ordinary classifier."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from .layers import ConditionedConfig, Layer, Modulation, modulate
 class ViTConfig(ConditionedConfig):
     """Sizes of a Vision Transformer.
 
-    z_gain: what c_in z is multiplied by as it enters the first token, where it is noise to the classifier's features.
+    Attributes:
+        image_size: side length in pixels.
+        channels: of the images.
+        num_classes: number of classes.
+        patch: side length of a patch in pixels.
+        z_gain: factor of c_in z in the first token, where it is noise to the classifier's features.
     """
 
     image_size: int = 8
     channels: int = 1
-    classes: int = 10
+    num_classes: int = 10
     patch: int = 2
     z_gain: float = 0.1
 
@@ -32,14 +37,14 @@ class ViTConfig(ConditionedConfig):
 
     @property
     def tokens(self) -> int:
-        """Patches of an image."""
+        """Number of patches per image."""
         return (self.image_size // self.patch) ** 2
 
 
 class Stem(nn.Module):
-    """Images (B, C, S, S) -> tokens (B, 1 + N, D). The first token is a learned one, plus z_gain c_in z.
+    """Embed images (B, C, S, S) as tokens (B, 1 + N, D); the first is learned, plus z_gain c_in z if conditioned.
 
-    Returns the tokens and the conditioning (B, cond), None where there is no noise.
+    Returns the tokens and the conditioning (B, cond), or None if unconditioned.
     """
 
     def __init__(self, config: ViTConfig, conditioned: bool):
@@ -58,29 +63,29 @@ class Stem(nn.Module):
             return torch.cat([self.cls.expand(len(x), -1, -1), patches], dim=1) + self.position, None
         assert self.noise is not None and z is not None
         token = (self.config.z_gain * z).unsqueeze(1).to(patches.dtype)
-        tokens = torch.cat([token, patches], dim=1)  # position 0 is learned: it is the [CLS] token
+        tokens = torch.cat([token, patches], dim=1)  # the learned position 0 is the [CLS] token
         return tokens + self.position, self.noise(c_noise)
 
     def check(self, x: Tensor) -> None:
-        """Raise ValueError unless `x` is a non-empty floating batch of this model's images."""
+        """Raise ValueError unless `x` is a non-empty floating-point batch of this model's images."""
         shape = (self.config.channels, self.config.image_size, self.config.image_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != shape or len(x) == 0:
             raise ValueError(f"images must be (B >= 1, {', '.join(map(str, shape))}), got {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"images must be floating (normalised), got {x.dtype}")
-        own = self.patch.weight.dtype
-        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"images are {x.dtype}, the model is {own}: cast them with .to({own})")
+        dtype = self.patch.weight.dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"images are {x.dtype}, the model is {dtype}: cast them with .to({dtype})")
 
 
 class Head(nn.Module):
-    """Class logits from the first token: `features` is its final norm (B, D), forward the map to logits (B, K)."""
+    """Classify by the first token: `features` normalises it (B, D), forward maps features to logits (B, K)."""
 
     def __init__(self, config: ViTConfig, conditioned: bool, norm_eps: float | None = None):
         super().__init__()
         self.norm = nn.LayerNorm(config.dim, config.norm_eps if norm_eps is None else norm_eps)
         self.modulation = Modulation(config.cond, config.dim, 2, config.silu_after) if conditioned else None
-        self.linear = nn.Linear(config.dim, config.classes)
+        self.linear = nn.Linear(config.dim, config.num_classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -95,9 +100,12 @@ class Head(nn.Module):
 
 
 class ViT(nn.Module):
-    """The parts of a Vision Transformer, and the ordinary classifier they make.
+    """A Vision Transformer's stem, layers and head; callable as an ordinary classifier.
 
-    conditioned: built for noise (AdaLN-Zero, z as the first token) or as an ordinary ViT ([CLS], affine LayerNorm).
+    Args:
+        config: sizes.
+        conditioned: AdaLN layers with z in the first token, instead of affine LayerNorm and [CLS].
+        head_norm_eps: eps of the head's norm, if not norm_eps.
     """
 
     def __init__(self, config: ViTConfig, *, conditioned: bool, head_norm_eps: float | None = None):
@@ -108,12 +116,12 @@ class ViT(nn.Module):
         self.head = Head(config, conditioned, head_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images -> logits (B, K), for the ordinary classifier."""
+        """Return logits (B, K) of the ordinary classifier for images (B, C, S, S)."""
         h, cond = self.stem(x)
         for layer in self.layers:
             h = layer(h, cond)
         return self.head(self.head.features(h), cond)
 
     def loss(self, x: Tensor, y: Tensor, *, seed: int, step: int) -> Tensor:
-        """Cross-entropy of the ordinary classifier; nothing is drawn."""
+        """Return the ordinary classifier's mean cross-entropy; seed and step are unused."""
         return functional.cross_entropy(self(x).float(), y)

@@ -1,4 +1,4 @@
-"""The look of the pictures: figures, axes and colours that read well at a README's width. No pyplot."""
+"""Style of the figures: axes, legends and colours, readable at a README's width. No pyplot."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -16,13 +17,21 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 DPI = 100
 GREY, LIGHT = "#444444", "#dddddd"
 INK: dict[str, Any] = {"fontsize": 9, "color": GREY}
-# Okabe and Ito's colours, told apart by colour-blind readers too; for more blocks than six, steps of cividis.
+# Okabe and Ito's colours, safe for colour-blind readers; for more than six blocks, steps of cividis
 BLOCK_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+# baseline -> line style
+BASELINES: dict[str, Any] = {
+    "end-to-end": "--",
+    "checkpointing": ":",
+    "shallow": (0, (6, 2, 1, 2)),
+    "forward-forward": "-.",
+    "noprop": (0, (1, 4)),
+}
 CATEGORY_COLOURS = ("#332288", "#88CCEE", "#999933", "#DDCC77", "#AA4499")
 
 
 def block_colours(blocks: int) -> list[Any]:
-    """One colour a block."""
+    """Return one colour per block."""
     if blocks <= len(BLOCK_COLOURS):
         return list(BLOCK_COLOURS[:blocks])
     return [matplotlib.colormaps["cividis"](0.94 * b / (blocks - 1)) for b in range(blocks)]
@@ -36,7 +45,7 @@ def new_figure(
     heights: Sequence[float] = (),
     share: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of rows x columns axes, row by row. share: the first axes take the second's x axis."""
+    """Return a figure and its rows x columns axes, row by row. share: the first axes take the second's x axis."""
     figure = Figure(figsize=(8.6, 3.6), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(rows, columns, width_ratios=widths or None, height_ratios=heights or None)
@@ -53,7 +62,7 @@ def new_figure(
 
 
 def caption(axes: Axes, title: str = "", x: str | None = None, y: str | None = None) -> None:
-    """Title and axis labels; None leaves a label as it is."""
+    """Set the title and the axis labels; None leaves a label as it is."""
     axes.set_title(title, fontsize=10)
     if x is not None:
         axes.set_xlabel(x, fontsize=9)
@@ -61,23 +70,28 @@ def caption(axes: Axes, title: str = "", x: str | None = None, y: str | None = N
         axes.set_ylabel(y, fontsize=9)
 
 
-def noise_axis(axes: Axes, level: str, label: str = "falling as the walk goes") -> None:
-    """Noise from high to low: sigma in its logarithm, or the time t as it is."""
+def noise_axis(axes: Axes, level: str, also: str = "") -> None:
+    """Make the x axis noise from high to low: logarithmic sigma, or linear time t; `also` ends its label."""
     if level == "t":
         axes.set_xlim(1, 0)
-        axes.set_xlabel(f"time $t$, about the share of masks, {label}", fontsize=9)
+        axes.set_xlabel(f"time $t$ (share of masks), sampling runs left to right{also}", fontsize=9)
         return
     axes.set_xscale("log")
     axes.invert_xaxis()
     high, low = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 1000 else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda sigma, _: short(sigma)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(f"noise level $\\sigma$, {label}", fontsize=9)
+    log_ticks(axes.xaxis, low, high)
+    axes.set_xlabel(f"noise level $\\sigma$, sampling runs left to right{also}", fontsize=9)
+
+
+def log_ticks(axis: Axis, low: float, high: float) -> None:
+    """Label a logarithmic axis at powers of ten, and at 2 and 5 between them if it spans three decades or less."""
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 1000 else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def legend_below(axes: Axes, columns: int, handles: Sequence[Artist] | None = None) -> None:
-    """A legend under the x label, out of the data's way."""
+    """Put a legend under the x label, where it covers no data."""
     shown = axes.get_legend_handles_labels()[0] if handles is None else handles
     anchor = (0.45, -0.2)
     axes.legend(
@@ -91,17 +105,23 @@ def legend_below(axes: Axes, columns: int, handles: Sequence[Artist] | None = No
     )
 
 
+def legend_right(axes: Axes) -> None:
+    """Put a legend beside the axes, where it covers no data."""
+    columns = 1 + len(axes.get_legend_handles_labels()[0]) // 16
+    axes.legend(frameon=False, fontsize=9, ncols=columns, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
 def note(axes: Axes, text: str, at: tuple[float, float], **align: Any) -> None:
-    """Small text in the axes, at a place counted in their width and height."""
+    """Write small text at a position in fractions of the axes' width and height."""
     axes.text(at[0], at[1], text, transform=axes.transAxes, **INK, **align)
 
 
-def short(sigma: float) -> str:
-    """Two figures of a noise level."""
-    return f"{sigma:.2g}" if sigma < 100 else f"{sigma:.0f}"
+def short(value: float) -> str:
+    """Return a number with two significant digits."""
+    return f"{value:.2g}" if value < 100 else f"{value:.0f}"
 
 
 def smooth(values: Sequence[float], window: int | None = None) -> list[float]:
-    """Centred moving average of `values`, shorter at the ends; the window is a tenth of them by default."""
+    """Return the centred moving average, shorter at the ends; the default window is a tenth of the values."""
     reach = (len(values) // 10 if window is None else window) // 2
     return [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]

@@ -1,6 +1,6 @@
-"""Pictures of a finished run: what it learnt, how it walks, what it took, and where the bits are.
+"""Figures of a finished run: losses, accuracy along the sampling trajectory, memory, partition and bound.
 
-Each picture has a function from a `Run` to a matplotlib Figure; `draw` writes them all.
+Each figure is a function from a `Run` to a matplotlib Figure; `draw` writes them all.
 """
 
 from __future__ import annotations
@@ -13,17 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import ScalarFormatter
 
 from ...noise.partition import Partition
-from ...training.memory import CATEGORIES, readable
 from ..results import BLOCKWISE, Run, read_run
 from .axes import (
+    BASELINES,
     BLOCK_COLOURS,
-    CATEGORY_COLOURS,
     DPI,
     GREY,
     INK,
@@ -31,28 +28,24 @@ from .axes import (
     block_colours,
     caption,
     legend_below,
+    legend_right,
+    log_ticks,
     new_figure,
     noise_axis,
     note,
     short,
     smooth,
 )
+from .memory import memory_figure
 
-# name -> line style
-BASELINES: dict[str, Any] = {
-    "end-to-end": "--",
-    "checkpointing": ":",
-    "shallow": (0, (6, 2, 1, 2)),
-    "forward-forward": "-.",
-    "noprop": (0, (1, 4)),
-}
-PLAN = "block-wise,\nplan"
+BIT = 1 / math.log(2)
 
 
 def draw(folder: str | os.PathLike[str]) -> list[Path]:
-    """Write the pictures of the run in `folder` into it, each in one step; returns their paths.
+    """Write the figures of the run in `folder` into it, each atomically, and return their paths.
 
-    Raises: ValueError if it isn't the folder of a finished run, saying what is missing.
+    Raises:
+        ValueError: the folder isn't that of a finished run; the message names what is missing.
     """
     folder = Path(folder)
     run = read_run(folder)
@@ -61,88 +54,74 @@ def draw(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def loss_figure(run: Run) -> Figure:
-    """Loss of each block while it trained."""
+    """Plot each block's training loss by step: logged values and their moving average."""
     figure, (axes,) = new_figure(1, 1)
-    highest = 0.0
     for block, colour in enumerate(colours_of(run)):
-        own = [r for r in run.rows[BLOCKWISE] if r["block"] == block]
-        steps, losses = [r["step"] for r in own], [r["loss"] for r in own]
-        highest = max([highest, *smooth(losses)])
-        axes.plot(steps, losses, color=colour, alpha=0.25, lw=0.8)
-        axes.plot(steps, smooth(losses), color=colour, lw=1.8, label=f"block {block}")
-    axes.set_ylim(0, 1.08 * highest or 1)
-    caption(axes, "loss of each block while it trains", "step", "loss")
-    axes.legend(frameon=False, fontsize=9, ncols=1 + len(colours_of(run)) // 5)
+        rows = [r for r in run.rows[BLOCKWISE] if r["block"] == block]
+        steps, losses = [r["step"] for r in rows], [r["loss"] for r in rows]
+        axes.plot(steps, losses, "o", color=colour, alpha=0.4, ms=3, mew=0)
+        few = "o" if len(rows) < 20 else None
+        axes.plot(steps, smooth(losses), color=colour, lw=1.8, marker=few, ms=4, label=f"block {block}")
+    every = [r["loss"] for r in run.rows[BLOCKWISE]]
+    if max(every) > 10 * min(every) > 0:
+        axes.set_yscale("log")
+        log_ticks(axes.yaxis, min(every), max(every))
+    caption(axes, "training loss by block", "step", "loss")
+    legend_right(axes)
     return figure
 
 
 def levels_figure(run: Run) -> Figure:
-    """Cross-entropy (or an image's loss) by noise level after training, on the test split."""
+    """Plot the cross-entropy in bits (for images the loss) by noise level after training, on the test split."""
     figure, (axes,) = new_figure(1, 1)
-    key, label = ("loss", "loss") if "loss" in run.test else ("cross_entropy", "cross-entropy, nats")
+    key, unit, label = ("loss", 1.0, "loss") if "loss" in run.test else ("cross_entropy", BIT, "cross-entropy, bits")
     for block, colour in enumerate(colours_of(run)):
         span = [v for v in run.test["levels"] if v["block"] == block]
-        sigmas, losses = [v["sigma"] for v in span], [v[key] for v in span]
+        sigmas, losses = [v["sigma"] for v in span], [v[key] * unit for v in span]
         axes.plot(sigmas, losses, "o-", ms=3.5, lw=1.5, color=colour, label=f"block {block}")
     axes.set_ylim(0)
-    caption(axes, "by noise level after training, test split", y=label)
+    classes = run.summary.get("config", {}).get("model", {}).get("num_classes")
+    guess = f" (uniform guess: {math.log2(classes):.2f} bits)" if classes and key == "cross_entropy" else ""
+    caption(axes, f"{label.split(',')[0]} by noise level after training, test split{guess}", y=label)
     noise_axis(axes, run.level)
-    classes = run.summary.get("config", {}).get("model", {}).get("classes")
-    if classes and key == "cross_entropy":
-        note(axes, f"guessing: {math.log(classes):.2f}", (0.98, 0.96), ha="right", va="top")
-    axes.legend(frameon=False, fontsize=9, ncols=1 + len(colours_of(run)) // 5)
+    legend_right(axes)
     return figure
 
 
-def walk_figure(run: Run) -> Figure:
-    """Accuracy at each step of the walk from high noise to low, beside the baselines' accuracy."""
+def trajectory_figure(run: Run) -> Figure:
+    """Plot the accuracy at each step of the sampling trajectory, with standard errors, beside the baselines'."""
     figure, (axes,) = new_figure(1, 1)
-    walk = run.test["walk"]
-    steps, accuracies = [s["step"] for s in walk], [s["accuracy"] for s in walk]
+    path, images = run.test["trajectory"], run.test.get("images")
+    steps, accuracies = [s["step"] for s in path], [s["accuracy"] for s in path]
+    errors = np.array([standard_error(a, images) if images else (0.0, 0.0) for a in accuracies]).T  # (2, steps)
     axes.plot(steps, accuracies, color=LIGHT, lw=2, zorder=1)
     for block, colour in enumerate(colours_of(run)):
-        own = [i for i, s in enumerate(walk) if s["block"] == block]
+        own = [i for i, s in enumerate(path) if s["block"] == block]
         points = [steps[i] for i in own], [accuracies[i] for i in own]
-        axes.plot(*points, "o-", ms=8, lw=2.5, color=colour, label=f"block {block}")
+        axes.errorbar(
+            *points, yerr=errors[:, own], fmt="o-", ms=8, lw=2.5, elinewidth=1, color=colour, label=f"block {block}"
+        )
     others = {name: r["test"]["accuracy"] for name, r in run.results.items() if name in BASELINES}
-    low, high = _window(accuracies, list(others.values()))
+    low, high = _window([*(accuracies - errors[0]), *(accuracies + errors[1])], list(others.values()))
     for name, accuracy in others.items():
         if accuracy >= low:
-            axes.axhline(accuracy, color=GREY, ls=BASELINES[name], lw=1.3, label=f"{name} {accuracy:.1f} %")
-    off = ", ".join(f"{name} {accuracy:.1f} %" for name, accuracy in others.items() if accuracy < low)
-    if off:
-        note(axes, f"below this picture: {off}", (0.01, 0.02))
-    last = (steps[-1], accuracies[-1])
-    axes.annotate(f"{last[1]:.1f} %", last, xytext=(0, 9), textcoords="offset points", ha="center", **INK)
+            axes.axhline(accuracy, color=GREY, ls=BASELINES[name], lw=1.2, zorder=0, label=f"{name} {accuracy:.1f} %")
+    below = [f"{name} {accuracy:.1f} %" for name, accuracy in others.items() if accuracy < low]
+    if below:
+        note(axes, f"below this range: {', '.join(below)}", (0.01, 0.02))
+    last = (steps[-1], accuracies[-1] + errors[1, -1])
+    axes.annotate(f"{accuracies[-1]:.1f} %", last, xytext=(0, 6), textcoords="offset points", ha="center", **INK)
     axes.set_ylim(low, high)
-    if len(walk) <= 12:
-        axes.set_xticks(steps, [f"{s['step']}\n$\\sigma$={short(s['sigma'])}" for s in walk])
-    caption(axes, "accuracy along the walk, test split", "step of the walk", "accuracy, %")
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
-
-
-def memory_figure(run: Run) -> Figure:
-    """Bytes on the device against time, and by category: the plan, block-wise training, the baselines."""
-    figure, (left, right) = new_figure(1, 2, widths=(1, 1.2))
-    bars = _bars(run)
-    unit, per = _unit(max(sum(by.values()) for by in bars.values()))
-    for name, style in {BLOCKWISE: "-", **BASELINES}.items():
-        rows = run.rows.get(name, [])
-        seconds, held = [r["seconds"] for r in rows], [r["allocated"] / per for r in rows]
-        if rows:
-            colour = BLOCK_COLOURS[0] if name == BLOCKWISE else GREY
-            left.plot(seconds, held, ls=style, color=colour, lw=1.8, label=name)
-    left.set_ylim(0, 1.1 * left.get_ylim()[1])
-    caption(left, "while training", "seconds since it began", f"on the device, {unit}")
-    legend_below(left, 2)
-    _stack(right, bars, per)
-    caption(right, "by category", unit)
+    if len(path) <= 12:
+        axes.set_xticks(steps, [f"{s['step']}\n$\\sigma$={short(s['sigma'])}" for s in path])
+    of = f", {images} test images, $\\pm$ one standard error" if images else ", test split"
+    caption(axes, f"accuracy along the sampling trajectory{of}", "step", "accuracy, %")
+    legend_right(axes)
     return figure
 
 
 def partition_figure(run: Run) -> Figure:
-    """Where training noise is drawn and who owns it; below, the ranges as trained, widened by the overlap."""
+    """Plot the density of training noise by the block that owns it; below, the ranges trained on, with overlap."""
     partition = run.partition
     figure, (top, lanes) = new_figure(2, 1, heights=(3, 0.4 + 0.25 * partition.blocks), share=True)
     levels, height = _density_curve(partition, run.level)
@@ -157,20 +136,19 @@ def partition_figure(run: Run) -> Figure:
     lanes.set_yticks(range(partition.blocks), names, fontsize=9 if partition.blocks <= 4 else 7)
     lanes.set_ylim(partition.blocks - 0.4, -0.6)
     over = "$t$" if run.level == "t" else "$\\ln\\,\\sigma$"
-    caption(top, "who owns which noise", y=f"density of training\nnoise over {over}")
-    pale = "; pale: the overlap in training" if partition.overlap else ""
-    noise_axis(lanes, run.level, f"falling as the walk goes{pale}")
+    caption(top, "training noise and the block that owns it", y=f"density of training\nnoise over {over}")
+    noise_axis(lanes, run.level, "; pale: overlap in training" if partition.overlap else "")
     return figure
 
 
 def bound_figure(run: Run) -> Figure:
-    """The information bound by the noise level it is read at: flat where the model is consistent."""
+    """Plot the information bound, in bits, by the noise level down to which it is taken; flat if consistent."""
     figure, (axes,) = new_figure(1, 1)
-    levels, edges, bit = run.test["levels"], run.partition.edges, 1 / math.log(2)
-    bound, left_over = ([v[key] * bit for v in levels] for key in ("bound", "cross_entropy"))
-    sigma, top = [v["sigma"] for v in levels], 1.3 * max(bound)
-    axes.plot(sigma, left_over, color=GREY, lw=1.2, ls=":", label="cross-entropy left at this noise")
-    axes.plot(sigma, bound, color=GREY, lw=1, zorder=1, label="bound: that, plus what higher noise has told")
+    levels, edges = run.test["levels"], run.partition.edges
+    bound, entropy = ([v[key] * BIT for v in levels] for key in ("bound", "cross_entropy"))
+    sigma, top = [v["sigma"] for v in levels], 1.3 * max(*bound, *entropy)
+    axes.plot(sigma, entropy, color=GREY, lw=1.2, ls=":", label="cross-entropy at this noise level")
+    axes.plot(sigma, bound, color=GREY, lw=1, zorder=1, label="bound: cross-entropy plus information from higher noise")
     for block, colour in enumerate(colours_of(run)):
         span = [i for i, v in enumerate(levels) if v["block"] == block]
         axes.plot([sigma[i] for i in span], [bound[i] for i in span], "o-", ms=4, lw=2.2, color=colour)
@@ -180,15 +158,17 @@ def bound_figure(run: Run) -> Figure:
         name = f"block {block}\n" if len(edges) <= 5 else f"{block}: "
         axes.text(middle, height * top, f"{name}{regret:+.3f}", ha="center", va="top", **INK)
     axes.set_ylim(0, top)
-    total = f"information bound {run.test['bound_bits']:.3f} bits; by block its regret, what it adds to the bound"
+    total = (
+        f"information bound {run.test['bound_bits']:.3f} bits; in each range the block's regret, its share of the rise"
+    )
     caption(axes, total, y="bits")
     noise_axis(axes, run.level)
-    axes.legend(frameon=False, fontsize=9, loc="center left")
+    legend_below(axes, 2)
     return figure
 
 
 def passes_figure(run: Run) -> Figure:
-    """Accuracy by the number of passes through a recurrent core, beside the baselines'."""
+    """Plot the accuracy by the number of passes through a recurrent core, beside the baselines'."""
     figure, panels = new_figure(1, 2)
     names = [name for name in run.results if "passes" in run.results[name]["test"]]
     for axes, key, title in zip(panels, ("accuracy", "exact"), ("answers", "whole puzzles"), strict=True):
@@ -206,11 +186,11 @@ def passes_figure(run: Run) -> Figure:
     return figure
 
 
-# name -> the picture, and what of the test results it needs
+# name -> the figure, and the keys of the test results that it needs
 FIGURES: dict[str, tuple[Callable[[Run], Figure], set[str]]] = {
     "loss": (loss_figure, set()),
     "levels": (levels_figure, {"levels"}),
-    "walk": (walk_figure, {"walk"}),
+    "trajectory": (trajectory_figure, {"trajectory"}),
     "memory": (memory_figure, set()),
     "partition": (partition_figure, set()),
     "bound": (bound_figure, {"levels", "bound_bits"}),
@@ -219,21 +199,32 @@ FIGURES: dict[str, tuple[Callable[[Run], Figure], set[str]]] = {
 
 
 def colours_of(run: Run) -> list[Any]:
-    """One a block."""
+    """Return one colour per block."""
     return block_colours(len(run.summary["partition"]["layers"]))
 
 
-def _window(walk: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
-    """Limits in percent that show the walk; a baseline far below it doesn't flatten it."""
-    least = min(walk)
+def standard_error(accuracy: float, count: int) -> tuple[float, float]:
+    """Return how far an accuracy of `count` samples may be too high and too low, all in percent.
+
+    Source: Wilson 1927, the score interval of one standard error, which doesn't vanish at 100 %.
+    """
+    p = accuracy / 100
+    middle = (p + 0.5 / count) / (1 + 1 / count)
+    half = math.sqrt(p * (1 - p) / count + 0.25 / count**2) / (1 + 1 / count)
+    return 100 * (p - middle + half), 100 * (middle + half - p)
+
+
+def _window(path: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Return limits in percent that show the trajectory; a baseline more than 15 points below it is left out."""
+    least = min(path)
     low = min([least, *(a for a in others if a > least - 15)])
-    high = max([*walk, *others])
+    high = max([*path, *others])
     margin = max(0.15 * (high - low), 1.5)
     return max(0.0, low - margin), min(100.5, high + margin)
 
 
 def _density_curve(partition: Partition, level: str) -> tuple[list[float], list[float]]:
-    """Rising levels and the density there, per unit of t or of ln sigma, smoothed over about a bin of a table."""
+    """Return rising levels and the density per unit of t or ln sigma, smoothed over about a bin of a Tabulated one."""
     low, high = partition.sigma_min, partition.sigma_max
     grid = np.linspace(low, high, 641) if level == "t" else np.geomspace(low, high, 641)
     scale = grid if level == "t" else np.log(grid)
@@ -244,44 +235,9 @@ def _density_curve(partition: Partition, level: str) -> tuple[list[float], list[
 
 
 def _regret(run: Run, block: int) -> float:
-    """In bits; 0 for a last block that owns none of the levels."""
+    """Return the block's regret in bits; 0 for a last block that owns none of the levels."""
     regrets = run.test["regret_bits"]
     return regrets[block] if block < len(regrets) else 0.0
-
-
-def _bars(run: Run) -> dict[str, dict[str, int]]:
-    """What each bar of the memory picture stands for, top to bottom, and its bytes by category."""
-    bars = {PLAN: run.results[BLOCKWISE].get("plan"), BLOCKWISE: run.results[BLOCKWISE]["memory"]}
-    bars |= {name: run.results[name].get("memory") for name in BASELINES if name in run.results}
-    return {name: {c: int(by.get(c, 0)) for c in CATEGORIES} for name, by in bars.items() if by}
-
-
-def _stack(axes: Axes, bars: dict[str, dict[str, int]], per: float) -> None:
-    """Bars of bytes by category with their totals, and how many times block-wise training's they are."""
-    names, left = list(bars), np.zeros(len(bars))
-    for category, colour in zip(CATEGORIES, CATEGORY_COLOURS, strict=True):
-        sizes = np.array([bars[name][category] / per for name in names])
-        drawn = axes.barh(range(len(names)), sizes, 0.6, left=left, color=colour)
-        for bar, name in zip(drawn, names, strict=True):
-            bar.set_alpha(0.5 if name == PLAN else 1.0)
-        left += sizes
-    measured = sum(bars[BLOCKWISE].values())
-    for i, name in enumerate(names):
-        total = sum(bars[name].values())
-        text = readable(total) + (f", {total / measured:.1f}x" if name in BASELINES and measured else "")
-        axes.annotate(text, (left[i], i), xytext=(4, 0), textcoords="offset points", va="center", **INK)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.5 * max(left))
-    axes.grid(visible=False, axis="y")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    patches = [Patch(color=c, label=name) for name, c in zip(CATEGORIES, CATEGORY_COLOURS, strict=True)]
-    legend_below(axes, 3, handles=patches)
-
-
-def _unit(total: int) -> tuple[str, float]:
-    power = max(k for k in range(4) if k == 0 or total >= 1024**k)
-    return ("B", "KiB", "MiB", "GiB")[power], 1024.0**power
 
 
 def _write(figure: Figure, path: Path) -> Path:

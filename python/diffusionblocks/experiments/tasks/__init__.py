@@ -1,24 +1,24 @@
-"""One file an architecture: its run's config, and what is x, y, the walk, the loss."""
+"""One file per task: its run's config, data, model, evaluation and samples."""
 
 from ..config import TrainConfig
-from .base import Adapter, Metric
-from .causal_lm import CausalLMAdapter
-from .dit import DiTAdapter
-from .masked_lm import MaskedLMAdapter
-from .recurrent import RecurrentAdapter
-from .vit import ViTAdapter
+from .base import Metric, Row, Task
+from .causal_lm import CausalLMTask
+from .dit import DiTTask
+from .masked_lm import MaskedLMTask
+from .recurrent import RecurrentTask
+from .vit import ViTTask
 
-__all__ = ["ADAPTERS", "Adapter", "Metric", "adapter_of"]
+__all__ = ["TASKS", "Metric", "Task", "task_of"]
 
-ADAPTERS: dict[str, type[Adapter]] = {
-    "causal_lm": CausalLMAdapter,
-    "masked_lm": MaskedLMAdapter,
-    "recurrent": RecurrentAdapter,
-    "dit": DiTAdapter,
-    "vit": ViTAdapter,
+TASKS: dict[str, type[Task]] = {
+    "causal_lm": CausalLMTask,
+    "masked_lm": MaskedLMTask,
+    "recurrent": RecurrentTask,
+    "dit": DiTTask,
+    "vit": ViTTask,
 }
 
 
-def adapter_of(config: TrainConfig) -> Adapter:
-    """The config's architecture."""
-    return ADAPTERS[config.architecture](config)
+def task_of(config: TrainConfig, facts: Row | None = None) -> Task:
+    """Return the config's task. facts: those that its run stored, so that its data need not be there."""
+    return TASKS[config.architecture](config, facts)

@@ -1,110 +1,145 @@
-"""What an architecture adds to the library: five methods, and an end-to-end control where it has one of its own."""
+"""A task: data, model and evaluation of a run."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...blocks import DiffusionBlocks
 from ...noise.partition import Partition
-from ...sampling.sampler import Walker
-from ..session import Batches
+from ...training.trainer import Trainer
 
 Row = dict[str, Any]
 Options = TypeVar("Options")
 
 
+class Batches(Protocol):
+    """Training data by address: batch number `step`, on the device."""
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]: ...
+
+
+class Loader:
+    """Batches in order, as `Trainer.fit` iterates them; the position is its state."""
+
+    def __init__(self, batches: Batches):
+        self.batches, self.position = batches, 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            self.position += 1
+            yield self.batches.batch(self.position - 1)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
 @dataclass(frozen=True)
 class Metric:
-    """What an architecture is judged by: its key in the results, how tables call it, and whether more is better."""
+    """A task's measure: its key in the results, its label in tables, and whether more is better."""
 
     key: str
     label: str
     higher: bool = True
 
     def better(self, value: float, than: float) -> bool:
-        """Whether `value` beats `than`; a value that isn't a number never does."""
+        """Return whether `value` beats `than`; NaN never does."""
         return value > than if self.higher else value < than
 
 
-class Adapter(ABC):
-    """One architecture, bound to a run's config: what is x, y, the walk, the loss.
+class Task(ABC):
+    """One architecture and its data, bound to a run's config.
 
-    x is what the network is given, y the target that noise hides, both as `batches` makes them.
+    x is the conditioning, y the target that noise hides, both as `batches` makes them.
     """
 
     metric: ClassVar[Metric]
-    data: Any = None  # the splits, where a data set is read; they have a fingerprint()
+    data: Any = None  # the splits, where a data set is read; they have facts()
 
-    def __init__(self, config: Any):
-        self.config = config
+    def __init__(self, config: Any, stored: Row | None = None):
+        """stored: The facts of a run, so that its data need not be there."""
+        self.config, self.stored = config, stored
+
+    @cached_property
+    def facts(self) -> Row:
+        """Return what a trained model needs of its data, as JSON values: those stored, else read from the data."""
+        if self.stored is not None:
+            return self.stored
+        return {} if self.data is None else self.data.facts()
+
+    def check_data(self) -> None:
+        """Raise ValueError, naming what changed, unless the data are those that the stored facts are of."""
+        if not self.stored:
+            return
+        now = self.data.facts()
+        names = [
+            name
+            for name in ("alphabet", "class_names", "image_size", "channels")
+            if self.stored.get(name) != now.get(name)
+        ]
+        for name, split in now["splits"].items():
+            before = self.stored["splits"][name]
+            if split["samples"] != before["samples"]:
+                names.append(f"{name} split ({split['samples']} samples, were {before['samples']})")
+            elif split != before:
+                names.append(f"{name} split")
+        if names:
+            raise ValueError(
+                f"the data are not those it was trained on, changed: {', '.join(names)}; put them back, or train anew"
+            )
 
     @abstractmethod
     def batches(self, device: torch.device) -> Batches:
-        """Training data: batch number `step`, (x, y), on the device."""
+        """Return training data: batch number `step`, (x, y), on the device."""
 
     @abstractmethod
     def example(self) -> tuple[Tensor, Tensor]:
-        """A batch's shapes and dtypes without its data: what a plan of the memory is made from."""
+        """Return a batch's shapes and dtypes without its data, to plan memory from."""
 
     @abstractmethod
-    def blocks(self, partition: Partition | None = None) -> DiffusionBlocks:
-        """The network cut into config.blocks denoisers, initialised from the config's seed.
+    def model(self, partition: Partition | None = None) -> DiffusionBlocks:
+        """Return the network cut into config.blocks denoisers, initialised from the config's seed.
 
-        partition: who owns which noise and which layers, if not as the config says.
+        partition: Each block's noise and layers, if not as the config says.
         """
 
     @abstractmethod
-    def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
-        """What a model is worth on "val" or "test", `metric` among it. steps: of the walk, if not the config's."""
+    def evaluate(self, model: DiffusionBlocks, split: str, *, steps: int | None = None) -> Row:
+        """Evaluate a model on "val" or "test"; the row has `metric`. steps: of the trajectory, if not the config's."""
 
     @abstractmethod
-    def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
-        """Write `count` samples and what shows how they came about; returns the files."""
+    def sample(self, model: DiffusionBlocks, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
+        """Write `count` samples and their trajectory; return the files."""
 
-    def network(self) -> nn.Module:
-        """The same network to be trained end to end: one block of all layers, unless there is an ordinary one.
+    def trainer(self, model: DiffusionBlocks, config: Any) -> Trainer:
+        """Return a trainer of `model`."""
+        return Trainer(model, config)
 
-        It has `layers` and loss(x, y, seed=, step=).
-        """
-        return Whole(self.whole().blocks())
+    def network(self) -> nn.Module | None:
+        """Return the ordinary network of the end-to-end baseline, with `layers` and loss(x, y, seed=, step=).
+
+        None where that is the same network in one block."""
+        return None
 
     def score(self, network: nn.Module, split: str, device: torch.device) -> Row:
-        """`evaluate` for what `network` made."""
-        assert isinstance(network, Whole)
-        return self.whole().evaluate(Walker(network.model), split)
-
-    def whole(self) -> Adapter:
-        """The same architecture in one block."""
-        return type(self)(self.config.in_one_block())
+        """Evaluate the ordinary network as `evaluate` does a model in blocks."""
+        raise NotImplementedError
 
 
-def taken(kind: type[Options], options: Row, what: str) -> Options:
-    """What was asked for of samples as a dataclass. Raises: ValueError if `what` doesn't have all of it."""
+def parse_options(kind: type[Options], options: Row, what: str) -> Options:
+    """Parse sampling options into a dataclass; raise ValueError on options this task doesn't support."""
     known: Any = kind
     unknown = options.keys() - {field.name for field in fields(known)}
     if unknown:
         raise ValueError(f"{what} take no {', '.join(sorted(unknown))}; leave it out")
     return kind(**options)
-
-
-class Whole(nn.Module):
-    """One block of all layers, to be trained like any network."""
-
-    def __init__(self, model: DiffusionBlocks):
-        super().__init__()
-        self.model = model
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """All layers."""
-        return self.model.blocks[0].layers
-
-    def loss(self, x: Tensor, y: Tensor, *, seed: int, step: int) -> Tensor:
-        """The denoising loss over the whole range of noise."""
-        return self.model.loss(0, x, y, seed=seed, step=step).loss

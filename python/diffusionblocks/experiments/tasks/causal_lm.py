@@ -10,23 +10,22 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
 from ...blocks import DiffusionBlocks
-from ...denoiser import Ends
+from ...denoiser import StemHead
 from ...noise.information import closed_form_density
 from ...noise.partition import Partition, make_partition, step_levels
 from ...noise.rng import stream
-from ...sampling.sampler import Walker
 from ...targets.labels import spread_codebook
 from ...targets.tokens import TokenTarget
 from ..config import TrainConfig, check_at_least
 from ..data import text
 from ..metrics.bound import bound, cross_entropy
-from ..metrics.language import TextOptions, estimates, judged, write_texts
-from ..models.causal_lm import Carry, CausalHead, CausalLayer, CausalLM, CausalLMConfig, CausalStem
+from ..metrics.language import TextOptions, estimates, judged, write_scores, write_texts
+from ..models.causal_lm import CausalHead, CausalLayer, CausalLM, CausalLMConfig, CausalStem
 from ..models.generation import Generator, ancestral
-from ..session import Batches
-from .base import Adapter, Metric, Row, taken
+from .base import Batches, Metric, Row, Task, parse_options
 
 WRITTEN = 256  # texts that are judged, each as long as a window of training
 
@@ -48,13 +47,11 @@ class CausalLMRun(TrainConfig):
     warmup: float = 0.05
     ema: float = 0.995
     tune_lr: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
-    tune_warmup: tuple[float, ...] = (0.05,)
+    tune_warmup: Suppress[tuple[float, ...]] = (0.05,)
     context: float = 0.9
     """Share of the draws at the highest noise, where the answer must come from the tokens before."""
-    combine: Literal["mean", "carry", "none"] = "mean"
-    """How blocks work together: by the "mean" of their logits when they are read, while each is trained alone; by a
-    "carry" of what those before made of the clean tokens, without gradient, in training too: the depth of all, at the
-    price of forward passes and of independence; or not at all."""
+    combine: Literal["mean", "none"] = "mean"
+    """How block outputs are combined at inference: "mean" averages logits; "none" uses each block in its own range."""
     evaluated: int = 16384
     """Tokens of a split that are evaluated."""
     model: CausalLMConfig = field(default_factory=CausalLMConfig)
@@ -62,18 +59,18 @@ class CausalLMRun(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, max(2, self.model.group_size), "length")
+        if self.combine not in ("mean", "none"):
+            raise ValueError(f"combine must be 'mean' or 'none', got {self.combine!r}")
         if self.model.sees_z and self.combine == "mean":
-            raise ValueError("combine='mean' needs blocks that don't look at z; with sees_z use 'none' or 'carry'")
+            raise ValueError("combine='mean' needs blocks that don't look at z; with sees_z use combine='none'")
 
     @property
     def total_steps(self) -> int:
-        """As many layer evaluations as `steps` end-to-end steps: a forward pass alone counts a third, and block b
-        takes b of them for what it is given; a noisy stream doubles the tokens."""
-        carrying = (self.blocks - 1) / 6 if self.combine == "carry" else 0
-        return max(1, round(self.steps * self.blocks / (1 + carrying) / (2 if self.model.sees_z else 1)))
+        """Steps with as many layer evaluations as `steps` end-to-end steps; a noisy stream doubles the tokens."""
+        return max(1, round(self.steps * self.blocks / (2 if self.model.sees_z else 1)))
 
 
-class CausalLMAdapter(Adapter):
+class CausalLMTask(Task):
     """x and y: the tokens. Noisy token i is given the clean ones before it."""
 
     metric = Metric("bits", "bits a character", higher=False)
@@ -82,7 +79,7 @@ class CausalLMAdapter(Adapter):
     @cached_property
     def data(self) -> text.TextData:
         """The splits."""
-        return text.load(self.config.text, symbols=self.config.model.symbols)
+        return text.load(self.config.text, vocab_size=self.config.model.vocab_size)
 
     def batches(self, device: torch.device) -> Batches:
         c = self.config
@@ -93,58 +90,59 @@ class CausalLMAdapter(Adapter):
         y = torch.zeros(self.config.batch_size, self.config.length, dtype=torch.int64)
         return y, y
 
-    def blocks(self, partition: Partition | None = None) -> DiffusionBlocks:
+    def model(self, partition: Partition | None = None) -> DiffusionBlocks:
         c, model = self.config, self.config.model
         torch.manual_seed(stream(c.seed, "init") % 2**63)
         own = c.shared == "per_block"
-        ends = [Ends(CausalStem(model), CausalHead(model)) for _ in range(c.blocks if own else 1)]
+        around = [StemHead(CausalStem(model), CausalHead(model)) for _ in range(c.blocks if own else 1)]
         if c.shared == "frozen":
-            nn.init.xavier_normal_(ends[0].head.linear.weight)  # a head of zeros would pass no gradient to the layers
-        target = TokenTarget(spread_codebook(model.symbols, model.dim), group_size=model.group_size)
+            nn.init.xavier_normal_(around[0].head.linear.weight)  # a head of zeros would pass no gradient to the layers
+        target = TokenTarget(spread_codebook(model.vocab_size, model.dim), group_size=model.group_size)
         if partition is None:
             density = closed_form_density(target.table)
             partition = make_partition(density, c.layer_counts, overlap=c.overlap)
         layers = [CausalLayer(model) for _ in range(model.layers)]
-        carries = [Carry(model) for _ in range(c.blocks - 1)] if c.combine == "carry" else []
         return DiffusionBlocks(
-            ends if own else ends[0],
+            around if own else around[0],
             layers,
             target,
             partition,
             shared=c.shared,
             context=c.context,
-            carries=carries,
             ensemble=c.combine == "mean",
         )
 
-    def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
+    def evaluate(self, model: DiffusionBlocks, split: str, *, steps: int | None = None) -> Row:
         """The information bound of the whole chain, and the three estimates on every eighth window."""
-        x = self.windows(split, walker.device)
-        found = bound(walker, x, x, count=64, seed=self.config.seed)
-        sigmas = step_levels(walker.model.partition, steps or self.config.walk_steps)
-        return {"bits": found["bound_bits"], **found, **estimates(walker, x[::8], sigmas, seed=self.config.seed)}
+        x = self.windows(split, model.device)
+        found = bound(model, x, x, count=64, seed=self.config.seed)
+        sigmas = step_levels(model.partition, steps or self.config.sampling_steps)
+        return {"bits": found["bound_bits"], **found, **estimates(model, x[::8], sigmas, seed=self.config.seed)}
 
     def windows(self, split: str, device: torch.device) -> Tensor:
         """The windows of a split that are evaluated."""
         every = text.rows(getattr(self.data, split), self.config.length)
         return every[: max(1, self.config.evaluated // self.config.length)].to(device)
 
-    def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
-        """samples.txt: `count` texts; judge.json: what they are worth. options: TextOptions'.
+    def sample(self, model: DiffusionBlocks, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
+        """samples.txt: `count` texts; with a judge also judge.json, their scores. options: TextOptions'.
 
         All blocks are on the device at once: every token needs each of them.
         """
-        how = taken(TextOptions, options, "texts")
-        model = self.blocks(walker.model.partition).to(walker.device)
-        model.load_state_dict(walker.weights())
+        how = parse_options(TextOptions, options, "texts")
+        whole = self.model(model.partition).to(model.device)
+        whole.load_state_dict(model.state_dict())
         size = self.config.model.group_size
-        prompt = text.encode(how.prompt, self.data.alphabet).to(walker.device).expand(count, -1)
+        text.check_prompt(how.prompt, self.facts["alphabet"])
+        prompt = text.encode(how.prompt, self.facts["alphabet"]).to(model.device).expand(count, -1)
         unread, prompt = prompt.tensor_split([prompt.shape[1] % size], 1)  # whole groups are read, up to its end
-        levels = step_levels(model.partition, how.steps or self.config.walk_steps)
-        generator = Generator(model, levels, seed=seed, keep=how.keep)
+        levels = step_levels(whole.partition, how.steps or self.config.sampling_steps)
+        generator = Generator(whole, levels, seed=seed, keep=how.keep)
         tokens = generator.generate(prompt, -(-how.length // size) * size)
         asked = tokens[:, : prompt.shape[1] + how.length]
-        return write_texts(folder, self.data, torch.cat([unread, asked], 1), how.judge)
+        tokens = torch.cat([unread, asked], 1)
+        files = [write_texts(folder, tokens, self.facts["alphabet"])]
+        return [*files, write_scores(folder, self.data, tokens, how.judge)] if how.judge else files
 
     def network(self) -> nn.Module:
         """The ordinary language model."""

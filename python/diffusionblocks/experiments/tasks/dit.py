@@ -12,15 +12,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
 import dbkernels
 
 from ...blocks import DiffusionBlocks
-from ...denoiser import Ends
+from ...denoiser import StemHead
 from ...noise.density import LogNormal
 from ...noise.partition import Partition, make_partition, step_levels
 from ...noise.rng import stream
-from ...sampling.sampler import Walker
+from ...sampling.sampler import Sampler
 from ...sampling.samplers import SAMPLERS, Callback, guided
 from ...targets.continuous import ContinuousTarget
 from ..config import TrainConfig
@@ -32,8 +33,7 @@ from ..metrics.frechet import judge
 from ..models.dit import DiTConfig, DiTHead, DiTStem
 from ..models.layers import Layer
 from ..plotting.pictures import to_pixels, write_grid, write_trajectory
-from ..session import Batches
-from .base import Adapter, Metric, Row, taken
+from .base import Batches, Metric, Row, Task, parse_options
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,24 @@ class DiTRun(TrainConfig):
 
     data: str = "digits"
     """"digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder" or "idx" for files of one's own, or "hub:ID"."""
-    folder: Path | None = None
-    """Where the data's files are; None: found or fetched by name."""
+    data_folder: Path | None = None
+    """Folder of the data's files; by default fetched by name."""
     out: Path = Path("runs/dit-digits")
     lr: float = 8e-3
     tune_lr: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
-    tune_warmup: tuple[float, ...] = (0.2,)
+    tune_warmup: Suppress[tuple[float, ...]] = (0.2,)
     label_dropout: float = 0.1
-    """Share of the images that are trained on without their class."""
+    """Share of the images trained on without their class."""
     guidance: float = 1.25
-    """How many times what the class changes in the estimate counts; 1 is without guidance, at half the price. 2 is
-    published; more shows the class more plainly and varies less."""
+    """Classifier-free guidance scale. 1 disables guidance and halves the cost; the paper uses 2."""
     cut: Literal["probability", "uniform", "log_uniform"] = "probability"
-    """How the blocks share the noise: the same mass of it each, the same width in sigma, or in its logarithm."""
+    """Cut of the noise into ranges: of equal probability, of equal width in sigma, or in ln sigma."""
     sampler: Literal["euler", "heun", "dpmpp_2m"] = "euler"
-    walk_steps: int = 50
+    """Solver of the sampling trajectory."""
+    sampling_steps: int = 50
     draws: float = 4
-    """How many images are made for each that the evaluated split has: a distance of few images is mostly chance. Less
-    than one: so many of a large split."""
+    """Generated images per evaluation image (a fraction uses part of the split). More reduces the variance of the
+    Fréchet distance."""
     model: DiTConfig = field(default_factory=DiTConfig)
 
     def __post_init__(self) -> None:
@@ -112,7 +112,7 @@ class DroppedLabels:
         return torch.where(u < self.share, self.none, labels), images
 
 
-class DiTAdapter(Adapter):
+class DiTTask(Task):
     """x: labels. y: images in [-1, 1]."""
 
     metric = Metric("frechet", "Fréchet distance", higher=False)
@@ -122,7 +122,7 @@ class DiTAdapter(Adapter):
     def data(self) -> ImageData:
         """The splits. Raises: ValueError if the model is for other images."""
         c, model = self.config, self.config.model
-        data = load(c.data, folder=c.folder, seed=c.seed)
+        data = load(c.data, folder=c.data_folder, seed=c.seed)
         check_model(data, model)
         half = (0.5,) * data.channels
         return replace(data, mean=half, std=half)  # black is -1, white 1
@@ -132,53 +132,59 @@ class DiTAdapter(Adapter):
         if min(round(c.draws * len(split)) for split in (data.val, data.test)) < 2:
             raise ValueError(f"draws={c.draws} of {len(data.val)} validation images are fewer than two: take more")
         loader = Loader(data.train, data, c.batch_size, seed=c.seed, device=device)
-        return DroppedLabels(loader, c.label_dropout, c.model.classes)
+        return DroppedLabels(loader, c.label_dropout, c.model.num_classes)
 
     def example(self) -> tuple[Tensor, Tensor]:
         c, size = self.config, self.config.model.image_size
         return torch.zeros(c.batch_size, dtype=torch.int64), torch.empty(c.batch_size, c.model.channels, size, size)
 
-    def blocks(self, partition: Partition | None = None) -> DiffusionBlocks:
+    def model(self, partition: Partition | None = None) -> DiffusionBlocks:
         c, model = self.config, self.config.model
         torch.manual_seed(stream(c.seed, "init") % 2**63)
         own = c.shared == "per_block"
-        ends = [Ends(DiTStem(model), DiTHead(model)) for _ in range(c.blocks if own else 1)]
+        around = [StemHead(DiTStem(model), DiTHead(model)) for _ in range(c.blocks if own else 1)]
         if c.shared == "frozen":
-            nn.init.xavier_normal_(ends[0].head.linear.weight)  # a head of zeros would pass no gradient to the layers
+            nn.init.xavier_normal_(around[0].head.linear.weight)  # a head of zeros would pass no gradient to the layers
         layers = [Layer(model, conditioned=True) for _ in range(model.layers)]
         partition = partition or make_partition(LogNormal(), c.layer_counts, by=c.cut, overlap=c.overlap)
-        return DiffusionBlocks(ends if own else ends[0], layers, ContinuousTarget(), partition, shared=c.shared)
+        return DiffusionBlocks(
+            around if own else around[0],
+            layers,
+            ContinuousTarget(shape=(model.channels, model.image_size, model.image_size)),
+            partition,
+            shared=c.shared,
+        )
 
-    def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
+    def evaluate(self, model: DiffusionBlocks, split: str, *, steps: int | None = None) -> Row:
         """`draws` images for each of the split's, of its label, against the split; floor: real ones against it.
 
         The floor is as many training images, or all; layer_evaluations: layers run to make one image.
         """
-        c, device, real = self.config, walker.device, getattr(self.data, split)
-        eye = judge(c.data, c.folder, device)
-        labels, levels = repeated(real.labels, c.draws), step_levels(walker.model.partition, steps or c.walk_steps)
+        c, device, real = self.config, model.device, getattr(self.data, split)
+        features = judge(c.data, c.data_folder, device)
+        labels, levels = repeated(real.labels, c.draws), step_levels(model.partition, steps or c.sampling_steps)
         began = time.perf_counter()
-        made = to_pixels(self.walk(walker, labels.to(device), levels, seed=c.seed))
+        made = to_pixels(self.trajectory(model, labels.to(device), levels, seed=c.seed))
         seconds = time.perf_counter() - began
         train, y = self.data.train, prepare(real.images, self.data.mean, self.data.std, device=device)
         others = train.take(stratified(train.labels, min(len(train), len(labels)), stream(0, "floor"))[0])
         return {
-            **eye.compare(real, Split(made, labels)),
-            "floor": eye.compare(real, others)["frechet"],
+            **features.compare(real, Split(made, labels)),
+            "floor": features.compare(real, others)["frechet"],
             "sampling_seconds": seconds,
-            "layer_evaluations": self.layer_evaluations(walker.model.partition, levels),
+            "layer_evaluations": self.layer_evaluations(model.partition, levels),
             "images": len(labels),
-            **held_out_loss(walker, real.labels.to(device), y, seed=c.seed),
+            **held_out_loss(model, real.labels.to(device), y, seed=c.seed),
         }
 
-    def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
+    def sample(self, model: DiffusionBlocks, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
         """samples.png: `count` images, a class a row; trajectory.png: what each block made of some.
 
         options: ImageOptions'.
         """
-        how = taken(ImageOptions, options, "images")
-        c, partition = self.config, walker.model.partition
-        labels, columns = how.labels(count, c.model.classes)
+        how = parse_options(ImageOptions, options, "images")
+        c, partition = self.config, model.partition
+        labels, columns = how.labels(count, c.model.num_classes)
         some = torch.linspace(0, count - 1, min(count, 5)).long()
         estimates: list[tuple[float, int, Tensor]] = []
 
@@ -187,37 +193,43 @@ class DiTAdapter(Adapter):
 
         guidance = c.guidance if how.guidance is None else how.guidance
         asked = type(self)(replace(c, guidance=guidance, sampler=how.sampler or c.sampler))
-        levels = step_levels(partition, how.steps or c.walk_steps)
-        made = asked.walk(walker, labels.to(walker.device), levels, seed=seed, callback=watch)
+        levels = step_levels(partition, how.steps or c.sampling_steps)
+        made = asked.trajectory(model, labels.to(model.device), levels, seed=seed, callback=watch)
         shown = [estimates[i] for i in spread_steps([block for _, block, _ in estimates])]
         files = [
-            write_grid(to_pixels(made), folder / "samples.png", columns),
-            write_trajectory(shown, folder / "trajectory.png", partition.blocks),
+            write_grid(to_pixels(made), folder / "samples.png", columns, labels.tolist()),
+            write_trajectory(shown, folder / "trajectory.png", partition.blocks, labels[some].tolist()),
         ]
         if how.judge:
-            found = pretrained.inception(to_pixels(made), self.data.test.images, device=walker.device)
+            found = pretrained.inception(to_pixels(made), self.data.test.images, device=model.device)
             files.append(folder / "judge.json")
             files[-1].write_text(json.dumps(found, indent=1) + "\n")
         return files
 
-    def walk(
-        self, walker: Walker, labels: Tensor, levels: list[float], *, seed: int, callback: Callback | None = None
+    def trajectory(
+        self,
+        model: DiffusionBlocks,
+        labels: Tensor,
+        levels: list[float],
+        *,
+        seed: int,
+        callback: Callback | None = None,
     ) -> Tensor:
         """Images of `labels` (N,) from noise, (N, C, S, S), one block after another."""
-        c, model = self.config, self.config.model
-        zeros = torch.zeros(len(labels), model.channels, model.image_size, model.image_size, device=labels.device)
+        c, sizes = self.config, self.config.model
+        zeros = torch.zeros(len(labels), sizes.channels, sizes.image_size, sizes.image_size, device=labels.device)
         z = dbkernels.inject_noise(zeros, levels[0], seed=stream(seed, "walk"), offset=0)
-        none = torch.full_like(labels, model.classes)
-        walker.model.eval()
+        none = torch.full_like(labels, sizes.num_classes)
+        conditional, unconditional = (Sampler(model, x, prefetch=True) for x in (labels, none))
         denoise = guided(
-            lambda z, sigma: walker.read(labels, z, sigma).denoised,
-            lambda z, sigma: walker.read(none, z, sigma).denoised,
+            lambda z, sigma: conditional(z, sigma).denoised,
+            lambda z, sigma: unconditional(z, sigma).denoised,
             c.guidance,
         )
         return SAMPLERS[c.sampler](denoise, z, levels, callback)
 
     def layer_evaluations(self, partition: Partition, levels: list[float]) -> float:
-        """Layers run to make one image: a walk that only counts."""
+        """Return the layers run to make one image, by a trajectory that only counts."""
         run = []
 
         def denoise(z: Tensor, sigma: float) -> Tensor:

@@ -9,22 +9,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
 from ...blocks import DiffusionBlocks
-from ...denoiser import Ends
-from ...noise import mask_schedule as masking
-from ...noise.density import Uniform
-from ...noise.partition import Partition, make_partition, step_levels
+from ...convert.layers import partition_for
+from ...denoiser import StemHead
+from ...noise.partition import Partition, step_levels
 from ...noise.rng import stream
-from ...sampling.sampler import Walker
-from ...targets.masked import T_MIN, MaskedTarget
+from ...targets.masked import MaskedTarget
 from ..config import TrainConfig, check_at_least
-from ..data.text import TextData, Windows, encode, load, rows
+from ..data.text import TextData, Windows, check_prompt, decode, encode, load, rows
 from ..metrics import masked_diffusion
-from ..metrics.language import TextOptions, write_texts
+from ..metrics.language import TextOptions, write_scores, write_texts
 from ..models.masked_lm import Head, MaskedLMConfig, Stem, layers
-from ..session import Batches
-from .base import Adapter, Metric, Row, taken
+from .base import Batches, Metric, Row, Task, parse_options
 
 MASK = "\u2591"  # how a mask is shown, and written in a prompt
 
@@ -43,11 +41,11 @@ class MaskedLMRun(TrainConfig):
     overlap: float = 0.0
     batch_size: int = 16
     lr: float = 1e-2
-    walk_steps: int = 64
+    sampling_steps: int = 64
     levels: int = 12
     """Times that a window is read at for the bound."""
     tune_lr: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
-    tune_warmup: tuple[float, ...] = (0.2,)
+    tune_warmup: Suppress[tuple[float, ...]] = (0.2,)
     model: MaskedLMConfig = field(default_factory=MaskedLMConfig)
 
     def __post_init__(self) -> None:
@@ -70,7 +68,7 @@ class UnconditionalWindows(Windows):
         return masked_diffusion.given(y), y
 
 
-class MaskedLMAdapter(Adapter):
+class MaskedLMTask(Task):
     """x: nothing, (B, 0). y: windows of text, (B, N)."""
 
     metric = Metric("bits", "bits a character", higher=False)
@@ -79,7 +77,7 @@ class MaskedLMAdapter(Adapter):
     @cached_property
     def data(self) -> TextData:
         """The splits."""
-        return load(self.config.text, symbols=self.config.model.symbols)
+        return load(self.config.text, vocab_size=self.config.model.vocab_size)
 
     def batches(self, device: torch.device) -> Batches:
         c = self.config
@@ -90,39 +88,39 @@ class MaskedLMAdapter(Adapter):
         y = torch.zeros(self.config.batch_size, self.config.length, dtype=torch.int64)
         return masked_diffusion.given(y), y
 
-    def blocks(self, partition: Partition | None = None) -> DiffusionBlocks:
+    def model(self, partition: Partition | None = None) -> DiffusionBlocks:
         c = self.config
         torch.manual_seed(stream(c.seed, "init") % 2**63)
-        copies = [Ends(Stem(c.model), Head(c.model)) for _ in range(c.blocks if c.shared == "per_block" else 1)]
+        copies = [StemHead(Stem(c.model), Head(c.model)) for _ in range(c.blocks if c.shared == "per_block" else 1)]
         if c.shared == "frozen":
             nn.init.xavier_normal_(copies[0].head.weight)  # a head of zeros would pass no gradient to the layers
-        edges = [*masking.edges(c.blocks)[:-1], T_MIN]
-        partition = partition or make_partition(Uniform(T_MIN, 1.0), c.layer_counts, edges=edges, overlap=c.overlap)
-        target = MaskedTarget(c.model.symbols)
+        target = MaskedTarget(c.model.vocab_size)
+        partition = partition or partition_for(target, c.layer_counts)
         return DiffusionBlocks(copies, layers(c.model), target, partition, shared=c.shared)
 
-    def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
+    def evaluate(self, model: DiffusionBlocks, split: str, *, steps: int | None = None) -> Row:
         """The bound, and what a model of single characters reaches. steps: times a window is read at."""
-        tokens = self.windows(split).to(walker.device)
-        found = masked_diffusion.bound(walker, tokens, levels=steps or self.config.levels, seed=self.config.seed)
-        unigram = masked_diffusion.unigram_bits(self.data.train, self.windows(split), self.config.model.symbols)
+        tokens = self.windows(split).to(model.device)
+        found = masked_diffusion.bound(model, tokens, levels=steps or self.config.levels, seed=self.config.seed)
+        unigram = masked_diffusion.unigram_bits(self.data.train, self.windows(split), self.config.model.vocab_size)
         return {**found, "unigram": unigram}
 
-    def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
-        """samples.txt, judge.json about them, and trajectory.txt: the first as each block leaves it.
+    def sample(self, model: DiffusionBlocks, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
+        """samples.txt, trajectory.txt, the first as each block leaves it, and with a judge judge.json, their scores.
 
         options: TextOptions', where the prompt stays but for its masks and the length, a window's by default, counts
         it.
         """
-        how = taken(TextOptions, {"length": self.config.length} | options, "texts")
-        levels = step_levels(walker.model.partition, how.steps or self.config.walk_steps, kind="probability")
-        start = self.start(how.prompt, how.length).to(walker.device).expand(count, -1)
-        walk = list(masked_diffusion.generate(walker, levels, start, seed=seed, keep=how.keep))
-        left = {step.block: step for step in walk}  # the last of each block
+        how = parse_options(TextOptions, {"length": self.config.length} | options, "texts")
+        levels = step_levels(model.partition, how.steps or self.config.sampling_steps, kind="probability")
+        start = self.start(how.prompt, how.length).to(model.device).expand(count, -1)
+        steps = list(masked_diffusion.generate(model, levels, start, seed=seed, keep=how.keep))
+        left = {step.block: step for step in steps}  # the last of each block
         drafts = [f"after block {b}, its last step from t = {s.t:.2f}\n{self.show(s.z[0])}" for b, s in left.items()]
         trajectory = folder / "trajectory.txt"
         trajectory.write_text("\n\n".join(drafts) + "\n", encoding="utf-8")
-        return [*write_texts(folder, self.data, walk[-1].z, how.judge), trajectory]
+        files = [write_texts(folder, steps[-1].z, self.facts["alphabet"]), trajectory]
+        return [*files, write_scores(folder, self.data, steps[-1].z, how.judge)] if how.judge else files
 
     def windows(self, split: str) -> Tensor:
         """A whole split in windows that don't overlap."""
@@ -135,11 +133,11 @@ class MaskedLMAdapter(Adapter):
         """
         if len(prompt) > length:
             raise ValueError(f"the prompt's {len(prompt)} characters don't fit in length={length}; give more")
-        tokens, mask_id = encode(prompt, self.data.alphabet), self.config.model.symbols
+        check_prompt(prompt.replace(MASK, ""), self.facts["alphabet"])
+        tokens, mask_id = encode(prompt, self.facts["alphabet"]), self.config.model.vocab_size
         gaps = torch.tensor([symbol == MASK for symbol in prompt], dtype=torch.bool)
         return torch.cat([tokens.masked_fill(gaps, mask_id), torch.full((length - len(prompt),), mask_id)])
 
     def show(self, tokens: Tensor) -> str:
         """The text of tokens with masks, (N,)."""
-        alphabet = self.data.alphabet + MASK
-        return "".join(alphabet[i] for i in tokens.tolist())
+        return decode(tokens, self.facts["alphabet"] + MASK)

@@ -9,14 +9,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
 from ...blocks import DiffusionBlocks
-from ...denoiser import Ends
+from ...denoiser import StemHead
 from ...noise import edm
 from ...noise.information import closed_form_density
 from ...noise.partition import Partition, make_partition, step_levels
 from ...noise.rng import stream
-from ...sampling.sampler import BATCH, Walker
+from ...sampling.sampler import BATCH, Sampler
 from ...sampling.samplers import euler
 from ...targets.labels import spread_codebook
 from ...targets.tokens import TokenTarget
@@ -25,8 +26,7 @@ from ..data.puzzles import PUZZLES, Puzzle, PuzzleBatches, draw
 from ..metrics.bound import accuracy, bound
 from ..models.layers import RotaryLayer
 from ..models.recurrent import Coda, Prelude, Recurrent, RecurrentConfig, layer_evaluations
-from ..session import Batches
-from .base import Adapter, Metric, Row
+from .base import Batches, Metric, Row, Task
 
 WIDTH = 16  # of the codebook
 PASSES = (1, 2, 4, 8, 16, 32)
@@ -42,7 +42,9 @@ class RecurrentRun(TrainConfig):
     architecture: ClassVar[str] = "recurrent"
 
     task: Literal["sums", "mazes"] = "sums"
+    """Puzzles: running sums, or which cells of a maze water reaches."""
     size: int = 16
+    """Digits of a sum, or cells along a side of a maze."""
     out: Path = Path("runs/recurrent-sums")
     blocks: int = 1
     overlap: float = 0.0
@@ -50,12 +52,12 @@ class RecurrentRun(TrainConfig):
     lr: float = 1e-3
     warmup: float = 0.1
     tune_lr: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3)
-    tune_warmup: tuple[float, ...] = (0.1,)
+    tune_warmup: Suppress[tuple[float, ...]] = (0.1,)
     share: float = 0.1
     """Layer evaluations of block-wise training as a share of the ordinary network's."""
     context: float = 0.1
     """Share of the draws at the highest noise, where the answers must come from the puzzle alone."""
-    walk_steps: int = 16
+    sampling_steps: int = 16
     evaluated: int = 512
     """Puzzles of a split that are evaluated."""
     model: RecurrentConfig = field(default_factory=RecurrentConfig)
@@ -101,13 +103,13 @@ class Beliefs(TokenTarget):
 
     def inputs(self, z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """D by Bayes' rule from z (B, N, d) alone, of unit mean square where certain, and c_noise (B, N)."""
-        levels, table = self.by_token(sigma, z).float(), self.table.float()
+        levels, table = self.level_per_point(sigma, z).float(), self.table.float()
         evidence = z.float() @ table.T - table.square().sum(-1) / 2
         seen = (evidence / levels.square().unsqueeze(-1)).softmax(-1) @ table
         return seen / self.sigma_data, edm.precondition(levels, self.sigma_data).c_noise
 
 
-class RecurrentAdapter(Adapter):
+class RecurrentTask(Task):
     """x: puzzles. y: their answers, all denoised at once, each at a noise level of its own."""
 
     metric = Metric("accuracy", "accuracy %")
@@ -124,56 +126,58 @@ class RecurrentAdapter(Adapter):
         x = torch.zeros(count, puzzle.tokens, dtype=torch.int64)
         return x, torch.zeros(count, puzzle.tokens, dtype=torch.int64)
 
-    def blocks(self, partition: Partition | None = None) -> DiffusionBlocks:
+    def model(self, partition: Partition | None = None) -> DiffusionBlocks:
         c, puzzle = self.config, self.config.puzzle
         torch.manual_seed(stream(c.seed, "init") % 2**63)
-        target = Beliefs(spread_codebook(puzzle.classes, WIDTH))
-        ends = Ends(Prelude(c.model, puzzle, WIDTH), Coda(c.model, puzzle))
+        target = Beliefs(spread_codebook(puzzle.num_classes, WIDTH))
+        around = StemHead(Prelude(c.model, puzzle, WIDTH), Coda(c.model, puzzle))
         partition = partition or make_partition(closed_form_density(target.table), c.model.layers, 1)
         layers = [RotaryLayer(c.model, conditioned=False) for _ in range(c.model.layers)]
         own = c.shared == "per_block"
-        return DiffusionBlocks([ends] if own else ends, layers, target, partition, shared=c.shared, context=c.context)
+        return DiffusionBlocks(
+            [around] if own else around, layers, target, partition, shared=c.shared, context=c.context
+        )
 
-    def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
-        """Accuracy by number of passes, along one walk, and the information bound."""
-        x, y = self.puzzles(split, walker.device)
-        steps = steps or self.config.walk_steps
-        paths = {passes: self.walk(walker, x, passes) for passes in {*PASSES, steps}}
-        path, ends = paths[steps], {passes: paths[passes][-1]["logits"] for passes in PASSES}
+    def evaluate(self, model: DiffusionBlocks, split: str, *, steps: int | None = None) -> Row:
+        """Accuracy by number of passes, along one trajectory, and the information bound."""
+        x, y = self.puzzles(split, model.device)
+        steps = steps or self.config.sampling_steps
+        paths = {passes: self.trajectory(model, x, passes) for passes in {*PASSES, steps}}
+        path, last = paths[steps], {passes: paths[passes][-1]["logits"] for passes in PASSES}
         rows = [{k: step[k] for k in ("step", "sigma", "block")} | solved(step["logits"], y) for step in path]
         return {
             **solved(path[-1]["logits"], y),
-            "passes": [{"passes": passes, **solved(logits, y)} for passes, logits in ends.items()],
+            "passes": [{"passes": passes, **solved(logits, y)} for passes, logits in last.items()],
             "layer_evaluations": float(self.config.total_steps * self.config.model.evaluated),
-            "walk": rows,
-            **bound(walker, x, y, seed=self.config.seed),
+            "trajectory": rows,
+            **bound(model, x, y, seed=self.config.seed),
         }
 
-    def walk(self, walker: Walker, x: Tensor, passes: int) -> list[Row]:
+    def trajectory(self, model: DiffusionBlocks, x: Tensor, passes: int) -> list[Row]:
         """Each pass's number, level, block and logits (B, N, K), from no belief (z = 0) down to no noise."""
-        target = walker.model.eval().target
-        found: list[Row] = []
+        target, read = model.target, Sampler(model, x)
+        rows: list[Row] = []
 
         def denoise(z: Tensor, sigma: float) -> Tensor:
-            output = walker.read(x, z, sigma)
-            found.append({"step": len(found), "sigma": sigma, "block": 0, "logits": output.raw})
+            output = read(z, sigma)
+            rows.append({"step": len(rows), "sigma": sigma, "block": 0, "logits": output.raw})
             return output.denoised
 
         z = torch.zeros(len(x), self.config.puzzle.tokens, target.table.shape[1], device=x.device)
-        euler(denoise, z, step_levels(walker.model.partition, passes, kind="probability"))
-        return found
+        euler(denoise, z, step_levels(model.partition, passes, kind="probability"))
+        return rows
 
-    def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
+    def sample(self, model: DiffusionBlocks, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
         """puzzles.txt: test puzzles with the answers after each pass, "?" where none has half the probability.
 
         options: steps.
         """
-        steps = options.pop("steps", None) or self.config.walk_steps
+        steps = options.pop("steps", None) or self.config.sampling_steps
         if options:
             raise ValueError(f"puzzles take no {', '.join(options)}; leave it out")
         puzzle = self.config.puzzle
-        x, y = (t.to(walker.device) for t in draw(puzzle, count, "test", stream(seed, "sample")))
-        path = self.walk(walker, x, steps)
+        x, y = (t.to(model.device) for t in draw(puzzle, count, "test", stream(seed, "sample")))
+        path = self.trajectory(model, x, steps)
         guesses = [step["logits"].softmax(-1).max(-1) for step in path]
         lines = []
         for i in range(count):
@@ -199,13 +203,13 @@ class RecurrentAdapter(Adapter):
         def after(passes: int) -> Row:
             return solved(torch.cat([network(part, passes) for part in x.split(BATCH)]), y)
 
-        found = {
-            **after(self.config.walk_steps),
+        row = {
+            **after(self.config.sampling_steps),
             "passes": [{"passes": passes, **after(passes)} for passes in PASSES],
             "layer_evaluations": self.config.budget,
         }
         network.train()
-        return found
+        return row
 
     def puzzles(self, split: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """The puzzles of "val" or "test", the same for every seed, and their answers."""

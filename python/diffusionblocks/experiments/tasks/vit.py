@@ -10,22 +10,23 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
 from ...blocks import DiffusionBlocks
-from ...denoiser import Ends
-from ...noise.density import LogNormal, NoiseDensity
+from ...denoiser import StemHead
+from ...noise.density import LogNormal
 from ...noise.information import closed_form_density
 from ...noise.partition import Partition, make_partition, spread_layers
 from ...noise.rng import stream
-from ...sampling.sampler import Walker
-from ...targets.labels import ClassTarget, spread_codebook
+from ...targets.labels import LabelTarget
+from ...training.trainer import Trainer
 from ..config import TrainConfig
 from ..data.images import ImageData, Loader, check_model, load, prepare
 from ..metrics import classification
 from ..models.vit import Head, Stem, ViT, ViTConfig
+from ..published import BatchMeanBlocks, PublishedTarget, VotingTrainer
 from ..recipes import CORRECTED, Recipe, resolve
-from ..session import Batches
-from .base import Adapter, Metric, Row
+from .base import Batches, Metric, Row, Task
 
 OF_RECIPE = {name: getattr(CORRECTED, name) for name in ("gate_start", "z_gain", "silu_after")}
 Baseline = Literal["end-to-end", "checkpointing", "shallow", "forward-forward", "noprop"]
@@ -39,13 +40,15 @@ class ViTRun(TrainConfig):
 
     data: str = "digits"
     """"digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder" or "idx" for files of one's own, or "hub:ID"."""
-    folder: Path | None = None
-    """Where the data's files are; None: found or fetched by name."""
+    data_folder: Path | None = None
+    """Folder of the data's files; by default fetched by name."""
     out: Path = Path("runs/vit-digits")
     recipe: Literal["corrected", "published"] = "corrected"
+    """Details of the method: ours, or those of the published code."""
     switch: tuple[str, ...] = ()
     """Fields of the recipe to take from the other one (ablation)."""
-    sampler: Literal["euler", "heun", "dpmpp_2m"] = "euler"
+    sampler: Suppress[Literal["euler", "heun", "dpmpp_2m"]] = "euler"
+    """Solver of the sampling trajectory."""
     augment: bool = False
     """Random crops and flips."""
     baseline: tuple[Baseline, ...] = ("end-to-end",)  # type: ignore[assignment]  # more than others have
@@ -53,7 +56,7 @@ class ViTRun(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.accumulate > 1 and self.votes:
+        if self.accumulate > 1 and self.method.block_choice == "vote":
             raise ValueError(f"accumulate={self.accumulate} needs --switch block_choice: batches may vote differently")
         others = {"forward-forward", "noprop"} & set(self.baseline)
         if others and (self.accumulate, self.precision) != (1, "float32"):
@@ -69,10 +72,6 @@ class ViTRun(TrainConfig):
         return resolve(self.recipe, self.switch)
 
     @property
-    def votes(self) -> bool:
-        return self.method.block_choice == "vote"
-
-    @property
     def layers(self) -> int:
         return sum(layers_of_blocks(self.model.layers, self.blocks, self.method))
 
@@ -80,7 +79,7 @@ class ViTRun(TrainConfig):
         return {"method": dataclasses.asdict(self.method)}
 
 
-class ViTAdapter(Adapter):
+class ViTTask(Task):
     """x: images. y: labels."""
 
     metric = Metric("accuracy", "accuracy %")
@@ -89,7 +88,7 @@ class ViTAdapter(Adapter):
     @cached_property
     def data(self) -> ImageData:
         """The splits. Raises: ValueError if the model is for other images."""
-        data = load(self.config.data, folder=self.config.folder, seed=self.config.seed)
+        data = load(self.config.data, folder=self.config.data_folder, seed=self.config.seed)
         check_model(data, self.config.model)
         return data
 
@@ -103,7 +102,7 @@ class ViTAdapter(Adapter):
         x = torch.empty(config.batch_size, config.model.channels, size, size)
         return x, torch.zeros(config.batch_size, dtype=torch.int64)
 
-    def blocks(self, partition: Partition | None = None) -> DiffusionBlocks:
+    def model(self, partition: Partition | None = None) -> DiffusionBlocks:
         c = self.config
         return vit_blocks(
             c.model,
@@ -115,25 +114,24 @@ class ViTAdapter(Adapter):
             partition=partition,
         )
 
-    def evaluate(self, walker: Walker, split: str, *, steps: int | None = None) -> Row:
-        x, labels = self.inputs(split, walker.device)
-        return classification.evaluate(walker, x, labels, steps=steps or self.config.walk_steps, **self.walk())
+    def trainer(self, model: DiffusionBlocks, config: Any) -> Trainer:
+        return (VotingTrainer if self.config.method.block_choice == "vote" else Trainer)(model, config)
 
-    def walk(self) -> Row:
-        """How the recipe walks: what `classification.walk` takes."""
-        method = self.config.method
-        return {
-            "levels": method.levels,
-            "start": method.walk_start,
-            "sampler": self.config.sampler,
-            "seed": self.config.seed,
-        }
+    def evaluate(self, model: DiffusionBlocks, split: str, *, steps: int | None = None) -> Row:
+        x, labels = self.inputs(split, model.device)
+        steps = steps or self.config.sampling_steps
+        return classification.evaluate(model, x, labels, steps=steps, **self.trajectory())
 
-    def sample(self, walker: Walker, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
+    def trajectory(self) -> Row:
+        """Return the settings of the sampling trajectory, as `classification.evaluate` takes them."""
+        config = self.config
+        return {"levels": config.method.levels, "sampler": config.sampler, "seed": config.seed}
+
+    def sample(self, model: DiffusionBlocks, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
         raise ValueError("a classifier makes no samples; for labels of images use `dblocks predict`")
 
     def network(self) -> nn.Module:
-        """The ordinary ViT: [CLS], affine LayerNorm, no noise."""
+        """Return the ordinary ViT: [CLS], affine LayerNorm, no noise."""
         torch.manual_seed(stream(self.config.seed, "init") % 2**63)
         return ViT(self.config.model, conditioned=False)
 
@@ -141,7 +139,7 @@ class ViTAdapter(Adapter):
         return {"accuracy": classification.score(network, *self.inputs(split, device))}
 
     def inputs(self, split: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A whole split, normalised: images and labels."""
+        """Return a whole split: normalised images and labels."""
         part = getattr(self.data, split)
         x = prepare(part.images, self.data.mean, self.data.std, device=device)
         return x, part.labels.to(device)
@@ -157,9 +155,12 @@ def vit_blocks(
     seed: int = 0,
     partition: Partition | None = None,
 ) -> DiffusionBlocks:
-    """The reference ViT as `blocks` denoisers, initialised from `seed`; noise by the recipe, or by `partition`.
+    """Return the reference ViT as denoising blocks, initialised from `seed`.
 
-    blocks: how many, or the layers of each.
+    Args:
+        blocks: How many, or the layers of each.
+        partition: Each block's noise and layers, if not by the recipe.
+
     Raises: ValueError if blocks exceeds the layers, or independent blocks get a learned codebook.
     """
     config = replace(config, gate_start=recipe.gate_start, z_gain=recipe.z_gain, silu_after=recipe.silu_after)
@@ -167,49 +168,23 @@ def vit_blocks(
     torch.manual_seed(stream(seed, "init") % 2**63)
     norm_eps = 1e-12 if recipe.readout == "edm" else None
     network = ViT(config, conditioned=True, head_norm_eps=norm_eps)
-    ends: Ends | list[Ends] = Ends(network.stem, network.head)
+    around: StemHead | list[StemHead] = StemHead(network.stem, network.head)
     if shared == "per_block":
-        ends = [Ends(Stem(config, True), Head(config, True, norm_eps)) for _ in counts]
+        around = [StemHead(Stem(config, True), Head(config, True, norm_eps)) for _ in counts]
     if shared == "frozen":
         nn.init.xavier_normal_(network.head.linear.weight)  # a head of zeros would pass no gradient to the layers
-    target = class_target(codebook(config.classes, config.dim, recipe), recipe)
-    partition = partition or make_partition(noise_density(target, recipe), counts, overlap=overlap)
-    return DiffusionBlocks(
-        ends,
-        list(network.layers)[: sum(counts)],
-        target,
-        partition,
-        shared=shared,
-        context=recipe.context,
-        weighting=recipe.weighting,
+    ours = recipe == CORRECTED
+    target = (
+        LabelTarget(config.num_classes, config.dim) if ours else PublishedTarget(config.num_classes, config.dim, recipe)
     )
+    if partition is None:
+        density = LogNormal() if recipe.noise == "log_normal" else closed_form_density(target.embeddings())
+        partition = make_partition(density, counts, overlap=overlap)
+    kind = BatchMeanBlocks if recipe.weighting == "batch_mean" else DiffusionBlocks
+    layers = list(network.layers)[: sum(counts)]
+    return kind(around, layers, target, partition, shared=shared, context=recipe.context)
 
 
 def layers_of_blocks(layers: int, blocks: int, recipe: Recipe = CORRECTED) -> tuple[int, ...]:
-    """Layers of each block: spread evenly, or the remainder dropped."""
+    """Return the layers of each block: spread evenly, or the remainder dropped."""
     return spread_layers(layers - layers % blocks if recipe.remainder == "dropped" else layers, blocks)
-
-
-def codebook(classes: int, dim: int, recipe: Recipe = CORRECTED) -> Tensor:
-    """Where a recipe's label embeddings start: fixed and spread out, or small random rows to learn."""
-    return torch.randn(classes, dim) * 0.02 if recipe.codebook == "learned" else spread_codebook(classes, dim)
-
-
-def class_target(table: Tensor, recipe: Recipe = CORRECTED) -> ClassTarget:
-    """The label space of a recipe over the codebook `table` (K, d)."""
-    learned = recipe.codebook == "learned"
-    return ClassTarget(
-        table,
-        sigma_data=recipe.sigma_data or None,
-        readout=recipe.readout,
-        trainable=learned,
-        normalize=learned,
-        raw_estimate=recipe.estimate == "raw",
-    )
-
-
-def noise_density(target: ClassTarget, recipe: Recipe = CORRECTED) -> NoiseDensity:
-    """Where a recipe draws its noise at the start."""
-    if recipe.noise == "log_normal":
-        return LogNormal()
-    return closed_form_density(target.embeddings())

@@ -1,0 +1,92 @@
+"""Parse the command line: presets as subcommands, and errors in a line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import io
+import itertools
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from .config import from_yaml
+from .presets import RUNS
+
+FLAGS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
+
+
+def presets_of(arguments: list[str]) -> Any:
+    """Return the presets as subcommands, with the settings of `--config FILE` as defaults, which is removed."""
+    runs = {name: config for name, (_, config) in RUNS.items()}
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise ValueError("--config needs a file, e.g. runs/vit-digits/config.yaml")
+        path = Path(arguments[at + 1])
+        del arguments[at : at + 2]
+        given = from_yaml(path.read_text())
+        named = [name for name in runs if name in arguments]
+        if not named or type(runs[named[0]]) is not type(given):
+            raise ValueError(f"{path} is of a {given.architecture} run: name a preset of that kind")
+        runs[named[0]] = dataclasses.replace(given, out=runs[named[0]].out)
+    return tyro.extras.subcommand_type_from_defaults(
+        runs, {name: text for name, (text, _) in RUNS.items()}, prefix_names=False
+    )
+
+
+def parse(table: dict[str, Callable[..., Any]], arguments: list[str], description: str) -> Callable[[], Any]:
+    """Return the command with its arguments; what can't be parsed is two lines instead of the parser's forty."""
+
+    def later(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def bound(*args: Any, **values: Any) -> Any:
+            return functools.partial(command, *args, **values)
+
+        return bound
+
+    _check_names(list(table), arguments)
+    commands_ = {name: later(command) for name, command in table.items()}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            call: Callable[[], Any] = tyro.extras.subcommand_cli_from_dict(
+                commands_, prog="dblocks", description=description, args=arguments, config=FLAGS
+            )
+    except SystemExit as stop:
+        if stop.code:
+            path = " ".join(["dblocks", *(a for a in arguments[:2] if a in table or a in RUNS)])
+            print(f"dblocks: {_short(said.getvalue()).rstrip('.')}; see {path} --help", file=sys.stderr)
+        raise
+    return call
+
+
+def _short(text: str) -> str:
+    """Return the parser's error without frame, help texts and other commands' options."""
+    lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()]
+    rule = next((i for i, line in enumerate(lines) if i and set(line) == {"─"}), len(lines))
+    fault = re.sub(r"\s+", " ", " ".join(lines[1:rule])).strip()
+    wrong = re.findall(r"--[\w.-]+", fault)
+    known = [word for line in lines[rule:] for word in re.findall(r"^(--[\w.-]+)", line)]
+    near = difflib.get_close_matches(wrong[0], known, 1, 0.0) if wrong and "nrecognized" in fault else []
+    if near:
+        return f"unrecognized option {wrong[0]}; perhaps {near[0]}"
+    return fault.split(" Arguments are applied")[0] or "bad arguments"
+
+
+def _check_names(commands: list[str], arguments: list[str]) -> None:
+    """Raise ValueError, with a suggestion, on a command or preset that doesn't exist."""
+    for name, known in itertools.chain(
+        [(arguments[0], commands)] if arguments else [],
+        [(arguments[1], list(RUNS))] if len(arguments) > 1 and arguments[0] in ("train", "plan") else [],
+    ):
+        if not name.startswith("-") and name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            perhaps = f"perhaps {near[0]}" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"there is no {name!r}; {perhaps}")
