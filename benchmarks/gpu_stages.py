@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"build": 100, "smoke": 60, "compile": 90, "bench": 140, "train": 85, "tests": 480, "forks": 120}
 # In the order of what we want to know first, and the processes that share what each has to compile.
 BENCHES = {"ada_layer_norm": 2, "two_stream_attention": 6, "denoising_cross_entropy": 3, "gated_residual_norm": 2,
-           "adamw_ema": 2, "edm_loss": 2, "ada_rms_norm": 2, "inject_noise": 2, "attention": 1, "training_step": 1,
-           "sample_sigma": 1}  # fmt: skip
+           "adamw_ema": 2, "edm_loss": 2, "ada_rms_norm": 2, "inject_noise": 2, "attention": 1,
+           "training_step": 1}  # fmt: skip
 EACH = 40  # seconds that a bench may measure, so that one that hangs leaves time for the others
 LAST = 12  # lines of a failed command that are kept
 

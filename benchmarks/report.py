@@ -1,6 +1,6 @@
 """Tables and pictures of what the benches measured.
 
-python benchmarks/report.py            renews the tables of README.md and docs/kernels.md, and the results' pictures
+python benchmarks/report.py            renews the tables of docs/kernels.md, and the results' pictures
 python benchmarks/report.py FOLDER     prints the tables of a folder, also of runs that were cut off
 """
 
@@ -17,7 +17,7 @@ from rows import Document, documents
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "kernels.md")
+PAGES = (ROOT / "docs" / "kernels.md",)
 # A comment that names a table, and what stands below it up to the next comment.
 MARKED = re.compile(r"^<!-- ((?:cpu|gpu) \w+) -->\n(.*?)^<!-- end -->", re.MULTILINE | re.DOTALL)
 NAMED = ("ours", "compile", "liger")  # contenders with a column of their own

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.experiments.commands import write
+from diffusionblocks.experiments.run_folder import write
 
 Row = dict[str, Any]
 Column = Callable[[list[Row]], str]

@@ -12,8 +12,9 @@ import torch
 from rows import Row
 
 from diffusionblocks.experiments.models.dit import DiTConfig
-from diffusionblocks.experiments.session import Session, train
-from diffusionblocks.experiments.tasks.dit import DiTAdapter, DiTRun
+from diffusionblocks.experiments.tasks.base import Loader
+from diffusionblocks.experiments.tasks.dit import DiTRun, DiTTask
+from diffusionblocks.training.trainer import Trainer
 
 LARGE = DiTConfig(dim=1024, layers=24, heads=16, mlp=4096, image_size=32, patch=2)
 TINY = DiTConfig(dim=16, layers=6, heads=2, mlp=32, cond=8, image_size=8, patch=4)
@@ -21,31 +22,24 @@ BLOCKS, BATCH = (1, 3, 6), 64
 WARM, TIMED = 5, 10  # steps of a visit
 
 
-class Enough(Exception):
-    """Two visits are over."""
-
-
 class Clock:
     """Reads the time after the steps that begin and end what is clocked; only there it waits for the device."""
 
-    def __init__(self, session, device):
-        self.session, self.device = session, device
+    def __init__(self):
         self.at = {}
 
-    def __call__(self):
-        step, visit = self.session.step, WARM + TIMED
+    def on_step_end(self, trainer, output):
+        step, visit = trainer.steps_done, WARM + TIMED
         if step not in (WARM, visit, visit + 1, visit + WARM, 2 * visit):
             return
-        if self.device.type == "cuda":
+        if trainer.device.type == "cuda":
             torch.cuda.synchronize()
             if step == WARM:
                 torch.cuda.reset_peak_memory_stats()
         self.at[step] = time.perf_counter()
-        if step == 2 * visit:
-            raise Enough
 
     def ms(self, start, end):
-        """Milliseconds from after step `start` to after step `end`."""
+        """Return milliseconds from after step `start` to after step `end`."""
         return 1e3 * (self.at[end] - self.at[start])
 
 
@@ -54,7 +48,7 @@ class Made:
 
     def __init__(self, model, device):
         self.y = torch.rand(BATCH, model.channels, model.image_size, model.image_size, device=device) * 2 - 1
-        self.x = torch.randint(model.classes, (BATCH,), device=device)
+        self.x = torch.randint(model.num_classes, (BATCH,), device=device)
 
     def batch(self, step):
         return self.x, self.y
@@ -63,13 +57,10 @@ class Made:
 def measured(name, model, blocks, bench):
     device, visit = bench.device, WARM + TIMED
     config = DiTRun(model=model, blocks=blocks, batch_size=BATCH, steps=2 * visit, visit=visit, baseline=(),
-                    precision="bfloat16", store="host", ema=0.999)  # fmt: skip
-    session = Session(DiTAdapter(config).blocks(), config, device=device)
-    clock = Clock(session, device)
-    try:
-        train(session, Made(model, device), on_log=lambda row: None, on_step=clock)
-    except Enough:
-        pass
+                    precision="bfloat16", offload="cpu", ema=0.999, device=str(device))  # fmt: skip
+    clock, trainer = Clock(), Trainer(DiTTask(config).model(), config)
+    trainer.callbacks.append(clock)
+    trainer.fit(Loader(Made(model, device)), steps=2 * visit, progress=False)
     step = clock.ms(visit + WARM, 2 * visit) / TIMED
     row = Row(name, "bfloat16", "ours", ms_50=step)
     if blocks > 1:

@@ -51,7 +51,7 @@ def lines(path):
 def test_a_dry_run_goes_through_every_stage_whatever_fails(tmp_path):
     (tmp_path / "test_two.py").write_text(TESTS)
     arguments = ["build", "smoke", "bench", "train", "forks", "--device", "cpu", "--quick"]
-    arguments += ["--tests", str(tmp_path / "test_two.py"), "--benches", "sample_sigma"]
+    arguments += ["--tests", str(tmp_path / "test_two.py"), "--benches", "inject_noise"]
     out = tmp_path / "out"
     done = subprocess.run([BENCHMARKS / "gpu.sh", *arguments], env=environment(out), capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -63,9 +63,9 @@ def test_a_dry_run_goes_through_every_stage_whatever_fails(tmp_path):
     failed = [line for line in lines(out / "smoke.jsonl") if line["outcome"] == "failed"]
     assert [line["test"].split("::")[1] for line in failed] == ["test_fails"]
     assert any("it is past midnight" in text for text in failed[0]["last"])
-    assert {"sample_sigma.json", "training_dit.json"} <= {path.name for path in (out / "bench").iterdir()}
+    assert {"inject_noise.json", "training_dit.json"} <= {path.name for path in (out / "bench").iterdir()}
     ended = {line["command"]: line["returncode"] for line in lines(out / "stages.jsonl")}
-    assert ended == {"pytest": 1, "sample_sigma-1": 0, "sample_sigma": 0, "dit": 0}
+    assert ended == {"pytest": 1, "inject_noise-1": 0, "inject_noise": 0, "dit": 0}
 
 
 def test_a_stage_over_its_limit_is_ended_with_all_that_it_started(stages, tmp_path):

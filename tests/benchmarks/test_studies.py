@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffusionblocks.experiments.presets import RUNS
-from diffusionblocks.experiments.tasks import adapter_of
+from diffusionblocks.experiments.tasks import task_of
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -48,7 +48,7 @@ def test_layers_are_split_and_noise_is_cut_as_asked(benchmarks):
     base = RUNS["dit-digits"][1]
     tiny = replace(base.model, dim=16, heads=2, mlp=16, cond=8)
     for name, config in benchmarks("variants").STUDIES["dit"]["partition"](base).items():
-        cut = adapter_of(replace(config, model=tiny)).blocks().partition
+        cut = task_of(replace(config, model=tiny)).model().partition
         assert name.endswith("-".join(map(str, cut.layers))) and sum(cut.layers) == 6
         high, low = cut.edges[0] - cut.edges[1], cut.edges[1] - cut.edges[2]
         assert (abs(high / low - 1) < 1e-4) == name.startswith("uniform")
@@ -87,10 +87,10 @@ def test_averaged_networks_are_read_as_one(benchmarks, tmp_path):
     study, path = benchmarks("study"), tmp_path / "text.txt"
     path.write_text("one two buckle my shoe, " * 300)
     base = RUNS["lm-text"][1]
-    small = replace(base.model, dim=16, heads=2, mlp=16, symbols=16, layers=2)
+    small = replace(base.model, dim=16, heads=2, mlp=16, vocab_size=16, layers=2)
     config = replace(base, text=str(path), length=24, steps=30, lr=1e-2, model=small, evaluated=480)
-    alone, both = (study.shallow_averaged(adapter_of(replace(config, blocks=blocks))) for blocks in (1, 2))
-    other = study.shallow_averaged(adapter_of(replace(config, blocks=1, seed=1000, model=replace(small, layers=1))))
+    alone, both = (study.shallow_averaged(task_of(replace(config, blocks=blocks))) for blocks in (1, 2))
+    other = study.shallow_averaged(task_of(replace(config, blocks=1, seed=1000, model=replace(small, layers=1))))
     assert both["memory"]["weights"] < alone["memory"]["weights"], "each has one block's depth"
     assert both["test"]["bits"] < 3.9 and both["test"]["bits"] != other["test"]["bits"]
     networks, x = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)], torch.randn(5, 3)
@@ -101,7 +101,7 @@ def test_averaged_networks_are_read_as_one(benchmarks, tmp_path):
 def test_every_architecture_takes_a_split_of_its_layers(name):
     base = RUNS[name][1]
     split = (1,) * (base.blocks - 1) + (base.layers - base.blocks + 1,)
-    model = adapter_of(replace(base, split=split)).blocks()
+    model = task_of(replace(base, split=split)).model()
     assert model.partition.layers == split == tuple(len(block.layers) for block in model.blocks)
     assert replace(base, split=split).total_steps == base.total_steps
 
