@@ -2,6 +2,7 @@
 # make test    environment, install, all tests
 # make test-triton36    the Triton kernels' tests with the oldest Triton that is supported
 # make test-without-library   the CPU kernels' tests again as after an install without a C++ compiler
+# make docs             the documentation's site, in build/site; any warning is an error
 # make sanitize         the C++ kernels under the address sanitizer, by random cases (FUZZ_SECONDS=3600 for long)
 #
 # With a CUDA build of torch already in PYTHON's packages, keep it:
@@ -22,7 +23,7 @@ PINNED := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 OLD_TRITON_AT := $(VENV)/triton-$(OLD_TRITON)
 SOURCES := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
 
-.PHONY: demo test test-triton36 test-without-library sanitize check clean
+.PHONY: demo test test-triton36 test-without-library docs sanitize check clean
 
 # torch and the build tools go in first, and the package is built against them: an isolated build would fetch torch again.
 $(VENV)/.ready: $(CONSTRAINTS)
@@ -62,6 +63,10 @@ test-triton36: $(VENV)/.tested $(OLD_TRITON_AT)
 test-without-library: $(VENV)/.tested
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_FLAGS) --without-library -m "not gpu" --thin 5 \
 		-k "not triton and not cuda and not launch" tests/kernels
+
+# The API reference is made from docstrings without importing the package. The variable silences an advertisement.
+docs: $(VENV)/.tested
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/site
 
 # Built aside: the library in place stays as it is. Python itself isn't sanitized, so the runtime is loaded before it.
 sanitize: $(VENV)/.tested

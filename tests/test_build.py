@@ -127,9 +127,9 @@ def test_the_command_says_what_a_missing_cuda_library_costs(monkeypatch):
         return command._library_line("_C_cuda", "CUDA")
 
     on_triton = {"adamw_ema_step": "Triton", "edm_loss": "Triton", "softmax_embedding": "PyTorch, in chunks"}
-    assert line(on_triton) == "not built: nothing is lost, kernels run on Triton"
+    assert line(on_triton) == "not built: no op needs it, kernels run on Triton"
     assert line({**on_triton, "adamw_ema_step": "reference (PyTorch)"}) == (
-        "not built: on their PyTorch definitions run adamw_ema_step"
+        "not built: these ops run on their PyTorch definitions: adamw_ema_step"
     )
     assert "is a CPU build" in line(on_triton, cuda=None)
 
@@ -192,7 +192,12 @@ def test_the_wheel_has_both_packages_and_the_library(checkout, tmp_path):
     words = wheel(checkout, tmp_path)
     assert "CPU library: yes" in words and "CUDA library:" in words and "dbkernels._C: built" in words
     assert (tmp_path / f"dbkernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}").exists()
-    for name in ("dbkernels/py.typed", "dbkernels/triton/inject_noise.py", "diffusionblocks/edm.py"):
+    for name in (
+        "dbkernels/py.typed",
+        "dbkernels/triton/inject_noise.py",
+        "diffusionblocks/noise/edm.py",
+        "diffusionblocks/experiments/tasks/vit.py",
+    ):
         assert (tmp_path / name).exists(), name
     code = "import dbkernels; assert dbkernels.compiled(), 'not loaded'; print('loaded', dbkernels.__file__)"
     assert f"loaded {tmp_path}" in python(["-c", code], PYTHONPATH=str(tmp_path))
