@@ -203,7 +203,7 @@ class DiffusionBlocks(Offloadable):
             said = self.logits(x, b) + said.to(x.device)
         return said / len(self.blocks)
 
-    @torch.compiler.disable(recursive=False)
+    @torch._disable_dynamo(recursive=False)
     @torch.no_grad()
     def forward(self, x: Tensor, *, steps: int = STEPS, seed: int = 0) -> Tensor:
         """Return the raw output at the end of the sampling trajectory, with averaged weights where there are any.

@@ -26,7 +26,9 @@ def check_scaled_rounding(device, roundings):
     terms = F.double(), -level / root / s * y.double(), s / root * noise
     leaf = F.to(device).clone().requires_grad_()
     edm_loss(leaf, z, y.to(device), sigma.to(device), sigma_data=s, reduction="sum", z_scaled=True).backward()
-    bound = 2.0**-24 * (2.01 * s / level * z.cpu().double().abs() + roundings * sum(term.abs() for term in terms))
+    # The definition rounds c_in·y, too; a kernel's fma doesn't.
+    of_z = 2.01 if device != "cpu" or dbkernels.compiled() else 3.01
+    bound = 2.0**-24 * (of_z * s / level * z.cpu().double().abs() + roundings * sum(term.abs() for term in terms))
     assert ((leaf.grad.cpu().double() / 2 - sum(terms)).abs() <= bound).all()
 
 

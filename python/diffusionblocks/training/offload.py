@@ -236,7 +236,7 @@ class Offloader:
             raise
         part.empty() if self.offload == "disk" else part.place(torch.device("cpu"))
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # as torch.optim does: the public decorator imports the compiler at once, 1.7 s
     def _swap(self) -> None:
         for name, part in self.parts.items():
             if self._is_resident(name):
