@@ -232,3 +232,16 @@ DEFAULT = LogNormal()
 def test_bad_arguments_are_refused_by_name(call, name):
     with pytest.raises(ValueError, match=name):
         call()
+
+
+@pytest.mark.parametrize(("deviations", "draws"), [(7.5, False), (6.5, True)])
+def test_a_range_of_a_few_hundred_float64_quantiles_is_refused(deviations, draws):
+    """Above 7.5 standard deviations lie some 140 steps of float64 below 1: the draws would be a few levels."""
+    top, edge = (math.exp(-1.2 + 1.2 * z) for z in (8.0, deviations))
+    density = LogNormal(-1.2, 1.2, 0.002, top)
+    if draws:
+        partition = Partition(density, (top, edge, 0.002), (1, 1), overlap=0.0)
+        assert len(partition.draw(0, torch.linspace(0.01, 0.99, 50)).unique()) == 50
+    else:
+        with pytest.raises(ValueError, match=r"no mass between .* to block 0"):
+            Partition(density, (top, edge, 0.002), (1, 1), overlap=0.0)
