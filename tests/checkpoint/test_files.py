@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from damaged import part_path, refused
 from diffusionblocks.checkpoint import parts as part_files
-from diffusionblocks.checkpoint.files import CheckpointError, load_part, read_state, save
+from diffusionblocks.checkpoint.files import load_part, read_state, save
 
 DTYPES = sorted(part_files.DTYPES, key=str)
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -154,22 +155,6 @@ def test_files_have_the_rights_that_the_user_gives_new_files(tmp_path: Path) -> 
     (tmp_path / "ordinary").touch()
     save(tmp_path, {"a": {"x": torch.zeros(2)}}, {})
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    save(tmp_path / "run", {"shared": {"x": torch.arange(100.0)}}, {"lr": 0.125, "names": ["a", "b"]})
-    return tmp_path / "run"
-
-
-def part_path(folder: Path) -> Path:
-    return folder / "shared.save1.safetensors"
-
-
-def refused(path: Path, match: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    with pytest.raises(CheckpointError, match=match) as caught:
-        call(*args, **kwargs)
-    assert str(path) in str(caught.value)
 
 
 def test_missing(folder: Path) -> None:

@@ -11,24 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from damaged import part_path, refused
 from diffusionblocks.checkpoint import manifest as manifests
 from diffusionblocks.checkpoint.files import CheckpointError, read_state, save
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    save(tmp_path / "run", {"shared": {"x": torch.arange(100.0)}}, {"lr": 0.125, "names": ["a", "b"]})
-    return tmp_path / "run"
-
-
-def part_path(folder: Path) -> Path:
-    return folder / "shared.save1.safetensors"
-
-
-def refused(path: Path, match: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    with pytest.raises(CheckpointError, match=match) as caught:
-        call(*args, **kwargs)
-    assert str(path) in str(caught.value)
 
 
 def test_every_truncation_and_every_flipped_byte_of_the_manifest(folder: Path) -> None:

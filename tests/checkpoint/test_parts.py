@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from damaged import part_path, refused
 from diffusionblocks.checkpoint import atomic, parts
 from diffusionblocks.checkpoint import manifest as manifests
-from diffusionblocks.checkpoint.files import CheckpointError, load_part, save
+from diffusionblocks.checkpoint.files import load_part, save
 
 DTYPES = sorted(parts.DTYPES, key=str)
 
@@ -31,22 +32,6 @@ def random_bits(dtype: torch.dtype, shape: list[int], seed: int) -> Tensor:
     size = torch.empty(shape, dtype=dtype).numel() * dtype.itemsize
     high = 2 if dtype == torch.bool else 256
     return torch.randint(high, (size,), dtype=torch.uint8, generator=generator).view(dtype).reshape(shape)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    save(tmp_path / "run", {"shared": {"x": torch.arange(100.0)}}, {"lr": 0.125, "names": ["a", "b"]})
-    return tmp_path / "run"
-
-
-def part_path(folder: Path) -> Path:
-    return folder / "shared.save1.safetensors"
-
-
-def refused(path: Path, match: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    with pytest.raises(CheckpointError, match=match) as caught:
-        call(*args, **kwargs)
-    assert str(path) in str(caught.value)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

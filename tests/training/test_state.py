@@ -206,3 +206,16 @@ def test_the_noise_goes_on_from_the_prior_that_was_saved(tmp_path):
     fresh.load(tmp_path / "checkpoint")
     prior = small.model().partition.density
     assert again.meter.prior == prior and fresh.meter.prior == prior
+
+
+@pytest.mark.parametrize("damage", ["flipped", "other shapes"])
+def test_a_bad_later_part_leaves_the_trainer_as_it_was(tmp_path, damage):
+    saved(tmp_path, model=small.model(layers=5, blocks=(2, 3)) if damage == "other shapes" else None)
+    back = trainer(tmp_path / "back", model=small.model(seed=1))
+    if damage == "flipped":
+        path = next((tmp_path / "checkpoint").glob("block_1*"))
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    before = small.everything(back)
+    with pytest.raises(CheckpointError, match="block_1"):
+        back.load(tmp_path / "checkpoint")
+    assert all(torch.equal(t, before[name]) for name, t in small.everything(back).items()) and back.steps_done == 0

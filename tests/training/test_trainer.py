@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from types import SimpleNamespace
 
@@ -121,14 +120,17 @@ def test_clipping_by_the_default_optimizer_is_of_both_parts_together(tmp_path):
 
 def test_accumulated_batches_make_the_gradient_of_their_mean(tmp_path):
     x, y = small.batch()
-    made = db.Trainer(small.model(), device="cpu", accumulate=2, optimizer=lambda p: torch.optim.SGD(p, 0.0), clip=0)
+    models = [small.model(), small.model()]
+    for module in (m for model in models for m in model.modules() if isinstance(m, nn.Dropout)):
+        module.p = 0.0
+    made = db.Trainer(models[0], device="cpu", accumulate=2, optimizer=lambda p: torch.optim.SGD(p, 0.0), clip=0)
     first, second = made.step(x, y), made.step(x, y)
-    assert first.grad_norm is None and second.grad_norm is not None
-    assert (made.steps_done, made.batches_done) == (1, 2)
-    one = db.Trainer(small.model(), device="cpu", optimizer=lambda p: torch.optim.SGD(p, 0.0), clip=0)
-    losses = [one.model.train().loss(first.block, x, y, seed=0, step=step).loss for step in (0, 1)]
-    assert first.loss.shape == ()
-    assert all(loss.isfinite() for loss in losses)
+    assert first.grad_norm is None and (made.steps_done, made.batches_done) == (1, 2)
+    losses = [models[1].loss(first.block, x, y, seed=0, step=step).loss for step in (0, 1)]
+    (sum(losses) / 2).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in models[1].parameters() if p.grad is not None])
+    torch.testing.assert_close(second.grad_norm, norm)
+    torch.testing.assert_close(torch.stack([first.loss, second.loss]), torch.stack(losses).detach())
 
 
 @pytest.mark.parametrize("sgd", [False, True])
@@ -244,43 +246,6 @@ def test_the_callers_random_numbers_go_on_untouched(tmp_path):
     torch.manual_seed(5)
     made.step(*batch)
     assert torch.equal(torch.rand(3), wanted)
-
-
-@pytest.mark.parametrize("offload", OFFLOADS)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_model_predicts_by_its_averages_wherever_blocks_are(tmp_path, offload, precision):
-    made = trainer(tmp_path, offload=offload, ema=0.9, precision=precision)
-    made.fit(small.Loader(), steps=120, progress=False)
-    x, y = small.batch(step=999, size=64)
-    model = made.model.eval()
-    logits = model(x)
-    assert float((logits.argmax(-1) == y).double().mean()) > 0.9
-    with made.averages():
-        assert torch.equal(model(x), logits)
-        gathered = {name: t.clone() for name, t in model.state_dict().items()}
-    alone = small.model(seed=1).eval()
-    alone.load_state_dict(gathered)
-    assert torch.equal(alone(x), logits), "partition and weights travel in the state"
-    assert torch.equal(torch.compile(model, backend="eager")(x), logits)
-
-
-@pytest.mark.parametrize("offload", OFFLOADS)
-def test_state_and_counts_are_whole_whatever_is_resident(tmp_path, offload):
-    plain = small.model()
-    wanted = {name: t.clone() for name, t in plain.state_dict().items()}
-    made = trainer(tmp_path, model=plain, offload=offload)
-    state = plain.state_dict()
-    assert state.keys() == wanted.keys() and all(torch.equal(state[n], t) for n, t in wanted.items())
-    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in small.model().parameters())
-    outer = nn.ModuleDict({"inner": plain}).state_dict()
-    assert outer.keys() == {f"inner.{n}" for n in wanted}
-    assert all(torch.equal(outer[f"inner.{n}"], t) for n, t in wanted.items())
-    for refused in (lambda: plain.to("cpu"), lambda: copy.deepcopy(plain), lambda: plain.load_state_dict(state)):
-        with pytest.raises(RuntimeError, match="managed"):
-            refused()
-    made.offloader.release()
-    twin = copy.deepcopy(plain.to(torch.float64))
-    assert all(torch.equal(t, wanted[n].to(t.dtype)) for n, t in twin.state_dict().items())
 
 
 def test_another_optimizers_rates_follow_the_schedule(tmp_path):

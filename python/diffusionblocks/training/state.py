@@ -17,6 +17,7 @@ from ..noise.density import Tabulated
 from ..noise.information import InformationMeter
 from ..noise.partition import Partition
 from .offload import Offloader
+from .part import Part
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -62,10 +63,10 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
     missing = set(trainer.offloader.parts) - manifest.parts.keys()
     if missing:
         raise CheckpointError(f"{folder} has no {', '.join(sorted(missing))}: it is of a model with fewer blocks")
+    for name, part in trainer.offloader.parts.items():  # all before the first is replaced: nothing is half loaded
+        _check_part(part, files.load_part(folder, name, manifest=manifest), f"{folder}: {name}")
     for name in trainer.offloader.parts:
-        tensors = files.load_part(folder, name, manifest=manifest)
-        _check_dtypes(trainer.offloader.parts[name].tensors(), tensors, f"{folder}: {name}")
-        _load(trainer.offloader, name, tensors, folder)
+        _load(trainer.offloader, name, files.load_part(folder, name, manifest=manifest), folder)
         trainer.offloader.parts[name].take_scalars(state["scalars"].get(name, {}))
     trainer.meter = _meter(folder, manifest, trainer.device) if "noise" in manifest.parts else None
     _take_over(trainer.model, state)
@@ -97,7 +98,13 @@ def _take_over(model: DiffusionBlocks, state: dict[str, Any]) -> None:
     model.target.shape = None if state["shape"] is None else tuple(state["shape"])
 
 
-def _check_dtypes(own: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -> None:
+def _check_part(part: Part, tensors: dict[str, Tensor], where: str) -> None:
+    """Raise CheckpointError unless a part's stored tensors have the model's names, shapes and dtypes."""
+    try:
+        part.check(tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    own = part.tensors()
     for name in (n for n in own.keys() & tensors.keys() if n.startswith("weight/")):
         if own[name].dtype != tensors[name].dtype:
             raise CheckpointError(
