@@ -16,7 +16,7 @@ import dbkernels
 import diffusionblocks as db
 from diffusionblocks.experiments.models import ViTConfig
 from diffusionblocks.experiments.tasks.vit import vit_blocks
-from diffusionblocks.training.memory import SavedTensors
+from diffusionblocks.offload.memory import SavedTensors
 from diffusionblocks.training.optimizer import BlockAdamW
 
 QUICK = {"tiny": (ViTConfig(dim=16, layers=3, heads=2, mlp=16, cond=8), 3, 4)}

@@ -14,7 +14,7 @@ from diffusionblocks.experiments.results import Run, read_run
 from diffusionblocks.noise import density
 from diffusionblocks.noise.information import information_bound
 from diffusionblocks.noise.partition import Partition, equal_mass_edges, make_partition, step_levels
-from diffusionblocks.training.memory import CATEGORIES
+from diffusionblocks.offload.memory import CATEGORIES
 
 EVERY = ("end-to-end", "checkpointing", "forward-forward")
 

@@ -7,6 +7,7 @@ from .convert.registry import convert, register
 from .denoiser import Block, BlockLoss, StemHead
 from .noise.density import LogNormal, LogUniform, NoiseDensity, Tabulated, Uniform
 from .noise.partition import Partition, make_partition, step_levels
+from .offload.offloader import Offloader
 from .sampling.sample import sample
 from .sampling.sampler import Sampler
 from .sampling.samplers import dpmpp_2m, euler, heun
@@ -18,7 +19,6 @@ from .targets.masked import MaskedTarget
 from .targets.tokens import TokenTarget
 from .training.config import TrainerConfig
 from .training.finite import NonFiniteLoss
-from .training.offload import Offloader
 from .training.optimizer import BlockAdamW
 from .training.plan import Plan, plan
 from .training.trainer import StepOutput, Trainer

@@ -18,7 +18,7 @@ from .targets.base import Target
 
 
 class OffloaderLike(Protocol):
-    """Moves blocks to the device and away (training.offload.Offloader)."""
+    """Moves blocks to the device and away (offload.offloader.Offloader)."""
 
     device: torch.device
 

@@ -7,7 +7,7 @@ import torch
 
 import diffusionblocks as db
 import small
-from diffusionblocks.training.memory import count_bytes
+from diffusionblocks.offload.memory import count_bytes
 
 waiting = pytest.mark.parametrize("offload", ["cpu", "disk"])
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import diffusionblocks as db
 import small
-from diffusionblocks.training.memory import CATEGORIES, SavedTensors, parse_bytes, readable
+from diffusionblocks.offload.memory import CATEGORIES, SavedTensors, parse_bytes, readable
 from diffusionblocks.training.precision import to_bfloat16
 
 OFFLOADS = (None, "cpu", "disk")

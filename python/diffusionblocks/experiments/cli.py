@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
+from ..offload.memory import parse_bytes, readable
 from ..training.finite import NonFiniteLoss
-from ..training.memory import parse_bytes, readable
 from . import commands
 from . import export as exporting
 from .config import TrainConfig

@@ -16,8 +16,8 @@ from ..blocks import DiffusionBlocks
 from ..checkpoint import files
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.lock import run_lock
+from ..offload.offloader import Offloader
 from ..training.devices import pick_device
-from ..training.offload import Offloader
 from ..training.progress import Progress
 from ..training.state import load_averages
 from ..training.trainer import StepOutput, Trainer

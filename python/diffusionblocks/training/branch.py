@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .offload import Offloader
+from ..offload.offloader import Offloader
 
 
 def branch(offloader: Offloader) -> set[str]:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..denoiser import BlockLoss
 from ..noise.partition import Range
+from ..offload.memory import Usage, allocated
 from .config import TrainerConfig
-from .memory import Usage, allocated
 
 if TYPE_CHECKING:
     from .trainer import Trainer

@@ -19,11 +19,11 @@ from ..blocks import DiffusionBlocks
 from ..denoiser import StemHead
 from ..noise.density import LogNormal, Tabulated
 from ..noise.partition import Partition, make_partition, spread_layers
+from ..offload.memory import CATEGORIES, SavedTensors, Usage, readable
+from ..offload.part import Part, category, common_tensors, usage_of
 from .config import TrainerConfig
 from .devices import known_device
-from .memory import CATEGORIES, SavedTensors, Usage, readable
 from .optimizer import MakeOptimizer, adamw_of, optimizer_of
-from .part import Part, category, common_tensors, usage_of
 from .precision import autocast, to_bfloat16
 
 

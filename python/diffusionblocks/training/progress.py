@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from .memory import readable
+from ..offload.memory import readable
 
 if TYPE_CHECKING:
     from .trainer import StepOutput, Trainer

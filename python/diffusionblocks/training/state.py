@@ -16,8 +16,8 @@ from ..checkpoint.files import CheckpointError
 from ..noise.density import Tabulated
 from ..noise.information import InformationMeter
 from ..noise.partition import Partition
-from .offload import Offloader
-from .part import Part
+from ..offload.offloader import Offloader
+from ..offload.part import Part
 
 if TYPE_CHECKING:
     from .trainer import Trainer

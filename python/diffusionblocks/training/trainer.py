@@ -18,6 +18,8 @@ from ..denoiser import BlockLoss
 from ..noise.density import Tabulated
 from ..noise.information import InformationMeter
 from ..noise.rng import stream
+from ..offload.memory import SavedTensors, Usage, allocated, reset_peak
+from ..offload.offloader import Offloader, check_free
 from ..targets.devices import send
 from . import state
 from .batches import endless
@@ -26,8 +28,6 @@ from .config import TrainerConfig
 from .devices import pick_device
 from .finite import FiniteWatch
 from .log import loggers, row
-from .memory import SavedTensors, Usage, allocated, reset_peak
-from .offload import Offloader, check_free
 from .optimizer import MakeOptimizer, adamw_of, clipped_step, optimizer_of
 from .precision import autocast, seeded, to_bfloat16
 from .progress import Progress

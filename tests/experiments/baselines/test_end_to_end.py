@@ -20,8 +20,8 @@ from diffusionblocks.experiments.baselines.forward_forward import (
 from diffusionblocks.experiments.models import ViT
 from diffusionblocks.experiments.tasks.vit import ViTTask
 from diffusionblocks.noise.rng import stream
+from diffusionblocks.offload.memory import SavedTensors
 from diffusionblocks.training.finite import NonFiniteLoss
-from diffusionblocks.training.memory import SavedTensors
 
 CPU = torch.device("cpu")
 

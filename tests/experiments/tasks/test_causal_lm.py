@@ -17,8 +17,8 @@ from diffusionblocks.experiments.tasks.base import Loader
 from diffusionblocks.experiments.tasks.causal_lm import CausalLMTask
 from diffusionblocks.noise.information import information_bound
 from diffusionblocks.noise.partition import step_levels
+from diffusionblocks.offload.offloader import Offloader
 from diffusionblocks.targets.base import Noised
-from diffusionblocks.training.offload import Offloader
 from tiny_all import resident
 from tiny_lm import KINDS, MODEL, N, blocks, config, kinds, noised
 

@@ -9,8 +9,8 @@ from PIL import Image
 
 from diffusionblocks.experiments import commands
 from diffusionblocks.experiments.tasks.dit import DiTTask, ImageOptions
-from diffusionblocks.training.memory import count_bytes
-from diffusionblocks.training.offload import Offloader
+from diffusionblocks.offload.memory import count_bytes
+from diffusionblocks.offload.offloader import Offloader
 from tiny_all import resident
 from tiny_dit import config, scrambled
 

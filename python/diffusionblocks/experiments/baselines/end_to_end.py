@@ -15,10 +15,10 @@ from ...blocks import DiffusionBlocks
 from ...denoiser import BlockLoss, StemHead
 from ...noise.density import LogNormal
 from ...noise.partition import make_partition
+from ...offload.memory import SavedTensors
 from ...targets.base import Target
 from ...training.config import TrainerConfig
 from ...training.finite import NonFiniteLoss
-from ...training.memory import SavedTensors
 from ...training.progress import Progress
 from ...training.trainer import Trainer
 from ..config import TrainConfig

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from ...training.memory import CATEGORIES
+from ...offload.memory import CATEGORIES
 from ..results import BLOCKWISE, Run
 from .axes import BASELINES, BLOCK_COLOURS, CATEGORY_COLOURS, GREY, INK, caption, legend_below, new_figure
 

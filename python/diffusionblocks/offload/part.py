@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .memory import Usage, count_bytes
-from .optimizer import BlockAdamW
 
 Common = dict[int, tuple[str, Tensor]]
 
@@ -89,8 +88,8 @@ class Part:
                 live[name].data = t
             else:
                 self._set(name, t)
-        if live.keys() != tensors.keys() and isinstance(self.optimizer, BlockAdamW):
-            self.optimizer.share_counts()
+        if live.keys() != tensors.keys() and (share := getattr(self.optimizer, "share_counts", None)):
+            share()
 
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in place of all of the part's; optimizer state that isn't among them is forgotten."""

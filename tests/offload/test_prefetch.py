@@ -10,7 +10,7 @@ import torch
 import diffusionblocks as db
 import small
 from diffusionblocks.noise.partition import step_levels
-from diffusionblocks.training import offload as module
+from diffusionblocks.offload import offloader as module
 
 CPU = torch.device("cpu")
 waiting = pytest.mark.parametrize("offload", ["cpu", "disk"])

@@ -7,7 +7,7 @@ import torch
 
 import diffusionblocks as db
 import small
-from diffusionblocks.training.memory import (
+from diffusionblocks.offload.memory import (
     CATEGORIES,
     SavedTensors,
     Usage,

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import diffusionblocks as db
-import diffusionblocks.training.offload as module
+import diffusionblocks.offload.offloader as module
 import small
-from diffusionblocks.training.memory import count_bytes
+from diffusionblocks.offload.memory import count_bytes
 
 CPU = torch.device("cpu")
 waiting = pytest.mark.parametrize("offload", ["cpu", "disk"])

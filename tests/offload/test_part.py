@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import diffusionblocks as db
+from diffusionblocks.offload.part import Part, apart, common_tensors
 from diffusionblocks.training.optimizer import keep_average
-from diffusionblocks.training.part import Part, apart, common_tensors
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
