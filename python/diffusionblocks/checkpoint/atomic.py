@@ -91,6 +91,26 @@ def write(path: Path, content: Iterable[bytes | memoryview]) -> str:
     return sha256
 
 
+def link(source: Path, path: Path) -> str:
+    """Give a file that never changes a second name, durably; copy it where the file system can't.
+
+    Returns:
+        The SHA-256 of the content, in hexadecimal.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # another file system, or one without links
+        return write(path, _pieces(source))
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    sha256 = digest(temporary)
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+    return sha256
+
+
 def sweep(folder: Path, own: re.Pattern[str], named: Collection[str]) -> None:
     """Remove the files that `own` matches and the manifest on disk doesn't name."""
     stale = [path for path in sorted(folder.iterdir()) if own.fullmatch(path.name) and path.name not in named]
@@ -103,10 +123,15 @@ def sweep(folder: Path, own: re.Pattern[str], named: Collection[str]) -> None:
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            sha256.update(chunk)
+    for piece in _pieces(path):
+        sha256.update(piece)
     return sha256.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            yield piece
 
 
 def _write_aside(path: Path, content: Iterable[bytes | memoryview]) -> str:
