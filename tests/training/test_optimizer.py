@@ -54,6 +54,43 @@ def test_a_parameter_without_a_gradient_is_not_touched(has_gradient):
         assert ours[1] not in optimizer.state
 
 
+@pytest.mark.parametrize("masters", [True, False])
+def test_state_created_before_the_first_step_changes_no_bit(masters):
+    """Gradients come always, from step 2 on, every other step and never; step 1 has a gradient that isn't finite."""
+
+    def trained(prepared):
+        dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16 if masters else torch.bfloat16)
+        params = [parameter(dtype) for dtype in dtypes for _ in range(4)]
+        groups = [{"params": params[:8]}, {"params": params[8:], "lr": 0.01}]
+        optimizer = db.BlockAdamW(groups, lr=0.1, ema_decay=0.9, masters=masters)
+        if prepared:
+            optimizer.prepare()
+            state = state_of(optimizer)
+            assert all(not s["exp_avg"].any() and not s["exp_avg_sq"].any() for s in state)
+            assert all(torch.equal(s["ema"], p.to(s["ema"].dtype)) for s, p in zip(state, params, strict=True))
+            assert {len({id(s["next_step"]) for s in state[i : i + 4]}) for i in range(0, 16, 4)} == {1}
+            assert all(set(s) >= {"master"} for s in state[8:]) == masters and optimizer.counts == [0] * 16
+        for step in range(8):
+            for i, p in enumerate(params):
+                p.grad = torch.full_like(p, 0.3 * step - i) if (True, step > 1, step % 2 == 0, False)[i % 4] else None
+            if step == 1:
+                params[0].grad[0, 0] = float("nan")
+            optimizer.step(max_norm=1.0)
+        return params, optimizer
+
+    (params, plain), (others, prepared) = trained(False), trained(True)
+    prepared.prepare()  # changes nothing that is there
+    for i, (p, q) in enumerate(zip(params, others, strict=True)):
+        assert torch.equal(p, q), i
+        if i % 4 < 3:
+            assert plain.state[p].keys() == prepared.state[q].keys()
+            assert all(torch.equal(t, prepared.state[q][key]) for key, t in plain.state[p].items()), i
+        else:
+            assert p not in plain.state and not prepared.state[q]["exp_avg"].any()
+            assert torch.equal(prepared.state[q]["ema"], q.to(prepared.state[q]["ema"].dtype))
+    assert prepared.counts == plain.counts == [7, 6, 4, 0] * 4
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("skipped", [1, 3])
 def test_a_skipped_update_leaves_no_trace(skipped, bad):

@@ -71,6 +71,14 @@ class BlockAdamW(torch.optim.Optimizer):
         """Return all parameters."""
         return [p for group in self.param_groups for p in group["params"]]
 
+    def prepare(self) -> None:
+        """Create all parameters' state now: its size is known before the first step, and results are the same bits.
+
+        Weights must be in place: averages and masters begin as their copies.
+        """
+        for group in self.param_groups:
+            self._begin([p for p in group["params"] if p not in self.state], group)
+
     @torch.no_grad()
     def step(  # type: ignore[override]
         self, closure: Callable[[], Any] | None = None, *, norm: Tensor | None = None, max_norm: float | None = None
@@ -99,12 +107,9 @@ class BlockAdamW(torch.optim.Optimizer):
 
     def _together(self, group: dict[str, Any]) -> list[list[Tensor]]:
         """Return a group's parameters that have gradients, by dtype and number of updates; new ones get their state."""
-        fresh: dict[torch.dtype, Tensor] = {}
+        self._begin([p for p in group["params"] if p.grad is not None and p not in self.state], group)
         alike: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         for p in group["params"]:
-            if p.grad is not None and p not in self.state:
-                one = torch.ones((), dtype=torch.int64, device=p.device)
-                self._begin(p, fresh.setdefault(p.dtype, one), group)
             if p in self.state:
                 alike.setdefault((id(self.state[p][NEXT]), p.dtype), []).append(p)
         moving = []
@@ -116,16 +121,22 @@ class BlockAdamW(torch.optim.Optimizer):
                     self.state[p][NEXT] = number
         return [together for together in moving if together]
 
-    def _begin(self, p: Tensor, number: Tensor, group: dict[str, Any]) -> None:
-        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-        state = self.state[p]
-        state[NEXT] = number
-        state["exp_avg"] = torch.zeros_like(p, dtype=wide)
-        state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide)
-        if group["ema_decay"]:
-            state["ema"] = p.detach().to(wide, copy=True)
-        if group["masters"] and p.element_size() == 2:
-            state["master"] = p.detach().to(wide, copy=True)
+    @torch.no_grad()
+    def _begin(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Create the state of parameters that have none; those of one dtype share the number of their next update."""
+        numbers: dict[torch.dtype, Tensor] = {}
+        for p in params:
+            if p.dtype not in numbers:
+                numbers[p.dtype] = torch.ones((), dtype=torch.int64, device=p.device)
+            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+            state = self.state[p]
+            state[NEXT] = numbers[p.dtype]
+            state["exp_avg"] = torch.zeros_like(p, dtype=wide)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide)
+            if group["ema_decay"]:
+                state["ema"] = p.detach().to(wide, copy=True)
+            if group["masters"] and p.element_size() == 2:
+                state["master"] = p.detach().to(wide, copy=True)
 
     def _update(self, params: list[Tensor], group: dict[str, Any], norm: Tensor, max_norm: float | None) -> None:
         def of(key: str) -> list[Tensor] | None:
