@@ -42,7 +42,10 @@ def test_the_command_prints_a_table_and_the_smallest_fit(capsys):
     cli.show_plan(CONFIG, memory="1GiB")
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[0] == "B" and len(lines) == 2 + 3 + 1
-    assert lines[-1] == "B = 1 fits in 1GiB"
+    assert lines[-1] == "1GiB: B = 1, all blocks on the device"
+    cli.show_plan(replace(CONFIG, device="cuda"), memory="250KiB", host_memory="1MiB")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("250KiB and 1MiB of host memory: B = 3, blocks wait on the host, slots = ")
     with pytest.raises(SystemExit):
         cli.show_plan(CONFIG, memory="1KiB")
     assert "nothing fits in 1KiB" in capsys.readouterr().out

@@ -178,22 +178,28 @@ def export(folder: Folder, to: Path) -> None:
     print(to)
 
 
-def show_plan(config: Annotated[Run, tyro.conf.arg(name="")], memory: str | None = None) -> None:
+def show_plan(
+    config: Annotated[Run, tyro.conf.arg(name="")], memory: str | None = None, host_memory: str | None = None
+) -> None:
     """Print the bytes a preset will take on its device, by category, for every number of blocks.
 
     Args:
         config: The preset and its settings.
-        memory: Also name the smallest number of blocks that fits, e.g. 24GiB.
+        memory: Also name the number of blocks, where they wait and how many slots fit on the device, e.g. 24GiB.
+        host_memory: Memory of the host for waiting blocks, e.g. 16GiB; without it, any.
     """
-    limit = None if memory is None else parse_bytes(memory)
+    limit, host = (None if text is None else parse_bytes(text) for text in (memory, host_memory))
     plan = plan_of(task_of(config))
     print(f"{config.architecture}, batch {config.batch_size}, shared={config.shared!r}\n{plan}")
-    if limit is not None:
-        fit = plan.smallest(limit)
-        least = min(usage.total for usage in plan.rows.values())
-        print(f"B = {fit} fits in {memory}" if fit else f"nothing fits in {memory}: the least is {readable(least)}")
-        if not fit:
-            sys.exit(1)
+    if limit is None:
+        return
+    choice = plan.fit(limit, host)
+    within = f"{memory}" if host is None else f"{memory} and {host_memory} of host memory"
+    if choice is None:
+        least = min(plan.choice(b, offload, 1).usage.total for b in plan.cuts for offload in (None, "disk"))
+        print(f"nothing fits in {within}: the least is {readable(least)} on the device")
+        sys.exit(1)
+    print(f"{within}: {choice}")
 
 
 def report(config: TrainConfig, summary: dict[str, Any]) -> None:

@@ -22,5 +22,4 @@ def plan_of(task: Task) -> Plan:
     with FakeTensorMode(), Unread():
         model, batch = task.model(partition), task.example()
     found = plan(model, batch, config=config)
-    rows, waiting = ({b: table[b] for b in config.block_counts if b in table} for table in (found.rows, found.waiting))
-    return replace(found, rows=rows, waiting=waiting)
+    return replace(found, cuts={b: found.cuts[b] for b in config.block_counts if b in found.cuts})
