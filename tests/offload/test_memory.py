@@ -7,6 +7,7 @@ import torch
 
 import diffusionblocks as db
 import small
+from diffusionblocks.checkpoint.layout import PAGE
 from diffusionblocks.offload.memory import (
     CATEGORIES,
     SavedTensors,
@@ -63,10 +64,12 @@ def test_a_trainers_memory_is_of_what_is_on_the_device(tmp_path, offload):
     trained = sum(p.numel() for module in resident for p in module.parameters() if p.requires_grad)
     frozen = sum(t.numel() for module in resident for t in [*module.buffers(), *module.parameters()]) - trained
     optimizers = len(resident)
+    buffers = usage.by_category["buffers"]
     assert usage.by_category == {
         "weights": 4 * (trained + frozen), "gradients": 0, "moments": 8 * trained + 8 * optimizers,
-        "averages": 4 * trained,
+        "averages": 4 * trained, "buffers": buffers,
     }  # fmt: skip
+    assert buffers == 0 if offload is None else buffers < PAGE, "the rest of a slot: what aligns it"
     assert usage.allocated == usage.reserved > usage.total, "the host's peak resident set"
 
 

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 import diffusionblocks as db
-from diffusionblocks.offload.part import Part, apart, common_tensors
+from diffusionblocks.checkpoint.layout import Layout
+from diffusionblocks.offload.part import Part, common_tensors
 from diffusionblocks.training.optimizer import keep_average
-
-CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 class Tied(nn.Module):
@@ -122,18 +121,40 @@ def test_swapping_twice_changes_no_bit(dtype, wide):
         assert torch.equal(state["ema"], average)
 
 
-@pytest.mark.parametrize(("settings", "home"), [({}, CPU), ({"capturable": True}, META), ({"fused": True}, META)])
-def test_torchs_own_optimizers_count_steps_on_the_host(settings, home):
+@pytest.mark.parametrize(("settings", "stays"), [({}, True), ({"capturable": True}, False), ({"fused": True}, False)])
+def test_torchs_own_optimizers_count_steps_on_the_host(settings, stays):
     made = part(lambda params: torch.optim.AdamW(params, 0.1))
     made.optimizer.param_groups[0].update(settings)
-    assert made.home("step/one.weight", META) == home
-    assert made.home("exp_avg/one.weight", META) == made.home("weight/one.weight", META) == META
-    made.place(CPU)
-    assert all(t.device == CPU for t in made.tensors().values())
+    counters = {f"step/{name}" for name in TRAINED}
+    assert made.staying().keys() == (counters if stays else set())
+    assert made.moving().keys() | made.staying().keys() == made.tensors().keys()
+    assert (made.moving().keys() & counters) == (set() if stays else counters)
 
 
 def test_blockadamw_counts_on_the_device():
-    assert part().home("next_step/one.weight", META) == META
+    assert not part().staying()
+
+
+def test_weights_come_first_then_what_stands_in_for_them():
+    keys = [name.partition("/")[0] for name in part(module=Tied().to(torch.bfloat16)).moving()]
+    assert list(dict.fromkeys(keys))[:3] == ["weight", "ema", "master"]
+
+
+def test_bound_tensors_are_views_until_one_is_replaced():
+    made = part()
+    layout = Layout.of(made.moving())
+    buffer = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    before = {name: t.detach().clone() for name, t in made.tensors().items()}
+    layout.fill(buffer, made.moving())
+    views = layout.views(buffer)
+    assert not made.is_bound(views)
+    made.bind(views)
+    assert made.is_bound(views) and all(torch.equal(t, before[name]) for name, t in made.tensors().items())
+    made.module.one.bias.data = torch.ones(3)
+    assert not made.is_bound(views)
+    made.bind(views)
+    made.optimizer.state[made.module.one.bias]["more"] = torch.ones(3)
+    assert not made.is_bound(views), "state made since"
 
 
 def test_empty_keeps_shapes():
@@ -155,11 +176,3 @@ def test_frozen_tensors_of_several_parts_are_found():
     owner = Part(model["a"], None, common, owns_common=True)
     assert names(one.tensors(), "weight") == WEIGHTS - {"table", "frozen.bias"}
     assert names(owner.tensors(), "weight") == WEIGHTS - {"table"} | {"a.table", "b.frozen.bias"}
-
-
-def test_tensors_for_a_file_share_no_memory():
-    base = torch.arange(6.0)
-    found = apart({"base": base, "view": base[2:], "across": base.view(2, 3).T, "other": torch.ones(2)})
-    assert len({t.untyped_storage().data_ptr() for t in found.values()}) == 4
-    assert torch.equal(found["across"], base.view(2, 3).T) and all(t.is_contiguous() for t in found.values())
-    assert found["base"].data_ptr() == base.data_ptr(), "no copy without need"

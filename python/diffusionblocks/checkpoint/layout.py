@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,14 +44,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of tensors in a buffer of `nbytes`. tied: further names of tensors in it, by the name they lie under.
+    """The places of tensors in a buffer.
 
-    Two layouts are equal if all their tensors lie at the same places: buffers can be exchanged.
+    Attributes:
+        spans: Each tensor's place.
+        nbytes: Size of the buffer, a multiple of `page`.
+        tied: Further names of tensors in it, each with the name that the tensor lies under.
+        page: What the buffer is aligned to in a file.
     """
 
     spans: tuple[Span, ...]
     nbytes: int
-    tied: tuple[tuple[str, str], ...] = field(default=())
+    tied: tuple[tuple[str, str], ...] = ()
+    page: int = PAGE
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], *, align: int = ALIGN, page: int = PAGE) -> Layout:
@@ -70,7 +76,7 @@ class Layout:
             start = -(-end // align) * align
             end = start + t.numel() * t.element_size()
             spans.append(Span(name, t.dtype, tuple(t.shape), start, end))
-        return cls(tuple(spans), -(-end // page) * page, tuple(tied))
+        return cls(tuple(spans), -(-end // page) * page, tuple(tied), page)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """Return all tensors by name, tied ones under each of theirs, as views of a flat uint8 buffer."""
@@ -82,8 +88,9 @@ class Layout:
         for span in self.spans:
             span.view(buffer).copy_(tensors[span.name].detach())
 
-    def header(self, page: int = PAGE) -> bytes:
-        """Return the safetensors header, padded so that what follows is aligned to `page`."""
+    @cached_property
+    def header(self) -> bytes:
+        """The safetensors header, padded so that what follows is aligned."""
         # The metadata is that of safetensors' own writer for torch; some readers require it.
         record: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -94,7 +101,7 @@ class Layout:
             end = span.end
         record |= _gap(end, self.nbytes)
         text = json.dumps(record, ensure_ascii=False).encode()
-        text += b" " * (-(len(text) + 8) % page)
+        text += b" " * (-(len(text) + 8) % max(self.page, 8))
         return len(text).to_bytes(8, "little") + text
 
     def content(self, tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -123,7 +130,7 @@ def parse(head: bytes, nbytes: int) -> Layout:
         if not 0 <= start <= end <= nbytes or end - start != torch.Size(shape).numel() * dtype.itemsize:
             raise ValueError(f"{name} has a wrong place")
         spans.append(Span(name, dtype, shape, start, end))
-    return Layout(tuple(span for span in spans if not span.name.startswith(PAD)), nbytes)
+    return Layout(tuple(span for span in spans if not span.name.startswith(PAD)), nbytes, page=1)
 
 
 def identity(name: str, tensor: Tensor) -> Any:
@@ -131,7 +138,7 @@ def identity(name: str, tensor: Tensor) -> Any:
     if tensor.numel() == 0:
         return name
     view = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
-    return tensor.device, tensor.data_ptr(), view
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), view  # not its address: a fake tensor has none
 
 
 def _gap(start: int, end: int) -> dict[str, Any]:

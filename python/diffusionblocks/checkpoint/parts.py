@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ def write_part(path: Path, part: Part) -> PartFile:
         _check_tensor(path, name, tensor)
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # so that each is aligned to its own
     layout = Layout.of({name: tensors[name] for name in order}, align=1, page=1)
-    sha256 = atomic.write(path, (piece for pieces in ([layout.header(8)], layout.content(tensors)) for piece in pieces))
+    sha256 = atomic.write(path, itertools.chain([layout.header], layout.content(tensors)))
     return PartFile(path.name, path.stat().st_size, sha256, dict(layout.tied))
 
 

@@ -38,6 +38,10 @@ class Conditioned(nn.Module):
         self.layer = layer
         own = next(layer.parameters(), torch.empty(0))
         self.linear = nn.Linear(cond, 3 * dim, device=own.device, dtype=own.dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make the modulation do nothing; the layer's own weights stay."""
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CATEGORIES = ("weights", "gradients", "moments", "averages", "activations")
+CATEGORIES = ("weights", "gradients", "moments", "averages", "buffers", "activations")  # buffers: for other blocks
 
 
 @dataclass(frozen=True)
@@ -99,3 +99,8 @@ def readable(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def compact(count: int) -> str:
+    """Return bytes in few characters, as file listings do: "1.5G" is 1.5 GiB."""
+    return readable(count).replace("iB", "").replace("B", "").replace(" ", "")

@@ -4,19 +4,21 @@ disk."""
 from __future__ import annotations
 
 import contextlib
-import uuid
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..blocks import DiffusionBlocks
+from ..checkpoint.parts import Stored
+from .buffers import give_back
+from .disk_store import DiskStore
+from .host_store import HostStore
+from .lanes import Lanes
 from .memory import Usage
-from .part import Part, apart, common_tensors, usage_of
+from .part import Part, common_tensors, usage_of
+from .slots import Slots
 
 PLACES = (None, "cpu", "disk")
 
@@ -24,18 +26,23 @@ PLACES = (None, "cpu", "disk")
 class Offloader:
     """Keeps one block and the shared part on `device`; all other blocks wait.
 
-    While it is in charge, `model.offloader` is set: the model brings blocks by itself, and its state_dict gathers them.
+    While it is in charge, `model.offloader` is set: the model brings blocks by itself, its state_dict gathers them, and
+    the weights of waiting blocks read as NaN.
 
     Args:
-        model: The model.
+        model: The model. Parts of it that are on the meta device get their memory and first values one at a time, by
+            their modules' `reset_parameters()`: a network that never fits into memory can be trained.
         optimizers: One torch optimizer per part (`DiffusionBlocks.parts`), whose state tensors move with it; or none.
         device: Where the active block is.
         offload: Where the others wait. None: on the device, too. "cpu": in host memory. "disk": in safetensors files
             under `folder`, none of their tensors in memory; where the device is the host itself, only this frees any.
         folder: For offload="disk".
+        slots: Buffers on the device. 1: blocks change places, the least memory. 2: the next block can come, and the one
+            before leave, while one works (`prefetch`).
+        pin: Page-lock host memory that a GPU copies from and to.
 
-    Raises: ValueError if offload is unknown, "disk" comes without a folder, optimizers name no part, or another
-        Offloader is in charge.
+    Raises: ValueError if an argument is unknown, "disk" comes without a folder, optimizers name no part, or another
+        Offloader is in charge of the model.
 
     Examples:
         >>> import torch, diffusionblocks as db
@@ -57,13 +64,18 @@ class Offloader:
         device: torch.device | str,
         offload: str | None = "cpu",
         folder: str | Path | None = None,
+        slots: int = 1,
+        pin: bool = True,
     ):
         if offload not in PLACES:
             raise ValueError(f"offload must be None, 'cpu' or 'disk', got {offload!r}")
         if offload == "disk" and folder is None:
             raise ValueError("offload='disk' needs a folder to keep waiting blocks in")
+        if slots not in (1, 2) or isinstance(slots, bool):
+            raise ValueError(f"slots must be 1 or 2, got {slots!r}")
         check_free(model)
-        self.model, self.device, self.offload = model, torch.device(device), offload
+        self.model, self.device = model, torch.device(device)
+        self.offload = offload if len(model.blocks) > 1 else None  # a lone block never waits
         self.folder = Path(folder).absolute() if folder is not None else None
         modules, optimizers = model.parts(), {} if optimizers is None else optimizers
         if not isinstance(optimizers, Mapping) or not modules.keys() >= optimizers.keys():
@@ -76,21 +88,23 @@ class Offloader:
         }
         self.active: int | None = None
         self.averaged = False
-        self._name = uuid.uuid4().hex  # in its files, so that no other's are taken for them
-        self._reader = ThreadPoolExecutor(1)
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._ahead: tuple[str, Future[dict[str, Tensor]]] | None = None
-        if offload == "disk" and self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self._slots = self._make_slots(slots, pin) if self.offload else None
         try:
             for name, part in self.parts.items():
-                part.place(self.device) if name == "shared" or offload is None else self._retire(name)
-        except BaseException:  # e.g. a full disk: blocks that are in files already come back
-            parts = list(self.parts)
-            for before in parts[1 : parts.index(name)] if offload == "disk" else []:
-                self.parts[before].take(self._load_file(before))
+                part.prepare()
+                part.place(self.device) if self._is_resident(name) else self._send(name)
+        except BaseException:  # e.g. a full disk: blocks that wait already come back
+            self._release()
             raise
         model.offloader = self
+
+    def _make_slots(self, slots: int, pin: bool) -> Slots:
+        lanes = Lanes.of(self.device)
+        pin = pin and self.device.type == "cuda"
+        if self.offload == "cpu":
+            return Slots(slots, self.device, HostStore(lanes, pin=pin))
+        assert self.folder is not None
+        return Slots(slots, self.device, DiskStore(self.folder, lanes, pin=pin))
 
     def check_in_charge(self, what: str) -> None:
         """Raise RuntimeError if the model was released, or its weights are averages now: nothing may train them."""
@@ -99,29 +113,39 @@ class Offloader:
         if self.averaged:
             raise RuntimeError(f"{what}: the weights are their averages now; leave averages() first")
 
+    @torch.inference_mode(False)
     def activate(self, block: int) -> None:
-        """Bring a block to the device; the one that was there leaves first, so that two are never there at once."""
-        if block == self.active:
-            return
-        part = self._check_block(block)
-        if self.offload:
-            self.retire()
-            self._fetch(part)
+        """Bring a block to the device; the one that was there leaves, unless there are slots for both.
+
+        Raises: ValueError if there is no such block; OSError if the disk refused: no block is lost then, and the one
+            that couldn't leave stays.
+        """
+        self._name(block)
+        if block != self.active and self._slots:
+            before = self.active
+            self._unbind()
+            try:
+                self._bind(block)
+            except BaseException:
+                if before is not None and self._slots.holds(self._name(before)):
+                    self._bind(before)
+                raise
         self.active = block
 
+    @torch.inference_mode(False)
     def prefetch(self, block: int) -> None:
-        """Begin to bring a waiting block while the active one works; `activate` then takes it.
+        """With two slots, begin to bring a waiting block while the active one works; `activate` then takes it."""
+        name = self._name(block)
+        if self._slots and block != self.active:
+            self._slots.prefetch(name)
 
-        Until then the device holds two blocks, each with its optimizer state; `usage` counts one.
-        """
-        part = self._check_block(block)
-        if self.offload and block != self.active and (self._ahead is None or self._ahead[0] != part):
-            self._ahead = part, self._reader.submit(self._read, part, self._on_disk(part))
-
+    @torch.inference_mode(False)
     def retire(self) -> None:
         """Send the active block away."""
-        if self.active is not None and self.offload:
-            self._retire(f"block_{self.active}")
+        if self.active is not None and self._slots:
+            name = self._name(self.active)
+            self._unbind()
+            self._slots.retire(name)
         self.active = None
 
     def release(self) -> None:
@@ -130,18 +154,20 @@ class Offloader:
         Raises: RuntimeError within averages(), or if it was released already.
         """
         self.check_in_charge("release")
-        for name, part in self.parts.items():
-            if self._on_disk(name):
-                part.take(self._load_file(name))
-            part.place(torch.device("cpu"))
+        self._release()
         self.active, self.model.offloader = None, None
 
     @contextlib.contextmanager
     def averages(self) -> Iterator[None]:
-        """Within it, weights are their moving averages; within itself it changes nothing."""
+        """Within it, weights are their moving averages; within itself it changes nothing.
+
+        Blocks that come within it leave without being written: what is done to their tensors meanwhile is dropped.
+        """
         if self.averaged:
             yield
             return
+        if self._slots and self.active is not None:
+            self._slots.touch(self._name(self.active))  # it may have been trained before
         self._swap()
         self.averaged = True
         try:
@@ -152,7 +178,17 @@ class Offloader:
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """Return all tensors of a part by name, wherever it is; a part on disk is read, and freed with the result."""
-        return self._load_file(part) if self._on_disk(part) else self.parts[part].tensors()
+        if self._is_resident(part):
+            return self.parts[part].tensors()
+        assert self._slots is not None
+        return self._slots.get(part) | self.parts[part].staying()
+
+    def source(self, part: str) -> dict[str, Tensor] | Stored:
+        """Return what a checkpoint of a part is written from: its tensors, or the file that holds them all."""
+        if self._is_resident(part) or self.parts[part].staying():
+            return self.tensors(part)
+        assert self._slots is not None
+        return self._slots.source(part)
 
     def weights(self) -> dict[str, Tensor]:
         """Return all weights as they are used now (averages within `averages()`), by their names in the state_dict.
@@ -168,23 +204,28 @@ class Offloader:
         weights = self.parts[name].weights(self.tensors(name), averaged=averaged)
         return {prefix + key: t.detach().to("cpu", copy=True).contiguous() for key, t in weights.items()}
 
+    @torch.inference_mode(False)
     def load(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace a part's tensors; it stays where it is. Raises: ValueError if names or shapes differ."""
-        self._prefetched()
         self.parts[part].check(tensors)
-        where = self.device if self._is_resident(part) else torch.device("cpu")
-        home = self.parts[part].home
-        self.parts[part].replace({name: t.to(home(name, where), copy=True) for name, t in tensors.items()})
-        if self._on_disk(part):
-            self._save_file(part)
-            self.parts[part].empty()
+        copies: dict[int, Tensor] = {}  # one tensor under several names stays one
+        for t in tensors.values():
+            copies.setdefault(id(t), t.detach().to("cpu", copy=True))
+        self.parts[part].replace({name: copies[id(t)] for name, t in tensors.items()})
+        self.parts[part].prepare()
+        if self._slots is None or part == "shared":
+            self.parts[part].place(self.device)
+            return
+        self._send(part)
+        if self.active is not None and part == self._name(self.active):
+            self._bind(self.active)
 
     def usage(self) -> Usage:
-        """Return bytes of weights, gradients, moments and averages on the device."""
-        here = [part for name, part in self.parts.items() if not self._on_disk(name)]
-        return usage_of(here, self.device)
+        """Return bytes on the device: weights, gradients, moments, averages, and what else the slots hold."""
+        here = [part for name, part in self.parts.items() if self._is_resident(name)]
+        return usage_of(here, self.device, self._slots.buffers if self._slots else [])
 
-    def _check_block(self, block: int) -> str:
+    def _name(self, block: int) -> str:
         if f"block_{block}" not in self.parts:
             raise ValueError(f"there is no block {block}; known parts: {', '.join(self.parts)}")
         return f"block_{block}"
@@ -192,70 +233,57 @@ class Offloader:
     def _is_resident(self, part: str) -> bool:
         return self.offload is None or part in ("shared", f"block_{self.active}")
 
-    def _on_disk(self, part: str) -> bool:
-        return self.offload == "disk" and not self._is_resident(part)
+    def _send(self, name: str) -> None:
+        """Let a part wait, from wherever its tensors are."""
+        assert self._slots is not None
+        self._slots.put(name, self.parts[name].moving())
+        self.parts[name].empty()
+        give_back()
 
-    def _fetch(self, name: str) -> None:
-        part = self.parts[name]
-        ahead, fetched = self._prefetched()
-        if ahead != name:
-            fetched = self._load_file(name, self.device) if self._on_disk(name) else {}
-        part.take(fetched)
-        for t in fetched.values():
-            if t.is_cuda:
-                t.record_stream(torch.cuda.current_stream(t.device))  # it may have come by the stream of `_read`
-        part.place(self.device)
-        if self.averaged and self.offload:
+    def _bind(self, block: int) -> None:
+        """Make a block's tensors those of a slot, where it comes if it isn't there."""
+        assert self._slots is not None
+        part = self.parts[self._name(block)]
+        part.bind(self._slots.bring(self._name(block)))
+        if self.averaged:
             part.swap()
+        self.active = block
 
-    def _prefetched(self) -> tuple[str, dict[str, Tensor]]:
-        """Finish a pending prefetch and return (part, tensors). Also waits when the result is dropped, because its file
-        may be overwritten next."""
-        ahead, self._ahead = self._ahead, None
-        return (ahead[0], ahead[1].result()) if ahead else ("", {})
-
-    def _read(self, name: str, on_disk: bool) -> dict[str, Tensor]:
-        """Return a waiting part's tensors on the device; on a GPU by a stream of their own, so that none waits for
-        others."""
-        with torch.cuda.stream(self._stream):
-            if on_disk:
-                return self._load_file(name, self.device)
-            part = self.parts[name]
-            return {key: t.data.to(part.home(key, self.device)) for key, t in part.tensors().items()}
-
-    def _retire(self, name: str) -> None:
+    def _unbind(self) -> None:
+        """Let the active block's tensors go; their bytes stay in the slot until that is needed."""
+        if self.active is None or self._slots is None:
+            return
+        name = self._name(self.active)
         part = self.parts[name]
         if self.averaged:
             part.swap()
         try:
-            if self.offload == "disk":
-                self._save_file(name)
+            if not part.is_bound(self._slots.get(name)):  # state made since, or tensors replaced
+                self._slots.put(name, part.moving())
+            elif not self.averaged:
+                self._slots.touch(name)
         except BaseException:
             if self.averaged:
                 part.swap()  # it stays, and as it was
             raise
-        part.empty() if self.offload == "disk" else part.place(torch.device("cpu"))
+        part.empty()
+        self.active = None
+
+    def _release(self) -> None:
+        for name, part in self.parts.items():
+            if self._slots and name in self._slots.layouts:
+                tensors = part.moving() if self._is_resident(name) else self._slots.get(name)
+                part.bind({key: t.detach().to("cpu", copy=True) for key, t in tensors.items()})
+            else:
+                part.place(torch.device("cpu"))
+        if self._slots:
+            self._slots.close()
 
     @torch._disable_dynamo  # as torch.optim does: the public decorator imports the compiler at once, 1.7 s
     def _swap(self) -> None:
         for name, part in self.parts.items():
             if self._is_resident(name):
                 part.swap()
-
-    def _save_file(self, part: str) -> None:
-        save_file(apart(self.parts[part].tensors()), self._file(part), metadata={"owner": self._name})
-
-    def _load_file(self, part: str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Read a waiting part's file. Raises: RuntimeError if another Offloader has written it since."""
-        with safe_open(self._file(part), framework="pt") as file:
-            owner = (file.metadata() or {}).get("owner")
-        if owner != self._name:
-            raise RuntimeError(f"another Offloader has written to {self.folder} since: give each a folder of its own")
-        return load_file(self._file(part), device=str(device))
-
-    def _file(self, part: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{part}.safetensors"
 
 
 def check_free(model: DiffusionBlocks) -> None:

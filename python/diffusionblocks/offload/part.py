@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .materialize import materialize
 from .memory import Usage, count_bytes
 
 Common = dict[int, tuple[str, Tensor]]
+
+ORDER = {"weight": 0, "ema": 1, "master": 2}
 
 
 class Part:
@@ -62,21 +65,43 @@ class Part:
                 found[name] = t
         return found
 
-    def place(self, device: torch.device) -> None:
-        """Move all tensors to `device`."""
-        for name, t in self.tensors().items():
-            t.data = t.data.to(self.home(name, device))
+    def moving(self) -> dict[str, Tensor]:
+        """Return the tensors that leave the device with the part: weights first, then what stands in for them."""
+        tensors = {name: t for name, t in self.tensors().items() if not self._stays(name)}
+        return dict(sorted(tensors.items(), key=lambda item: ORDER.get(item[0].partition("/")[0], len(ORDER))))
 
-    def home(self, name: str, device: torch.device) -> torch.device:
-        """Return where a tensor belongs when the part is on `device`: torch's own optimizers count on the host."""
-        key, _, _ = name.partition("/")
-        settings = self.optimizer.param_groups[0] if self.optimizer else {}
-        on_host = key == "step" and not (settings.get("capturable") or settings.get("fused"))
-        return torch.device("cpu") if on_host else device
+    def staying(self) -> dict[str, Tensor]:
+        """Return the tensors that are in host memory wherever the part is: counters of torch's own optimizers."""
+        return {name: t for name, t in self._state().items() if self._stays(name)}
+
+    def prepare(self) -> None:
+        """Give weights on the meta device their memory and first values, and make the optimizer's state if it can be
+        made before the first step."""
+        materialize(self.module)
+        if prepare := getattr(self.optimizer, "prepare", None):
+            prepare()
+
+    def place(self, device: torch.device) -> None:
+        """Move all tensors to `device` but those that stay on the host."""
+        for t in self.moving().values():
+            t.data = t.data.to(device)
+
+    def bind(self, views: Mapping[str, Tensor]) -> None:
+        """Make all tensors that move views of a buffer."""
+        for name, t in self.moving().items():
+            t.data = views[name]
+
+    def is_bound(self, views: Mapping[str, Tensor]) -> bool:
+        """Return whether all tensors that move are these views."""
+        own = self.moving()
+        return own.keys() == views.keys() and all(
+            t.data_ptr() == views[n].data_ptr() and t.dtype == views[n].dtype and t.shape == views[n].shape
+            for n, t in own.items()
+        )
 
     def empty(self) -> None:
-        """Give up the memory of all tensors; shapes stay, values read as NaN (integers as 0), writing is an error."""
-        for t in self.tensors().values():
+        """Let go of the memory of all tensors; shapes stay, values read as NaN (integers as 0), writing is an error."""
+        for t in self.moving().values():
             # One element, expanded: most operators crash the process on a tensor whose storage was resized to nothing.
             t.data = torch.full((), math.nan if t.is_floating_point() else 0, dtype=t.dtype).expand(t.shape)
 
@@ -133,6 +158,10 @@ class Part:
             else:
                 self._halves[name], p.data = p.data, average.to(p.dtype)
 
+    def _stays(self, name: str) -> bool:
+        settings = self.optimizer.param_groups[0] if self.optimizer else {}
+        return name.startswith("step/") and not (settings.get("capturable") or settings.get("fused"))
+
     def _is_half(self, p: Tensor) -> bool:
         return p.requires_grad and p.dtype == torch.bfloat16
 
@@ -176,27 +205,24 @@ def common_tensors(model: nn.Module, parts: Mapping[str, nn.Module]) -> Common:
     return {id(t): (name, t) for name, t in named if id(t) in several}
 
 
-def usage_of(parts: Iterable[Part], device: torch.device) -> Usage:
-    """Return the parts' bytes of weights, gradients, moments and averages on a device."""
+def usage_of(parts: Iterable[Part], device: torch.device, buffers: Sequence[Tensor] = ()) -> Usage:
+    """Return the parts' bytes on a device by category. buffers: flat memory that some of their tensors lie in, whose
+    remainder is counted, too."""
+    inside = {buffer.untyped_storage()._cdata for buffer in buffers}
     groups: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "moments": [], "averages": []}
     for part in parts:
         for name, t in part.tensors().items():
             groups[category(name)].append(t)
         groups["gradients"] += [p.grad for p in part.module.parameters() if p.grad is not None]
-    return Usage({name: count_bytes(ts, device) for name, ts in groups.items()})
+    counts, rest = {}, count_bytes(buffers, device)
+    for name, tensors in groups.items():
+        views = {t.data_ptr(): t.nbytes for t in tensors if inside and t.untyped_storage()._cdata in inside}
+        own = [t for t in tensors if t.untyped_storage()._cdata not in inside]
+        counts[name] = count_bytes(own, device) + sum(views.values())
+        rest -= sum(views.values())
+    return Usage(counts | {"buffers": rest})
 
 
 def category(name: str) -> str:
     """Return the category of bytes that a part's tensor belongs to."""
     return {"weight": "weights", "ema": "averages"}.get(name.split("/")[0], "moments")
-
-
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors that share no memory, as a file holds them."""
-    dense, seen = {}, set()
-    for name, t in tensors.items():
-        t = t.detach().contiguous()
-        memory = t.untyped_storage().data_ptr()
-        dense[name] = t.clone() if memory in seen else t
-        seen.add(memory)
-    return dense

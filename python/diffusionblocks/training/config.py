@@ -45,6 +45,10 @@ class TrainerConfig:
     """Where waiting blocks are: in host memory, on disk, or (None) on the device; auto: disk if that is the CPU."""
     folder: Path | None = None
     """Folder of waiting blocks' files, for offload="disk"."""
+    slots: Literal[1, 2] = 1
+    """Buffers on the device for blocks; 2: the next block comes, and the one before leaves, while one trains."""
+    pin: bool = True
+    """Page-lock host memory that a GPU copies from and to; False where the host forbids it."""
     device: str = "auto"
     """A torch device; auto: the GPU if there is one."""
     seed: int = 0
@@ -65,6 +69,7 @@ class TrainerConfig:
             check_whole(self, 1, "steps")
         check_choice(self, "precision", "float32", "bfloat16")
         check_choice(self, "offload", None, "cpu", "disk", "auto")
+        check_choice(self, "slots", 1, 2)
         if isinstance(self.loggers, str):
             object.__setattr__(self, "loggers", (self.loggers,))
         for name in self.loggers:

@@ -35,7 +35,7 @@ def save(trainer: Trainer, folder: Path, extra: dict[str, Any]) -> None:
             "checkpoint: save after a step whose output has a grad_norm"
         )
     written = trainer.changed if trainer.saved == (folder, _files(folder)) else set(offloader.parts)
-    parts: dict[str, Any] = {part: lambda part=part: offloader.tensors(part) for part in written}
+    parts: dict[str, Any] = {part: lambda part=part: offloader.source(part) for part in written}
     if trainer.meter:
         prior = {name: torch.tensor(v, dtype=torch.float64) for name, v in vars(trainer.meter.prior).items()}
         parts["noise"] = {"sums": trainer.meter.sums} | prior

@@ -99,6 +99,8 @@ class Trainer:
             device=self.device,
             offload=self.config.offload_from(self.device),
             folder=self.config.folder,
+            slots=self.config.slots,
+            pin=self.config.pin,
         )
         for part in self.offloader.parts.values():
             part.wide = self.config.precision == "bfloat16"
@@ -118,9 +120,12 @@ class Trainer:
     @property
     def block(self) -> int:
         """The block whose turn it is: every block once per round of visits, in an order drawn for the round."""
-        if self.steps_done < self.config.trunk_steps:
+        return self._block_at(self.steps_done)
+
+    def _block_at(self, step: int) -> int:
+        if step < self.config.trunk_steps:
             return 0
-        return turn(self.steps_done // self.config.visit, len(self.model.blocks), seed=self.config.seed)
+        return turn(step // self.config.visit, len(self.model.blocks), seed=self.config.seed)
 
     def step(self, x: Tensor, y: Tensor) -> StepOutput:
         """Train the block whose turn it is on one batch.
@@ -181,6 +186,9 @@ class Trainer:
         if step % config.visit == 0 or self.offloader.active is None:
             self.model.activate(self.block)
             self._call("on_block_start", self.block)
+            following = (step // config.visit + 1) * config.visit
+            if config.total_steps is None or following < config.total_steps:
+                self.offloader.prefetch(self._block_at(following))
         self._losses.clear()
         for optimizer in self._active(self.block).values():
             optimizer.zero_grad(set_to_none=True)  # what a step that failed left over
