@@ -113,6 +113,24 @@ def test_a_run_goes_on_anywhere_else(tmp_path, before, after):
     assert all(torch.equal(t, expected[name]) for name, t in small.everything(then).items())
 
 
+def test_a_restore_to_disk_links_the_checkpoints_files_and_never_writes_to_them(tmp_path):
+    first = trainer(tmp_path / "a", ("disk", 1), visit=1)
+    for step in range(9):
+        first.step(*batch("labels", step, False))
+    first.offloader.retire()
+    first.save(tmp_path / "saved")
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    expected = small.everything(first)
+    then = trainer(tmp_path / "b", ("disk", 2), visit=1, model=small.model(blocks=3, layers=3, seed=9))
+    then.load(tmp_path / "saved")
+    links = [path for path in (tmp_path / "b").glob("*.safetensors") if path.stat().st_nlink > 1]
+    assert len(links) == 3
+    assert all(torch.equal(t, expected[name]) for name, t in small.everything(then).items())
+    for step in range(6):
+        then.step(*batch("labels", step, False))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == saved
+
+
 def test_two_slots_wait_for_nothing_that_was_read_ahead(tmp_path, monkeypatch):
     """With visits long enough, a move is over before it is waited for: every activate takes what is there."""
     made, waited = trainer(tmp_path, ("disk", 2), visit=3), []

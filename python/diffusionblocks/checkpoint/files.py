@@ -23,7 +23,7 @@ from torch import Tensor
 from . import atomic
 from . import manifest as manifests
 from .manifest import CheckpointError, Manifest, PartFile, refuse
-from .parts import Part, check_size, read_part, write_part
+from .parts import Inspected, Part, check_size, inspect_part, read_part, write_part
 
 __all__ = ["CheckpointError", "Manifest", "PartFile", "load_part", "read_state", "save", "sweep"]
 
@@ -114,6 +114,20 @@ def load_part(
         refuse(folder / MANIFEST, f"has no part {name!r}; it has {sorted(manifest.parts)}")
     part = manifest.parts[name]
     return read_part(folder / part.file, part, device)
+
+
+def inspect_parts(folder: str | os.PathLike[str], manifest: Manifest, names: Iterable[str]) -> dict[str, Inspected]:
+    """Verify parts of the checkpoint in `folder`, and return what is in their files but not the tensors.
+
+    Raises:
+        CheckpointError: As `load_part`.
+    """
+    found = {}
+    for name in names:
+        if name not in manifest.parts:
+            refuse(Path(folder) / MANIFEST, f"has no part {name!r}; it has {sorted(manifest.parts)}")
+        found[name] = inspect_part(Path(folder) / manifest.parts[name].file, manifest.parts[name])
+    return found
 
 
 def _kept(path: Path, old: Manifest | None, parts: Iterable[str], keep: list[str]) -> dict[str, PartFile]:

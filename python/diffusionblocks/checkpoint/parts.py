@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -17,6 +18,7 @@ from .layout import DTYPES, Layout, parse
 from .manifest import PartFile, refuse
 
 CHUNK = 1 << 24  # bytes read at a time
+CORRUPT = "is corrupt: its content doesn't match the recorded SHA-256; restore it from a copy"
 
 
 class Stored(NamedTuple):
@@ -54,6 +56,29 @@ def write_part(path: Path, part: Part) -> PartFile:
     return PartFile(path.name, path.stat().st_size, sha256, dict(layout.tied))
 
 
+class Inspected(NamedTuple):
+    """A part's file that was verified but not kept: its path, its safetensors header, and where its tensors lie."""
+
+    path: Path
+    head: bytes
+    layout: Layout
+
+
+def inspect_part(path: Path, part: PartFile) -> Inspected:
+    """Read a part's file, verify it against its record, and return what is in it but not the tensors.
+
+    Raises: CheckpointError as `read_part`.
+    """
+    check_size(path, part)
+    if atomic.digest(path) != part.sha256:
+        refuse(path, CORRUPT)
+    with open(path, "rb") as file:
+        head = file.read(8)
+        head += file.read(min(int.from_bytes(head, "little"), part.size))
+    layout = _layout(path, head, part)
+    return Inspected(path, head, replace(layout, tied=tuple(part.tied.items())))
+
+
 def read_part(path: Path, part: PartFile, device: str | torch.device) -> dict[str, Tensor]:
     """Read a part's file, once, verified against its record; tied tensors are one tensor again.
 
@@ -65,13 +90,20 @@ def read_part(path: Path, part: PartFile, device: str | torch.device) -> dict[st
     check_size(path, part)
     head, data, sha256 = _read(path, part.size)
     if sha256 != part.sha256:
-        refuse(path, "is corrupt: its content doesn't match the recorded SHA-256; restore it from a copy")
+        refuse(path, CORRUPT)
+    # As views they are aligned as ordinary tensors: arithmetic on them after a resume takes the same vector paths, bit
+    # for bit, as before.
+    tensors = {name: t.to(device) for name, t in _layout(path, head, part).views(data).items()}
+    return tensors | {alias: tensors[source] for alias, source in part.tied.items()}
+
+
+def _layout(path: Path, head: bytes, part: PartFile) -> Layout:
     try:
-        layout = parse(head, len(data))
-        # As views they are aligned as ordinary tensors: arithmetic on them after a resume takes the same vector
-        # paths, bit for bit, as before.
-        tensors = {name: t.to(device) for name, t in layout.views(data).items()}
-        return tensors | {alias: tensors[source] for alias, source in part.tied.items()}
+        layout = parse(head, part.size - len(head))
+        names = {span.name for span in layout.spans}
+        if unknown := set(part.tied.values()) - names:
+            raise KeyError(min(unknown))
+        return layout
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(path, f"is foreign: not the safetensors file that was saved ({error}); restore it from a copy")
 

@@ -52,6 +52,18 @@ class DiskStore:
         """Return what a checkpoint is written from."""
         return Stored(self._path(place.name), dict(place.layout.tied))
 
+    def adopt(self, name: str, path: Path) -> bool:
+        """Link a file that never changes as a part's content; return whether the file system could."""
+        self._check_owner()
+        aside = self._path(name + ".tmp")
+        aside.unlink(missing_ok=True)
+        try:
+            os.link(path, aside)
+        except OSError:
+            return False
+        os.replace(aside, self._path(name))
+        return True
+
     def exchange(
         self, slot: Tensor, leaving: Place | None, arriving: Place | None, ready: Event, left: Callable[[], None]
     ) -> Event:
@@ -83,6 +95,10 @@ class DiskStore:
     def _owner(self) -> str:
         return (self.folder / OWNER).read_text() if (self.folder / OWNER).exists() else ""
 
+    def _check_owner(self) -> None:
+        if self._owner() != self._name:
+            raise RuntimeError(f"another Offloader has written to {self.folder} since: give each a folder of its own")
+
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
@@ -90,8 +106,7 @@ class DiskStore:
     def _open(self, place: Place, flags: int, suffix: str = "") -> Iterator[tuple[int, int]]:
         """Open a part's file; yields its descriptor and where the part begins in it."""
         path = self._path(place.name + suffix)
-        if self._owner() != self._name:
-            raise RuntimeError(f"another Offloader has written to {self.folder} since: give each a folder of its own")
+        self._check_owner()
         if place.layout.nbytes >= DIRECT:
             flags |= getattr(os, "O_DIRECT", 0)
         try:

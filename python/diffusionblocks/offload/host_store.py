@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class HostStore:
     def source(self, place: Place) -> dict[str, Tensor]:
         """Return what a checkpoint is written from."""
         return self.get(place)
+
+    def adopt(self, name: str, path: Path) -> bool:
+        """Return False: a file must be read."""
+        return False
 
     def exchange(
         self, slot: Tensor, leaving: Place | None, arriving: Place | None, ready: Event, left: Callable[[], None]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import DiffusionBlocks
-from ..checkpoint.parts import Stored
+from ..checkpoint.parts import Inspected, Stored
 from .buffers import give_back
 from .disk_store import DiskStore
 from .host_store import HostStore
@@ -219,6 +219,11 @@ class Offloader:
         self._send(part)
         if self.active is not None and part == self._name(self.active):
             self._bind(self.active)
+
+    def adopt(self, part: str, saved: Inspected) -> bool:
+        """Take over a waiting part's content by a link to its file in a checkpoint, if it lies there as it does here;
+        return whether that was done."""
+        return self._slots is not None and not self._is_resident(part) and self._slots.adopt(part, saved)
 
     def usage(self) -> Usage:
         """Return bytes on the device: weights, gradients, moments, averages, and what else the slots hold."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.layout import Span
 from .materialize import materialize
 from .memory import Usage, count_bytes
 
@@ -127,8 +128,8 @@ class Part:
         for name, value in scalars.items():
             self._set(name, value)
 
-    def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise ValueError unless `tensors` has all weights of this part, in their shapes, and state of no others."""
+    def check(self, tensors: Mapping[str, Tensor | Span]) -> None:
+        """Raise ValueError unless all weights of this part, in their shapes, are given, and state of no others."""
         own = {f"weight/{name}": t.shape for name, t in self._weights().items()}
         given = {name: t.shape for name, t in tensors.items() if name.startswith("weight/")}
         wrong = {n for n in own.keys() | given.keys() if own.get(n) != given.get(n)}

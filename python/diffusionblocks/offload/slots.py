@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.layout import Layout
-from ..checkpoint.parts import Stored
+from ..checkpoint.parts import Inspected, Stored
 from .buffers import device_buffer
 from .disk_store import DiskStore
 from .host_store import HostStore
@@ -137,6 +137,16 @@ class Slots:
             return self.get(name)
         self._quiet()
         return self.store.source(Place(name, self.layouts[name]))
+
+    def adopt(self, name: str, saved: Inspected) -> bool:
+        """Let the store take a part's content from a checkpoint's file, if it can; return whether it did."""
+        layout = self.layouts[name]
+        self._quiet()
+        if saved.head != layout.header or saved.layout.tied != layout.tied or not self.store.adopt(name, saved.path):
+            return False
+        if slot := self._slot_of(name):
+            slot.holds, slot.changed = None, False
+        return True
 
     def close(self) -> None:
         """Give up slots and store."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..blocks import DiffusionBlocks
 from ..checkpoint import files
 from ..checkpoint.files import CheckpointError
+from ..checkpoint.layout import Layout
 from ..noise.density import Tabulated
 from ..noise.information import InformationMeter
 from ..noise.partition import Partition
@@ -63,10 +64,12 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
     missing = set(trainer.offloader.parts) - manifest.parts.keys()
     if missing:
         raise CheckpointError(f"{folder} has no {', '.join(sorted(missing))}: it is of a model with fewer blocks")
+    found = files.inspect_parts(folder, manifest, trainer.offloader.parts)
     for name, part in trainer.offloader.parts.items():  # all before the first is replaced: nothing is half loaded
-        _check_part(part, files.load_part(folder, name, manifest=manifest), f"{folder}: {name}")
+        _check_part(part, found[name].layout, f"{folder}: {name}")
     for name in trainer.offloader.parts:
-        _load(trainer.offloader, name, files.load_part(folder, name, manifest=manifest), folder)
+        if not trainer.offloader.adopt(name, found[name]):
+            _load(trainer.offloader, name, files.load_part(folder, name, manifest=manifest), folder)
         trainer.offloader.parts[name].take_scalars(state["scalars"].get(name, {}))
     trainer.meter = _meter(folder, manifest, trainer.device) if "noise" in manifest.parts else None
     _take_over(trainer.model, state)
@@ -98,8 +101,10 @@ def _take_over(model: DiffusionBlocks, state: dict[str, Any]) -> None:
     model.target.shape = None if state["shape"] is None else tuple(state["shape"])
 
 
-def _check_part(part: Part, tensors: dict[str, Tensor], where: str) -> None:
+def _check_part(part: Part, layout: Layout, where: str) -> None:
     """Raise CheckpointError unless a part's stored tensors have the model's names, shapes and dtypes."""
+    tensors = {span.name: span for span in layout.spans}
+    tensors |= {name: tensors[twin] for name, twin in layout.tied}
     try:
         part.check(tensors)
     except ValueError as error:
