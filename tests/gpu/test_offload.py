@@ -60,14 +60,66 @@ def test_offloaded_blocks_come_back_bit_for_bit(tmp_path, device, offload, preci
 
 
 @waiting
-def test_only_one_block_is_on_the_device(tmp_path, device, offload):
-    offloader, _ = scrambled(tmp_path, device, offload)
-    for block in (1, 0):
+@pytest.mark.parametrize("slots", [1, 2])
+def test_the_device_holds_the_shared_part_and_the_slots(tmp_path, device, offload, slots):
+    offloader, _ = scrambled(tmp_path, device, offload, slots=slots)
+    for block in (1, 0, 2):
         offloader.activate(block)
-        resident = [*live(offloader, "shared").values(), *live(offloader, f"block_{block}").values()]
-        used = offloader.usage().by_category
-        if device.type == "cuda" or offload == "disk":  # a host that trains holds what waits on it
-            assert sum(used.values()) == count_bytes(resident, device)
+    resident = [*live(offloader, "shared").values(), *live(offloader, f"block_{block}").values()]
+    held = [*resident, *offloader._slots.buffers]
+    assert offloader.usage().total == count_bytes(held, device)
+    if device.type == "cuda":
+        largest = max(layout.nbytes for layout in offloader._slots.layouts.values())
+        assert sum(b.numel() for b in offloader._slots.buffers if b.is_cuda) == slots * largest
+
+
+@waiting
+@pytest.mark.parametrize("slots", [1, 2])
+def test_slots_never_move_and_copies_wait_for_the_work_before_them(tmp_path, device, offload, slots):
+    """Each visit changes all numbers by kernels that are still running when the block leaves."""
+    offloader, expected = scrambled(tmp_path, device, offload, slots=slots)
+    work, addresses, added = torch.randn(1024, 1024, device=device), set(), [0, 0, 0]
+    for visit in range(60):
+        block = (visit * 7) % 3
+        offloader.activate(block)
+        offloader.prefetch((block + 1) % 3)
+        tensors = live(offloader, f"block_{block}")
+        addresses.add(min(t.data_ptr() for t in tensors.values() if t.device == device))
+        for _ in range(4 if device.type == "cuda" else 0):
+            work = torch.tanh(work @ work)  # what the change waits for
+        change = 1 + 0 * work[0, 0].nan_to_num()
+        for name, t in tensors.items():
+            if name.startswith(("weight/", "exp_avg/")) and t.dtype == torch.float32:
+                t.data.add_(change)
+        added[block] += 1
+    assert len(addresses) <= slots
+    for block, count in enumerate(added):
+        for name, t in offloader.tensors(f"block_{block}").items():
+            if name.startswith(("weight/", "exp_avg/")) and t.dtype == torch.float32:
+                start = expected[f"block_{block}/{name}"]
+                for _ in range(count):
+                    start = start + 1
+                assert torch.equal(t.cpu(), start), name
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_host_buffers_are_page_locked_where_asked_for(tmp_path, device, pin):
+    made = trainer(tmp_path, device, "cpu", pin=pin)
+    buffers = made.offloader._slots.store.buffers
+    assert len(buffers) == 3
+    if device.type == "cuda":
+        assert all(b.is_pinned() == pin for b in buffers)
+
+
+@waiting
+@pytest.mark.parametrize("slots", [1, 2])
+def test_training_in_slots_is_training_with_all_resident(tmp_path, device, repeatable, offload, slots):
+    results = []
+    for place, count in ((None, 1), (offload, slots)):
+        made = trainer(tmp_path / str(place), device, place, "labels", visit=2, slots=count, precision="bfloat16")
+        made.fit(small.Loader(), steps=14, progress=False)
+        results.append(everything(made.offloader))
+    assert all(torch.equal(t, results[1][name]) for name, t in results[0].items())
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
@@ -90,7 +142,7 @@ def test_torchs_optimizers_go_with_their_blocks(tmp_path, device, offload, name)
 
 @waiting
 def test_a_block_read_ahead_is_the_one_read_then(tmp_path, device, offload):
-    offloader, expected = scrambled(tmp_path, device, offload)
+    offloader, expected = scrambled(tmp_path, device, offload, slots=2)
     offloader.activate(0)
     work = torch.randn(512, 512, device=device)
     for block in (1, 2, 0, 2, 1):
@@ -127,7 +179,7 @@ def test_averages_swap_in_and_out_wherever_blocks_wait(tmp_path, device, offload
 def test_training_with_prefetch_between_visits_changes_no_bit(tmp_path, device, repeatable):
     results = []
     for prefetch in (False, True):
-        made = trainer(tmp_path / str(prefetch), device, "cpu", "labels", visit=2)
+        made = trainer(tmp_path / str(prefetch), device, "cpu", "labels", visit=2, slots=2)
         if prefetch:
             activate = made.offloader.activate
 

@@ -20,7 +20,7 @@ class Sampler:
         model: The model; offloaded blocks come by themselves.
         x: Conditioning, (N, ...), the same for every level.
         batch: Samples per call of the network.
-        prefetch: While a block works, bring the next one: no wait, for the memory of a second block.
+        prefetch: While a block works, bring the next one, where the model's Offloader has two slots.
     """
 
     def __init__(self, model: DiffusionBlocks, x: Tensor, *, batch: int = BATCH, prefetch: bool = False):
