@@ -176,3 +176,59 @@ def test_frozen_tensors_of_several_parts_are_found():
     owner = Part(model["a"], None, common, owns_common=True)
     assert names(one.tensors(), "weight") == WEIGHTS - {"table", "frozen.bias"}
     assert names(owner.tensors(), "weight") == WEIGHTS - {"table"} | {"a.table", "b.frozen.bias"}
+
+
+class Coded(torch.Tensor):
+    """Numbers as codes and a scale, as 8-bit optimizers keep them: a tensor that wraps others."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, meta, size, stride):
+        return cls(inner["codes"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        raise NotImplementedError(f"{op}")
+
+
+class EightBit(torch.optim.Optimizer):
+    """Sign descent whose one moment is coded."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            if "moment" not in state:
+                state["moment"] = Coded(torch.zeros(p.shape, dtype=torch.uint8), torch.zeros(()))
+            state["moment"].codes += (p.grad > 0).to(torch.uint8)
+            state["moment"].scale += 1
+            p -= 0.1 * state["moment"].codes / state["moment"].scale
+
+
+def test_state_that_wraps_tensors_moves_by_what_is_inside(tmp_path):
+    made = part(EightBit, steps=3)
+    tensors = made.tensors()
+    assert names(tensors, "moment.codes") == names(tensors, "moment.scale") == TRAINED
+    copy = {name: t.detach().clone() for name, t in tensors.items()}
+    made.empty()
+    state = made.optimizer.state[made.module.one.bias]["moment"]
+    assert state.codes.untyped_storage().nbytes() == 1 and state.codes.shape == (3,)
+    made.bind(copy)
+    assert torch.equal(state.codes, torch.full((3,), 3, dtype=torch.uint8)) and float(state.scale) == 3
+    fresh = part(EightBit, steps=0)
+    fresh.check(copy)
+    fresh.replace(copy)
+    assert all(torch.equal(t, copy[name]) for name, t in fresh.tensors().items())
+    assert fresh.module.one.bias.grad is None

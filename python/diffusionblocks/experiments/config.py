@@ -62,6 +62,7 @@ class TrainConfig(TrainerConfig):
     """End-to-end warm-ups to choose from, at the best rate."""
     weight_decay: Suppress[float] = 0.01
     compile: Suppress[bool] = False
+    pin: Suppress[bool] = True
     folder: Suppress[Path | None] = None
     log_folder: Suppress[Path | None] = None
     log_every: Suppress[int] = 25

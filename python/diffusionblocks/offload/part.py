@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..checkpoint.layout import Span
 from .materialize import materialize
@@ -121,6 +122,9 @@ class Part:
         """Put tensors in place of all of the part's; optimizer state that isn't among them is forgotten."""
         if self.optimizer is not None:
             self.optimizer.state.clear()
+            if any("." in name.partition("/")[0] for name in tensors):
+                self.take({name: t.clone() for name, t in tensors.items() if name.startswith("weight/")})
+                self._make_state(self.optimizer)
         self.take(tensors)
 
     def take_scalars(self, scalars: Mapping[str, Any]) -> None:
@@ -183,12 +187,34 @@ class Part:
             return {}
         state = self.optimizer.state
         named = [(name, p) for name, p in self.module.named_parameters() if p in state]
-        return {f"{key}/{name}": value for name, p in named for key, value in state[p].items()}
+        entries: dict[str, Any] = {}
+        for name, p in named:
+            for key, value in state[p].items():
+                if is_traceable_wrapper_subclass(value):  # e.g. 8-bit state: the tensors inside move
+                    inner = value.__tensor_flatten__()[0]
+                    entries |= {f"{key}.{attribute}/{name}": getattr(value, attribute) for attribute in inner}
+                else:
+                    entries[f"{key}/{name}"] = value
+        return entries
 
     def _set(self, name: str, value: Any) -> None:
-        if self.optimizer is not None:
-            key, _, parameter = name.partition("/")
-            self.optimizer.state[self.module.get_parameter(parameter)][key] = value
+        if self.optimizer is None:
+            return
+        key, _, parameter = name.partition("/")
+        state = self.optimizer.state[self.module.get_parameter(parameter)]
+        key, _, attribute = key.partition(".")
+        if not attribute:
+            state[key] = value
+        else:
+            getattr(state[key], attribute).data = value
+
+    def _make_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let an optimizer make state that only it can, by a step whose numbers are replaced."""
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def common_tensors(model: nn.Module, parts: Mapping[str, nn.Module]) -> Common:
