@@ -168,7 +168,8 @@ def open_run(folder: Path) -> tuple[Task, DiffusionBlocks]:
     waiting = tempfile.TemporaryDirectory(prefix="diffusionblocks-")
     weakref.finalize(model, waiting.cleanup)
     place = "disk" if device.type == "cpu" else "cpu"
-    load_averages(Offloader(model, device=device, offload=place, folder=Path(waiting.name)), folder / "checkpoint")
+    offloader = Offloader(model, device=device, offload=place, folder=Path(waiting.name), slots=2)
+    load_averages(offloader, folder / "checkpoint")
     return task, model.eval()
 
 

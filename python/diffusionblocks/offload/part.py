@@ -86,7 +86,8 @@ class Part:
     def place(self, device: torch.device) -> None:
         """Move all tensors to `device` but those that stay on the host."""
         for t in self.moving().values():
-            t.data = t.data.to(device)
+            if not t.is_meta:
+                t.data = t.data.to(device)
 
     def bind(self, views: Mapping[str, Tensor]) -> None:
         """Make all tensors that move views of a buffer."""

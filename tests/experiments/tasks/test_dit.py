@@ -100,8 +100,8 @@ def test_a_trajectory_brings_each_block_once_in_falling_order_alone(tmp_path, sa
     task = DiTTask(config(out=tmp_path, sampler=sampler))
     trainer, _ = commands.open_trainer(task)
     model, fetched, evaluated = trainer.model, [], []
-    fetch, denoise = trainer.offloader._fetch, model.denoise
-    monkeypatch.setattr(trainer.offloader, "_fetch", lambda part: (fetched.append(part), fetch(part)))
+    bring, denoise = trainer.offloader._slots.bring, model.denoise
+    monkeypatch.setattr(trainer.offloader._slots, "bring", lambda part: (fetched.append(part), bring(part))[1])
 
     def watched(x, z, sigma, *, block):
         assert resident(model) == [block]

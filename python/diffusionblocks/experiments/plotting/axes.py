@@ -27,7 +27,7 @@ BASELINES: dict[str, Any] = {
     "forward-forward": "-.",
     "noprop": (0, (1, 4)),
 }
-CATEGORY_COLOURS = ("#332288", "#88CCEE", "#999933", "#DDCC77", "#AA4499")
+CATEGORY_COLOURS = ("#332288", "#88CCEE", "#999933", "#DDCC77", "#BBBBBB", "#AA4499")
 
 
 def block_colours(blocks: int) -> list[Any]:
