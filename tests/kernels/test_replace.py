@@ -109,8 +109,40 @@ def test_one_module_in_two_places_stays_one():
 def test_nothing_changes_when_one_op_matches_nothing():
     model = nn.Sequential(nn.LayerNorm(8))
     with pytest.raises(ValueError, match="nothing in the model matches ada_rms_norm: its norms are LayerNorm"):
-        replace(model)
+        replace(model, ops=["ada_layer_norm", "ada_rms_norm"])
     assert type(model[0]) is nn.LayerNorm
+
+
+def test_without_ops_it_takes_whichever_match_and_raises_if_none_does():
+    assert [r.op for r in replace(nn.Sequential(nn.LayerNorm(8), OffsetRMSNorm(8)))] == ["ada_layer_norm"]
+    assert [r.op for r in replace(nn.Sequential(nn.RMSNorm(8)))] == ["ada_rms_norm"]
+    with pytest.raises(ValueError, match=r"matches ada_layer_norm, ada_rms_norm: its norms are OffsetRMSNorm; remove"):
+        replace(nn.Sequential(OffsetRMSNorm(8), nn.Linear(8, 8)))
+
+
+class TimmLikeLayerNorm(nn.LayerNorm):
+    """timm.layers.LayerNorm: a subclass with a switch for a faster call."""
+
+    _fast_norm = False
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class ChannelsFirst(nn.LayerNorm):
+    """timm's LayerNorm2d: over the channels of images."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class TimmLikeRmsNorm(LlamaLikeRMSNorm):
+    """timm.layers.RmsNorm: another spelling."""
+
+
+def test_subclasses_and_spellings_are_taken_where_they_compute_the_same():
+    model = nn.Sequential(TimmLikeLayerNorm(8), ChannelsFirst(8), TimmLikeRmsNorm(8))
+    assert [(r.name, r.was) for r in replace(model)] == [("0", "TimmLikeLayerNorm"), ("2", "TimmLikeRmsNorm")]
 
 
 def test_wrong_arguments():
@@ -119,6 +151,32 @@ def test_wrong_arguments():
     for ops in (["edm_loss"], []):
         with pytest.raises(ValueError, match="ops must name some of ada_layer_norm, ada_rms_norm"):
             replace(network(), ops=ops)
+
+
+def models():
+    """Yield networks as a user has them, with inputs and the number of their norms."""
+    from diffusionblocks.experiments.models.vit import ViT, ViTConfig
+
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    tokens, images = torch.arange(10).view(1, 10), torch.randn(2, 3, 16, 16)
+    llama = transformers.LlamaConfig(vocab_size=16, num_key_value_heads=2, **sizes)
+    gpt2 = transformers.GPT2Config(vocab_size=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    vit = transformers.ViTConfig(image_size=16, patch_size=8, **sizes)
+    yield transformers.LlamaForCausalLM(llama), tokens, 5
+    yield transformers.GPT2LMHeadModel(gpt2), tokens, 5
+    yield transformers.ViTForImageClassification(vit), images, 5
+    yield nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), torch.randn(2, 5, 32), 2
+    yield ViT(ViTConfig(image_size=16, channels=3, layers=2), conditioned=False), images, 5
+
+
+def test_models_of_every_kind_without_naming_ops():
+    torch.manual_seed(0)
+    for model, x, count in models():
+        before = model.eval()(x)
+        assert len(replace(model)) == count, type(model).__name__
+        now = model(x)
+        torch.testing.assert_close(getattr(now, "logits", now), getattr(before, "logits", before), rtol=1e-4, atol=1e-5)
 
 
 def test_a_llama_and_a_vit_of_transformers():
