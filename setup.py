@@ -7,8 +7,9 @@ have it.
 
 Kernels go through PyTorch's stable ABI, so a build serves torch 2.11 and later; the Python-facing module
 (build facts, Philox for the tests) is pybind11, so a wheel serves one version of Python. Without a working C++
-compiler the install succeeds, and the ops run on their definitions. A CUDA library that was begun must build:
-else the install fails, with the compiler's first error.
+compiler, or without torch or pybind11, the install succeeds, and the ops run on their definitions; pip shows none of
+this output, so the reason is installed, too, as dbkernels/_C.not_built.txt: the first op and `python -m dbkernels`
+tell it. A CUDA library that was begun must build: else the install fails, with the compiler's first error.
 """
 
 import contextlib
@@ -19,12 +20,17 @@ import threading
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 try:
     import torch
     from torch.utils import cpp_extension
-except ImportError:  # a source checkout being inspected, or an install with no torch yet
+except (ImportError, OSError):  # a source checkout being inspected, an install with no torch yet, or a broken one
     torch = cpp_extension = None
+try:
+    import pybind11
+except ImportError:
+    pybind11 = None
 
 # Kernels may use what torch 2.11 offers and nothing later.
 COMMON = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -73,8 +79,6 @@ def cuda_wanted():
 
 def library(name, kind, sources, facts, flags):
     """Return the extension `name`: the Python-facing module and a folder's kernels."""
-    import pybind11
-
     made = kind(
         name,
         ["csrc/module.cpp", *map(str, sources)],
@@ -86,11 +90,17 @@ def library(name, kind, sources, facts, flags):
     return made
 
 
+def lacking():
+    """Return why no kernels can be compiled here; None if they can."""
+    names = [name for name, module in (("torch", torch), ("pybind11", pybind11)) if module is None]
+    return f"{' and '.join(names)} couldn't be imported where it was built" if names else None
+
+
 def extensions():
     """Return what to build here, after saying it."""
     wanted, why = cuda_wanted()
-    if torch is None:
-        say("torch isn't importable here, so no kernels are compiled; install it, then use --no-build-isolation")
+    if lacking():
+        say(f"no kernels are compiled: {lacking()}; install that, then use --no-build-isolation")
         return []
     cpu = ["csrc/bindings.cpp", *sorted(Path("csrc/cpu").glob("*.cpp"))]
     made = [library("dbkernels._C", cpp_extension.CppExtension, cpu, CXX_FLAGS, {"cxx": CXX_FLAGS})]
@@ -139,9 +149,36 @@ def first_error(lines, error):
     return next(filter(complaint.search, lines), f"{type(error).__name__}: {error}")
 
 
+def note(folder, name, reason):
+    """Keep beside a library why it isn't built, for `python -m dbkernels`; None: it is."""
+    path = Path(folder, f"{name.rpartition('.')[2]}.not_built.txt")
+    if reason is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(reason + "\n")
+
+
+class BuildPython(build_py):
+    """Copies the packages; where nothing can be compiled, with the reason."""
+
+    def run(self):
+        super().run()
+        if lacking():
+            folder = "dbkernels" if self.editable_mode else Path(self.build_lib, "dbkernels")
+            note(folder, "dbkernels._C", lacking())
+
+
 def build_command():
     class Build(cpp_extension.BuildExtension):
         """Builds one library after the other, and says how it went. The CPU's may be left out; CUDA's may not."""
+
+        def run(self):
+            self.reasons = {}
+            super().run()
+            for extension in self.extensions:  # now, as setuptools knows only here whether it builds in place
+                folder = Path(self.get_ext_fullpath(extension.name)).parent
+                note(folder, extension.name, self.reasons.get(extension.name))
 
         def build_extensions(self):
             every = self.extensions
@@ -161,6 +198,7 @@ def build_command():
                         ) from error
                     extension.optional = True  # nothing to copy or to pack is no error then
                     say("the package installs and runs on its PyTorch definitions")
+                    self.reasons[extension.name] = said
             self.extensions = every
 
     return Build
@@ -171,7 +209,7 @@ def main():
     setup(
         packages=find_packages(include=["dbkernels", "dbkernels.*"]) + find_packages("python"),
         ext_modules=made,
-        cmdclass={"build_ext": build_command()} if made else {},
+        cmdclass={"build_py": BuildPython} | ({"build_ext": build_command()} if made else {}),
     )
 
 

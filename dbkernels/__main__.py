@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import torch
 
 import dbkernels
-from dbkernels._library import compiled, kernels, load_error
+from dbkernels._library import compiled, kernels, load_error, remedy
 
 
 def _triton_version() -> str:
@@ -48,10 +49,13 @@ def _devices() -> dict[str, str]:
 
 
 def main() -> None:
-    print(f"dbkernels {dbkernels.__version__}, Python {platform.python_version()}, {platform.system()}")
+    print(f"dbkernels {dbkernels.__version__} in {Path(dbkernels.__file__).parent}")
+    print(f"Python {platform.python_version()}, {platform.system()}")
     print(f"torch {torch.__version__} (CUDA {torch.version.cuda}), Triton {_triton_version()}")
     print(f"backend {dbkernels.backend()} (DBKERNELS_BACKEND)")
     print(f"CPU library:  {_library_line('_C', 'CPU')}")
+    if load_error("_C"):
+        print(f"  to have it, {remedy()}")
     print(f"CUDA library: {_library_line('_C_cuda', 'CUDA')}")
     for device, description in _devices().items():
         print(f"\n{device}: {description}")

@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -51,8 +53,38 @@ def _load(name: str) -> ModuleType | None:
         return importlib.import_module(f"{NAMESPACE}.{name}")
     except ImportError as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name == f"{NAMESPACE}.{name}"
-        _load_errors[name] = "not built" if absent else f"built, but doesn't load: {error}"
+        _load_errors[name] = _why_not_built(name) if absent else f"built, but doesn't load: {error}"
         return None
+
+
+def _why_not_built(name: str) -> str:
+    """Return "not built", with the reason that the build left beside the library (setup.py)."""
+    note = Path(__file__).with_name(f"{name}.not_built.txt")
+    return f"not built, {note.read_text().strip()}" if note.exists() else "not built"
+
+
+def shadowed() -> Path | None:
+    """Return the folder of an installed dbkernels with a library, which this one without it stands in front of.
+
+    So it is in a checkout, whose folder Python puts first on its path.
+    """
+    here = Path(__file__).resolve().parent
+    for entry in sys.path:
+        folder = Path(entry or os.curdir).resolve() / NAMESPACE
+        if folder != here and any(folder.glob("_C.*.so")):
+            return folder
+    return None
+
+
+def remedy() -> str:
+    """Return how to get the CPU library."""
+    installed = shadowed() if _load_errors.get("_C", "").startswith("not built") else None
+    if installed is not None:
+        return f"run in another folder: {Path(__file__).parent} here hides the package installed in {installed.parent}"
+    return (
+        "install torch, pybind11 and a C++17 compiler and reinstall: `pip install --force-reinstall --no-deps "
+        "--no-build-isolation .` in the checkout"
+    )
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -122,7 +154,7 @@ def _device_type(values: Sequence[Any]) -> str:
 def _lacking(device_type: str) -> tuple[str, str] | None:
     """Return what is missing if a definition serves `device_type`, and how to get it. None if nothing is."""
     if device_type == "cpu" and "_C" in _load_errors:
-        return f"its CPU library ({_load_errors['_C']})", "install a C++17 compiler and reinstall"
+        return f"its CPU library ({_load_errors['_C']})", remedy()
     if device_type != "cuda" or "_C_cuda" not in _load_errors:
         return None
     library = f"its CUDA library ({_load_errors['_C_cuda']})"
