@@ -31,9 +31,10 @@ def replace(model: nn.Module, ops: Iterable[str] | None = None) -> list[Replacem
 
     "ada_layer_norm" takes nn.LayerNorm over one dimension; "ada_rms_norm" takes nn.RMSNorm over one dimension; both
     take subclasses, too, and the latter every class named ...RMSNorm (in any case) whose only state is a `weight` and
-    whose forward takes one tensor. A swap requires a trial to pass: the same values, dtype and gradients for activations from 1e-6 to 1e3, inputs of one to four
-    dimensions and every floating dtype that the module takes, in training and in evaluation. Modules that differ (1 +
-    weight, eps outside the root, dropout), can't be tried, or have hooks, buffers or children stay as they are.
+    whose forward takes one tensor. A swap requires a trial to pass: the same values, dtype and gradients for
+    activations from 1e-6 to 1e3, inputs of one to four dimensions and every floating dtype that the module takes, in
+    training and in evaluation. Modules that differ (1 + weight, eps outside the root, dropout), can't be tried, or
+    have hooks, buffers or children stay as they are.
 
     Args:
         model: any module.
