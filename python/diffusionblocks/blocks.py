@@ -182,7 +182,7 @@ class DiffusionBlocks(Offloadable):
         """
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma must be positive and finite, got {sigma}")
-        block = int(self.partition.block_of(sigma)) if block is None else block
+        block = self.partition.owner(sigma) if block is None else block
         self.activate(block)
         self.target.check_noised(z)
         self._check_input(block, x, z, "z")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .targets.base import Features
@@ -32,7 +33,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, scaled: Tensor, c_noise: Tensor, shared: StemHead | None) -> Features:
         """Return features from the conditioning x and the stem's inputs c_in z and c_noise."""
         around = self.around(shared)
-        h, cond = around.stem(x, scaled, c_noise)
+        h, cond = around.stem(x, *_as_weights(around.stem, scaled, c_noise))
         return self._decoded(h, cond, around)
 
     def logits(self, x: Tensor, shared: StemHead | None) -> Tensor:
@@ -49,8 +50,23 @@ class Block(nn.Module):
 
     def _decoded(self, h: Any, cond: Any, around: StemHead) -> Features:
         for layer in self.layers:
-            h = layer(h, cond)
+            out = layer(h, cond)
+            # a layer of transformers gives (h, attentions); two streams come and go as a tuple
+            h = out[0] if isinstance(out, tuple) and isinstance(h, Tensor) else out
         return Features(around.head, around.head.features(h), cond)
+
+
+def _as_weights(stem: nn.Module, scaled: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return c_in z and c_noise, float32 as a trajectory has them, in the dtype of a stem that isn't; autocast does so
+    itself. A stem with `takes_float32` is left alone: in halves neighbouring levels of c_noise are one."""
+    dtype = next((p.dtype for p in stem.parameters() if p.is_floating_point()), c_noise.dtype)
+    if (
+        dtype == c_noise.dtype
+        or getattr(stem, "takes_float32", False)
+        or torch.is_autocast_enabled(c_noise.device.type)
+    ):
+        return scaled, c_noise
+    return scaled.to(dtype) if scaled.is_floating_point() else scaled, c_noise.to(dtype)
 
 
 class BlockLoss(NamedTuple):

@@ -82,7 +82,7 @@ class Offloadable(nn.Module):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._refuse("to", "the Trainer or Offloader places its blocks; call its release() first")
+        self._refuse("move or convert", "its Trainer or Offloader does that; call its release() first")
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -201,3 +201,80 @@ def test_a_stem_whose_tokens_z_does_not_fit_is_refused():
                   target=db.TokenTarget(db.spread_codebook(3, DIM)))  # fmt: skip
     with pytest.raises(ValueError, match="z needs a first token or a token each"):
         model.loss(0, torch.randn(4, 6), torch.zeros(4, 5, dtype=torch.int64))
+
+
+class ByKeyword(nn.Module):
+    """forward with cond by keyword only."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.cond = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, h, *, cond=None):
+        return h + self.linear(h) + self.cond(cond)
+
+
+class ByPosition(ByKeyword):
+    def forward(self, h, cond):
+        return super().forward(h, cond=cond)
+
+
+class StemByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.x, self.noise = nn.Linear(4, 8), nn.Linear(1, 8)
+
+    def forward(self, x, *, z, c_noise):
+        return self.x(x) + z, self.noise(c_noise.unsqueeze(-1))
+
+
+class StemByPosition(StemByKeyword):
+    def forward(self, x, z, c_noise):
+        return super().forward(x, z=z, c_noise=c_noise)
+
+
+def test_what_is_taken_by_keyword_only_is_passed_so():
+    def build(layer, stem):
+        torch.manual_seed(0)
+        return db.from_layers([layer(), layer()], stem=stem(), head=nn.Linear(8, 3),
+                              target=db.LabelTarget(3, 8), blocks=2, shared="per_block").eval()  # fmt: skip
+
+    x = torch.randn(2, 4)
+    assert torch.equal(build(ByKeyword, StemByKeyword)(x), build(ByPosition, StemByPosition)(x))
+
+
+class Pair(nn.Module):
+    """A conditioned layer in the manner of transformers: (h, attentions)."""
+
+    def __init__(self, pair):
+        super().__init__()
+        self.linear, self.pair = nn.Linear(8, 8), pair
+
+    def forward(self, h, cond):
+        h = h + self.linear(h)
+        return (h, None) if self.pair else h
+
+
+def test_a_conditioned_layer_that_returns_a_tuple_gives_its_first():
+    def build(pair):
+        torch.manual_seed(0)
+        return db.from_layers([Pair(pair), Pair(pair)], stem=nn.Linear(4, 8), head=nn.Linear(8, 3),
+                              target=db.LabelTarget(3, 8), blocks=2, dim=8).eval()  # fmt: skip
+
+    x = torch.randn(2, 4)
+    assert torch.equal(build(True)(x), build(False)(x))
+
+
+@pytest.mark.parametrize(
+    "x, words",
+    [
+        (torch.randn(2, 5), r"x, \(2, 5\) torch.float32, does not fit the stem \(Linear\): mat1 and mat2 shapes"),
+        (torch.randn(2, 4).double(), r"x, \(2, 4\) torch.float64, does not fit the stem \(Linear\)"),
+    ],
+)
+def test_an_x_that_does_not_fit_a_plain_stem_is_named(x, words):
+    model = db.from_layers([nn.Linear(8, 8)], stem=nn.Linear(4, 8), head=nn.Linear(8, 3),
+                           target=db.LabelTarget(3, 8), blocks=1)  # fmt: skip
+    for call in (lambda: model(x), lambda: model.loss(0, x, torch.tensor([0, 1])), lambda: db.sample(model, x)):
+        with pytest.raises(ValueError, match=words):
+            call()

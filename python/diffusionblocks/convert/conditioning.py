@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_BY_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 Z_GAIN = 0.1  # of z beside the features it enters: to them it is noise
 
 
@@ -64,6 +67,8 @@ class PlainStem(nn.Module):
         cond: Width of the conditioning.
     """
 
+    takes_float32 = True
+
     def __init__(self, stem: nn.Module, dim: int, z_dim: int, cond: int):
         super().__init__()
         self.stem = stem
@@ -72,7 +77,7 @@ class PlainStem(nn.Module):
         self.noise = NoiseEmbedding(cond)
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
-        h, noise = self.stem(x), self.z(z.to(self.z.weight.dtype))
+        h, noise = embed(self.stem, x), self.z(z.to(self.z.weight.dtype))
         if h.dim() == noise.dim() + 1:
             h = torch.cat([h[:, :1] + noise.unsqueeze(1).to(h.dtype), h[:, 1:]], dim=1)
         elif h.shape == noise.shape:
@@ -113,3 +118,31 @@ def takes(module: nn.Module, *names: str) -> bool:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     required = sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters.values())
     return required >= len(names) or all(name in parameters for name in names[1:])
+
+
+def pass_by_keyword(module: nn.Module, *names: str) -> None:
+    """Let a module be called by position whose forward takes some of these names by keyword only, by a hook on it."""
+    parameters = inspect.signature(module.forward).parameters
+    keywords = {name for name in names if name in parameters and parameters[name].kind is _BY_KEYWORD}
+    if keywords:
+        module.register_forward_pre_hook(functools.partial(_by_keyword, names, keywords), with_kwargs=True)
+
+
+def _by_keyword(
+    names: tuple[str, ...], keywords: set[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    named = list(zip(names, args, strict=True))
+    positional = tuple(value for name, value in named if name not in keywords)
+    return positional, kwargs | {name: value for name, value in named if name in keywords}
+
+
+def embed(stem: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return stem(x). Raises: ValueError, naming x, if it doesn't fit the stem."""
+    try:
+        return stem(x)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, LookupError) as error:
+        raise ValueError(
+            f"x, {tuple(x.shape)} {x.dtype}, does not fit the stem ({type(stem).__name__}): {error}"
+        ) from error

@@ -16,7 +16,7 @@ from ..noise.partition import Partition, make_partition, spread_layers
 from ..targets.base import Target
 from ..targets.codebook import CodebookTarget
 from ..targets.masked import T_MIN, MaskedTarget
-from .conditioning import Conditioned, PlainHead, PlainStem, takes
+from .conditioning import Conditioned, PlainHead, PlainStem, pass_by_keyword, takes
 
 CONTEXT = 0.5  # share of a batch at sigma_max, where the answer must come from x alone
 
@@ -69,6 +69,10 @@ def from_layers(
     counts = spread_layers(len(layers), blocks) if isinstance(blocks, int) else tuple(blocks)
     plain = [not takes(layer, "h", "cond") for layer in layers]
     plain_stem = not takes(stem, "x", "z", "c_noise")
+    for layer in (layer for layer, p in zip(layers, plain, strict=True) if not p):
+        pass_by_keyword(layer, "h", "cond")
+    if not plain_stem:
+        pass_by_keyword(stem, "x", "z", "c_noise")
     if any(plain) or plain_stem:
         width = dim or _width(layers[0])
         cond = cond or max(8, width // 4)

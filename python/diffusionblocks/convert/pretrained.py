@@ -57,7 +57,24 @@ def load(folder: str | Path, model: DiffusionBlocks | None = None) -> DiffusionB
 
 
 def _check(model: DiffusionBlocks, state: dict[str, Tensor], folder: str | Path) -> None:
-    own = {name: t.shape for name, t in model.state_dict().items() if not name.endswith("_extra_state")}
-    wrong = {name for name in own.keys() | state.keys() if name not in state or own.get(name) != state[name].shape}
-    if wrong:
-        raise CheckpointError(f"{folder} does not fit the model: {', '.join(sorted(wrong)[:4])}")
+    own = {name: t for name, t in model.state_dict().items() if not name.endswith("_extra_state")}
+    others = [
+        f"{name} is {tuple(t.shape)} in the folder and {tuple(own[name].shape)} in the model"
+        for name, t in state.items()
+        if name in own and own[name].shape != t.shape
+    ]
+    faults = [
+        _some("the model also has", [name for name in own if name not in state]),
+        _some("the folder also has", [name for name in state if name not in own]),
+        _some("of other shapes:", others),
+    ]
+    if any(faults):
+        raise CheckpointError(
+            f"{folder} does not fit the model: {'; '.join(filter(None, faults))}. Build the model by the code that "
+            "built the saved one, with the same blocks and sizes"
+        )
+
+
+def _some(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what} {', '.join(names[:3])}{more}" if names else ""

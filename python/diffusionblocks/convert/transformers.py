@@ -14,13 +14,15 @@ from ..denoiser import StemHead
 from ..noise.partition import spread_layers
 from ..targets.codebook import spread_codebook
 from ..targets.labels import LabelTarget
-from .conditioning import Z_GAIN, Conditioned, NoiseEmbedding
+from .conditioning import Z_GAIN, Conditioned, NoiseEmbedding, embed
 from .layers import CONTEXT, partition_for
 from .registry import register
 
 
 class ViTStem(nn.Module):
     """The patch and position embeddings of transformers' ViT; z is added to the [CLS] token."""
+
+    takes_float32 = True
 
     def __init__(self, embeddings: nn.Module, cond: int):
         super().__init__()
@@ -29,7 +31,7 @@ class ViTStem(nn.Module):
         self.noise.mlp.to(own.dtype)  # the angles stay float32: halves would merge neighbouring noise levels
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
-        patches = self.embeddings.patch_embeddings(x.to(self.embeddings.cls_token.dtype))  # (B, N, D)
+        patches = embed(self.embeddings.patch_embeddings, x.to(self.embeddings.cls_token.dtype))  # (B, N, D)
         token = self.embeddings.cls_token + (Z_GAIN * z).unsqueeze(1)
         tokens = torch.cat([token.to(patches.dtype), patches], dim=1)  # (B, 1 + N, D)
         return tokens + self.embeddings.position_embeddings, self.noise(c_noise)

@@ -18,6 +18,7 @@ from ..checkpoint.files import CheckpointError
 from ..checkpoint.lock import run_lock
 from ..offload.offloader import Offloader
 from ..training.devices import pick_device
+from ..training.log import named
 from ..training.progress import Progress
 from ..training.state import load_averages
 from ..training.trainer import StepOutput, Trainer
@@ -204,7 +205,8 @@ class RunLog:
 def _block_wise(task: Task, trainer: Trainer, log: RunLog) -> Row:
     config = task.config
     with Progress(config.total_steps, "block-wise") as bar:
-        trainer.callbacks += [log, bar]
+        others = named([name for name in config.loggers if name != "jsonl"], config.log_to)
+        trainer.callbacks += [log, bar, *others]
         trainer.fit(Loader(task.batches(trainer.device)), progress=False)
     return {
         "seconds": log.seconds(),

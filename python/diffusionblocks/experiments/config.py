@@ -66,7 +66,8 @@ class TrainConfig(TrainerConfig):
     folder: Suppress[Path | None] = None
     log_folder: Suppress[Path | None] = None
     log_every: Suppress[int] = 25
-    loggers: Suppress[tuple[Literal["jsonl", "tensorboard", "wandb"], ...]] = ("jsonl",)
+    loggers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
+    """Where block-wise training's rows go besides metrics.jsonl: the run folder's logs, or Weights & Biases."""
     model: Any = None
     """Sizes of the network."""
 
@@ -97,6 +98,10 @@ class TrainConfig(TrainerConfig):
             raise ValueError("tune_lr and tune_warmup need a value each: what the baselines choose from")
         if min(self.tune_lr) <= 0 or not all(0 <= warmup < 1 for warmup in self.tune_warmup):
             raise ValueError(f"need tune_lr > 0 and 0 <= tune_warmup < 1, got {self.tune_lr} and {self.tune_warmup}")
+
+    @property
+    def log_to(self) -> Path:
+        return self.out / "logs"
 
     @property
     def layers(self) -> int:

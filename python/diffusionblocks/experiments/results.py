@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.shards import INDEX
 from ..noise import density
 from ..noise.partition import Partition
 
@@ -52,6 +53,8 @@ def read_run(folder: Path) -> Run:
 
     Raises: ValueError if it isn't the folder of a finished run, saying what is missing.
     """
+    if (folder / INDEX).is_file():
+        raise ValueError(f"{folder} is an exported model, which holds no results to draw: give the run folder")
     unfinished = f"{folder} is not a finished run:"
     for name in ("metrics.jsonl", "summary.json"):
         if not (folder / name).is_file():

@@ -32,6 +32,7 @@ CHANGEABLE = ("lr", "steps", "warmup", "clip")
 # Names of what a run writes.
 OWN = (
     "config.yaml", "facts.json", "changes.jsonl", "metrics.jsonl", "summary.json", "results", "checkpoint", "waiting",
+    "logs",
 )  # fmt: skip
 
 

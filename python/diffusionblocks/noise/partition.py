@@ -88,6 +88,11 @@ class Partition:
         inner = torch.tensor(self.edges[1:-1], dtype=torch.float32, device=level.device)
         return (level.unsqueeze(-1) <= inner).sum(-1)
 
+    @torch._disable_dynamo  # reads a tensor, which a compiler would warn of
+    def owner(self, sigma: float) -> int:
+        """Return the block that owns one level, as `block_of`."""
+        return int(self.block_of(sigma))
+
     def draw(self, block: int, u: Tensor) -> Tensor:
         """Training noise of `block` from uniforms `u` in (0, 1): float32, u's shape and device, no host sync.
 
@@ -199,6 +204,7 @@ def _rule(density: NoiseDensity, by: str) -> NoiseDensity:
     return rules[by]
 
 
+@torch._disable_dynamo  # lists of numbers: a compiler would warn of each read of a tensor
 def step_levels(partition: Partition, steps: int, *, kind: str = "karras", rho: float = edm.RHO) -> list[float]:
     """`steps` falling levels a sampler starts its steps from, at least one in every block's range, then 0.
 

@@ -30,7 +30,7 @@ class Sampler:
     @torch.no_grad()
     def __call__(self, z: Tensor, sigma: float) -> Output:
         """Return the raw output and D of the block that owns `sigma`, for all of z."""
-        block = int(self.model.partition.block_of(sigma))
+        block = self.model.partition.owner(sigma)
         self.model.activate(block)
         if self.prefetch and self.model.offloader and block + 1 < len(self.model.blocks):
             self.model.offloader.prefetch(block + 1)

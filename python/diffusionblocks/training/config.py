@@ -85,6 +85,11 @@ class TrainerConfig:
             raise ValueError("branch, and warmup as a share, are shares of all steps: set steps, too")
 
     @property
+    def log_to(self) -> Path | None:
+        """Folder that loggers write to."""
+        return self.log_folder
+
+    @property
     def total_steps(self) -> int | None:
         """Steps in all."""
         return self.steps

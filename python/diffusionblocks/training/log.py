@@ -43,12 +43,15 @@ def row(trainer: Trainer, block: int, losses: Sequence[BlockLoss], norm: Tensor,
 
 def loggers(config: TrainerConfig) -> list[Any]:
     """Return the callbacks that a config asks for: JSON lines wherever there is a log folder, others by name."""
-    if config.log_folder is None:
-        return []
-    folder = Path(config.log_folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    return [] if config.log_folder is None else named(("jsonl", *config.loggers), Path(config.log_folder))
+
+
+def named(names: Sequence[str], folder: Path) -> list[Any]:
+    """Return the loggers of these names, each once, writing to `folder`. Raises: ImportError without their extras."""
     kinds = {"jsonl": JsonLines, "tensorboard": TensorBoard, "wandb": WandB}
-    return [kinds[name](folder) for name in dict.fromkeys(("jsonl", *config.loggers))]
+    if names:
+        folder.mkdir(parents=True, exist_ok=True)
+    return [kinds[name](folder) for name in dict.fromkeys(names)]
 
 
 class JsonLines:

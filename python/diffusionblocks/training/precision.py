@@ -6,18 +6,32 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
-def to_bfloat16(model: nn.Module) -> None:
+def to_bfloat16(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
     """Store trained matrices in bfloat16, in place: under autocast their products then need no cast in every step.
 
     Vectors (biases, norms) and frozen tensors (codebooks) stay as they are: small, and autocast computes with them in
-    float32.
+    float32. Returns the parameters changed, and their data before.
     """
-    for p in model.parameters():
-        if p.requires_grad and p.dim() > 1 and p.dtype == torch.float32:
-            p.data = p.data.to(torch.bfloat16)
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1 and p.dtype == torch.float32]
+    before = [(p, p.data) for p in matrices]
+    for p, data in before:
+        p.data = data.to(torch.bfloat16)
+    return before
+
+
+@contextlib.contextmanager
+def stored(model: nn.Module, precision: str) -> Iterator[None]:
+    """Store a model's weights as a precision asks for; an error within the context restores them."""
+    before = to_bfloat16(model) if precision == "bfloat16" else []
+    try:
+        yield
+    except BaseException:
+        for p, data in before:
+            p.data = data
+        raise
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

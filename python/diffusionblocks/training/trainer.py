@@ -22,14 +22,14 @@ from ..offload.memory import SavedTensors, Usage, allocated, reset_peak
 from ..offload.offloader import Offloader, check_free
 from ..targets.devices import send
 from . import state
-from .batches import endless
+from .batches import endless, pair
 from .branch import branch
 from .config import TrainerConfig
 from .devices import pick_device
 from .finite import FiniteWatch
 from .log import loggers, row
 from .optimizer import MakeOptimizer, adamw_of, clipped_step, optimizer_of
-from .precision import autocast, seeded, to_bfloat16
+from .precision import autocast, seeded, stored
 from .progress import Progress
 from .schedule import learning_rate, turn
 
@@ -79,25 +79,33 @@ class Trainer:
     ):
         if optimizer is not None and "lr" in settings:
             raise ValueError("lr and optimizer both set the learning rate: give it to the optimizer alone")
+        if optimizer is not None and not callable(optimizer):
+            raise TypeError(
+                "optimizer must be a function that makes one from parameters, e.g. lambda params: "
+                f"torch.optim.SGD(params, 0.1), got {optimizer!r:.60}"
+            )
         self.config = TrainerConfig(**settings) if config is None else dataclasses.replace(config, **settings)
+        if self.config.log_to is None and set(self.config.loggers) - {"jsonl"}:
+            raise ValueError(f"loggers={self.config.loggers} need log_folder, where they write")
         self.device = pick_device(self.config.device)
         check_free(model)
         self.model, self.callbacks = model, [*callbacks, *loggers(self.config)]
         self.steps_done, self.batches_done = 0, 0
-        if self.config.precision == "bfloat16":
-            to_bfloat16(model)
-        make = optimizer or adamw_of(self.config)
-        self.optimizers = {
-            part: made
-            for part, module in model.parts().items()
-            if (made := optimizer_of(module, make, self.config.ema)) is not None
-        }
+        offload = self.config.offload_from(self.device)
+        if offload == "disk" and self.config.folder is None:
+            raise ValueError("offload='disk' needs folder, for the files of waiting blocks")
+        with stored(model, self.config.precision):
+            self.optimizers = {
+                part: made
+                for part, module in model.parts().items()
+                if (made := optimizer_of(module, optimizer or adamw_of(self.config), self.config.ema)) is not None
+            }
         self._rates = {part: [g["lr"] for g in o.param_groups] for part, o in self.optimizers.items()}
         self.offloader = Offloader(
             model,
             self.optimizers,
             device=self.device,
-            offload=self.config.offload_from(self.device),
+            offload=offload,
             folder=self.config.folder,
             slots=self.config.slots,
             pin=self.config.pin,
@@ -238,11 +246,14 @@ class Trainer:
 
         Raises:
             ValueError: No number of steps, or one that is done already, or an empty loader.
+            TypeError: A loader that can't be iterated, a batch that is no function, or one that isn't (x, y).
             NonFiniteLoss: Naming block, step and noise levels.
         """
         end = self.config.total_steps if steps is None else steps
         if end is None:
             raise ValueError("fit needs steps, here or in the Trainer's settings")
+        if not callable(batch):
+            raise TypeError(f"batch must be a function that makes (x, y) of a batch, got {type(batch).__name__}")
         if end < self.steps_done:
             raise ValueError(f"steps={end} counts from the first step on, and {self.steps_done} are done: give more")
         self.loader = loader
@@ -253,7 +264,7 @@ class Trainer:
             self.callbacks += [bar] if bar else []
             try:
                 while self.steps_done < end:
-                    self.step(*batch(next(batches)))
+                    self.step(*pair(batch, next(batches)))
             finally:
                 self.callbacks = [c for c in self.callbacks if c is not bar]
         self.check()
