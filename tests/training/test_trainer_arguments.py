@@ -43,7 +43,7 @@ def test_a_trainer_that_is_not_made_leaves_the_weights(options, error):
 
 
 def test_disk_needs_a_folder():
-    with pytest.raises(ValueError, match="offload='disk' needs folder"):
+    with pytest.raises(ValueError, match="offload='disk' needs a folder: folder="):
         trainer(offload="disk")
 
 
@@ -59,7 +59,7 @@ def test_loggers_need_a_folder(loggers):
         (("image", "label"), r"batch must be a function that makes \(x, y\) of a batch, got tuple"),
         (lambda given: given["image"], r"batch must make \(x, y\) of what the loader gives, here a tuple of 2"),
         (lambda given: (*given, 1), r"batch must make \(x, y\).*too many values"),
-        (lambda given: ("image", "label"), r"batch must make two tensors \(x, y\), got \(str, str\)"),
+        (lambda given: ("image", "label"), r"a batch must be tensors \(x, y\), got str; fit takes batch="),
     ],
 )
 def test_a_batch_that_is_no_pair(batch, words):
@@ -69,7 +69,7 @@ def test_a_batch_that_is_no_pair(batch, words):
 
 def test_a_loader_of_dictionaries_without_a_batch():
     x, y = small.batch()
-    with pytest.raises(TypeError, match=r"batch must make two tensors.*lambda d: \(d\['image'\], d\['label'\]\)"):
+    with pytest.raises(TypeError, match="got str; fit takes batch="):
         trainer().fit([{"image": x, "label": y}], steps=1, progress=False)
     with pytest.raises(TypeError, match="here a dict with image, label: KeyError"):
         trainer().fit([{"image": x, "label": y}], steps=1, batch=lambda d: (d["x"], d["y"]), progress=False)

@@ -111,6 +111,22 @@ class TrainerConfig:
         return "disk" if device.type == "cpu" else "cpu"
 
 
+def check_complete(config: TrainerConfig, device: torch.device, optimizer: Any) -> None:
+    """Raise unless a Trainer can be made: folders for what writes files, and a function for an optimizer of one's own.
+
+    Raises: ValueError or TypeError, naming the argument.
+    """
+    if optimizer is not None and not callable(optimizer):
+        raise TypeError(
+            "optimizer must be a function that makes one from parameters, e.g. lambda params: "
+            f"torch.optim.SGD(params, 0.1), got {str(optimizer)!r:.60}"
+        )
+    if config.offload_from(device) == "disk" and config.folder is None:
+        raise ValueError("offload='disk' needs a folder: folder=, for the files of waiting blocks")
+    if config.log_to is None and set(config.loggers) - {"jsonl"}:
+        raise ValueError(f"loggers={config.loggers} need log_folder, where they write")
+
+
 def check_finite(config: Any) -> None:
     """Raise ValueError unless every float of a config is finite."""
     for field in dataclasses.fields(config):

@@ -24,7 +24,7 @@ from ..targets.devices import send
 from . import state
 from .batches import endless, pair
 from .branch import branch
-from .config import TrainerConfig
+from .config import TrainerConfig, check_complete
 from .devices import pick_device
 from .finite import FiniteWatch
 from .log import loggers, row
@@ -79,21 +79,12 @@ class Trainer:
     ):
         if optimizer is not None and "lr" in settings:
             raise ValueError("lr and optimizer both set the learning rate: give it to the optimizer alone")
-        if optimizer is not None and not callable(optimizer):
-            raise TypeError(
-                "optimizer must be a function that makes one from parameters, e.g. lambda params: "
-                f"torch.optim.SGD(params, 0.1), got {optimizer!r:.60}"
-            )
         self.config = TrainerConfig(**settings) if config is None else dataclasses.replace(config, **settings)
-        if self.config.log_to is None and set(self.config.loggers) - {"jsonl"}:
-            raise ValueError(f"loggers={self.config.loggers} need log_folder, where they write")
         self.device = pick_device(self.config.device)
+        check_complete(self.config, self.device, optimizer)
         check_free(model)
         self.model, self.callbacks = model, [*callbacks, *loggers(self.config)]
         self.steps_done, self.batches_done = 0, 0
-        offload = self.config.offload_from(self.device)
-        if offload == "disk" and self.config.folder is None:
-            raise ValueError("offload='disk' needs folder, for the files of waiting blocks")
         with stored(model, self.config.precision):
             self.optimizers = {
                 part: made
@@ -105,7 +96,7 @@ class Trainer:
             model,
             self.optimizers,
             device=self.device,
-            offload=offload,
+            offload=self.config.offload_from(self.device),
             folder=self.config.folder,
             slots=self.config.slots,
             pin=self.config.pin,
