@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -31,6 +33,33 @@ def test_an_alphabet_smaller_than_the_vocabulary(tmp_path):
     data = text.load(str(tmp_path / "genome.txt"), vocab_size=9)
     assert data.alphabet[:4] == "acgt" and data.decode(torch.arange(9)) == data.alphabet
     assert data.decode(text.encode("tag?", data.alphabet)) == f"tag{text.UNKNOWN}"
+
+
+def test_characters_beyond_the_alphabet_are_counted_and_told(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("é☃" + "acgt" * 50, encoding="utf-8")
+    with pytest.warns(
+        UserWarning, match=r"2 of 202 characters \(0\.99%\) are beyond the 4 .*--model\.vocab-size 7 keeps"
+    ):
+        data = text.load(str(path), vocab_size=5)
+    assert data.decode(torch.cat([data.train, data.val, data.test])).count(text.UNKNOWN) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text.load(str(path), vocab_size=7)
+
+
+def test_too_many_of_them_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(map(chr, range(0x4E00, 0x4F00))) * 3, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.txt: .* of 768 characters .* More than 10% is refused: raise it"):
+        text.load(str(tmp_path / "a.txt"), vocab_size=64)
+    with pytest.warns(UserWarning, match="topics: "):
+        text.load("topics", vocab_size=12)  # for trials with small networks
+
+
+@pytest.mark.parametrize("prompt", ["aé", "a\ufffd"])
+def test_a_prompt_beyond_the_alphabet_is_refused_with_a_count(prompt):
+    with pytest.raises(ValueError, match="1 of 2 characters, the model knows 'acgt'"):
+        text.check_prompt(prompt, "acgt" + text.UNKNOWN)
 
 
 def test_every_split_must_have_its_windows(tmp_path):

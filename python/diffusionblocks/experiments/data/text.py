@@ -6,6 +6,7 @@ Stateless: the windows of a batch are a function of (seed, step).
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from ...targets.devices import send
 
 UNKNOWN = "\ufffd"
 EMBEDDED = "topics"
+UNKNOWN_LIMIT = 0.1  # share of characters beyond the alphabet, above which a text of one's own is refused
 HELD_OUT = 0.05  # share of the characters in validation, and in test
 
 
@@ -65,9 +67,13 @@ def encode(text: str, alphabet: str) -> Tensor:
 
 def check_prompt(prompt: str, alphabet: str) -> None:
     """Raise ValueError if a prompt has characters that aren't in the alphabet: the model would see others."""
-    unknown = sorted(set(prompt) - set(alphabet))
+    unknown = sorted(set(prompt) - set(alphabet.rstrip(UNKNOWN)))
     if unknown:
-        raise ValueError(f"prompt has {''.join(unknown)!r}, the model knows {alphabet.rstrip(UNKNOWN)!r}: leave it out")
+        count = sum(character in unknown for character in prompt)
+        raise ValueError(
+            f"prompt has {''.join(unknown)!r}, {count} of {len(prompt)} characters, the model knows "
+            f"{alphabet.rstrip(UNKNOWN)!r}: leave it out"
+        )
 
 
 def load(source: str, *, vocab_size: int) -> TextData:
@@ -80,7 +86,10 @@ def load(source: str, *, vocab_size: int) -> TextData:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the text isn't UTF-8, or too short to hold any out.
+        ValueError: the text isn't UTF-8, too short to hold any out, or more than a tenth of a text of one's own is
+            beyond the alphabet.
+
+    Warns: of characters beyond the alphabet, with their number.
     """
     documents = load_documents(source)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(stream(0, "documents")))
@@ -89,9 +98,28 @@ def load(source: str, *, vocab_size: int) -> TextData:
     if held < 1:
         raise ValueError(f"{source} holds {len(text)} characters: too few to hold any out")
     train, val, test = text[: -2 * held], text[-2 * held : -held], text[-held:]
-    frequent = [character for character, _ in Counter(train).most_common(vocab_size - 1)]
+    counts = Counter(train)
+    frequent = [character for character, _ in counts.most_common(vocab_size - 1)]
     alphabet = "".join(sorted(frequent)).ljust(vocab_size, UNKNOWN)
+    _tell_unknown(text, counts, frequent, source)
     return TextData(encode(train, alphabet), encode(val, alphabet), encode(test, alphabet), alphabet)
+
+
+def _tell_unknown(text: str, train: Counter[str], known: list[str], source: str) -> None:
+    """Warn of characters beyond the alphabet, which the model sees as one. Raises: ValueError if they are too many."""
+    counts = Counter(text)
+    unknown = Counter({character: counts[character] for character in counts.keys() - set(known)})
+    if not unknown:
+        return
+    share, few = unknown.total() / len(text), "".join(character for character, _ in unknown.most_common(8))
+    more = f"; --model.vocab-size {len(train) + 1} keeps those of the training split" if len(train) > len(known) else ""
+    said = (
+        f"{source}: {unknown.total():,} of {len(text):,} characters ({share:.2%}) are beyond the {len(known)} most "
+        f"frequent of the training split and become U+FFFD, {len(unknown)} kinds, most of all {few!r}{more}"
+    )
+    if share > UNKNOWN_LIMIT and source != EMBEDDED:
+        raise ValueError(f"{said}. More than {UNKNOWN_LIMIT:.0%} is refused: raise it, or remove them from the text")
+    warnings.warn(said, stacklevel=3)
 
 
 def load_documents(source: str) -> list[str]:
