@@ -12,7 +12,7 @@ import pytest
 import diffusionblocks as db
 import small
 from diffusionblocks.training import progress as module
-from diffusionblocks.training.progress import Progress
+from diffusionblocks.training.progress import Progress, stage
 
 ROW = {"block": 2, "loss": 0.1234, "allocated": 3 << 20}
 
@@ -43,6 +43,14 @@ def test_lines_come_now_and_then(capsys, monkeypatch):
     assert lines[-1].endswith("1.0 steps/s, 70 s left")
 
 
+def test_a_line_is_not_told_twice(capsys, monkeypatch):
+    monkeypatch.setattr(module, "EVERY", -1.0)
+    with Progress(2) as bar:
+        for step in (1, 2):
+            bar.on_step_end(trainer(step), None)
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["1/2", "2/2"]
+
+
 def test_without_a_step_nothing_is_told(capsys):
     with Progress(10):
         pass
@@ -58,6 +66,7 @@ def test_a_bar_by_rich_in_a_terminal(monkeypatch):
     pytest.importorskip("rich")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
     with Progress(4, "vit") as bar:
         bar.on_log(trainer(3), ROW)
         bar.on_step_end(trainer(4), None)
@@ -80,3 +89,68 @@ def test_fit_shows_it_and_lets_go_of_it(capsys):
     assert "training 3/3 block" in capsys.readouterr().err and made.callbacks == []
     made.fit(small.Loader(), steps=4, progress=False)
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_slow_first_step_does_not_spoil_the_estimate(capsys, clock):
+    with Progress(1002) as bar:
+        for step, seconds in ((1, 300.0), (2, 2.0), (3, 2.0)):  # it loads and compiles
+            clock[0] += seconds
+            bar.on_step_end(trainer(step), None)
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == "training 3/1002  2.0 s a step, 33:18 left"
+
+
+@pytest.mark.parametrize("seconds, shown", [(7, "7 s"), (119, "119 s"), (200, "3:20"), (3723, "1:02:03")])
+def test_durations_are_read_at_a_glance(seconds, shown):
+    assert module._clock(seconds) == shown
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_a_bar_fits_into_a_line_of_the_terminal(monkeypatch, columns):
+    pytest.importorskip("rich")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    with Progress(12000, "checkpointing, lr 0.0016") as bar:
+        bar.on_log(trainer(9999), {"block": 11, "loss": 12.3456, "allocated": 1000 << 20})
+        bar.on_step_end(trainer(10000), None)
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]", terminal.getvalue())]
+    assert max(map(len, lines)) <= columns
+    assert re.search(
+        r"checkpointing, lr 0\.0016 .*10000/12000 block 11 loss 12\.346 1000\.0 MiB \S+( s)? left", lines[-2]
+    )
+    assert ("\u2501" in lines[-2]) == (columns > 80), "a bar, where there is room for it"
+
+
+def test_a_stage_without_steps_is_told_at_its_beginning_and_its_end(capsys, clock):
+    with stage("evaluating on val"):
+        assert capsys.readouterr().err == "evaluating on val ...\n"
+        clock[0] += 148.0
+    assert capsys.readouterr().err == "evaluating on val: 148.0 s\n"
+
+
+def test_a_stage_in_a_terminal(monkeypatch):
+    pytest.importorskip("rich")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with stage("evaluating on val"):
+        pass
+    assert "evaluating on val" in terminal.getvalue() and "..." not in terminal.getvalue()
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    with Progress(4) as bar, stage("evaluating"):
+        bar.on_step_end(trainer(4), None)
+    assert bar.bar is None and "\x1b" not in terminal.getvalue() and "training 4/4" in terminal.getvalue()

@@ -17,6 +17,7 @@ from rich.table import Table
 from .. import __version__
 from ..offload.memory import parse_bytes, readable
 from ..training.finite import NonFiniteLoss
+from ..training.progress import stage
 from . import commands
 from . import export as exporting
 from .config import TrainConfig
@@ -79,7 +80,9 @@ def evaluate(folder: Folder, split: Literal["test", "val"] = "test", steps: int 
     at_least_one(steps=steps)
     task, model = commands.open_run(folder)
     task.check_data()
-    show(task.metric, task.evaluate(model, split, steps=steps))
+    with stage(f"evaluating on {split}"):
+        result = task.evaluate(model, split, steps=steps)
+    show(task.metric, result)
 
 
 def sample(

@@ -19,7 +19,7 @@ from ..checkpoint.lock import run_lock
 from ..offload.offloader import Offloader
 from ..training.devices import pick_device
 from ..training.log import named
-from ..training.progress import Progress
+from ..training.progress import Progress, stage
 from ..training.state import load_averages
 from ..training.trainer import StepOutput, Trainer
 from .baselines import end_to_end
@@ -45,6 +45,7 @@ from .run_folder import (
 )  # fmt: skip
 from .tasks import Task, task_of
 from .tasks.base import Loader, Row
+from .threads import spare_threads
 
 OTHERS = {"forward-forward": forward_forward, "noprop": noprop}  # train without backpropagation through all layers
 
@@ -139,7 +140,9 @@ def carry_on(task: Task) -> Row:
 
 def trainer_of(task: Task) -> Trainer:
     """Return a fresh trainer of a task, with waiting blocks in its run folder."""
-    return task.trainer(task.model(), dataclasses.replace(task.config, folder=task.config.out / "waiting"))
+    model = task.model()
+    spare_threads(model, pick_device(task.config.device))
+    return task.trainer(model, dataclasses.replace(task.config, folder=task.config.out / "waiting"))
 
 
 def open_trainer(task: Task) -> tuple[Trainer, float]:
@@ -164,6 +167,7 @@ def open_run(folder: Path) -> tuple[Task, DiffusionBlocks]:
         return open_exported(folder)
     task = task_of(read_config(folder), read_facts(folder))
     model, device = task.model(), pick_device(task.config.device)
+    spare_threads(model, device)
     if not (folder / "checkpoint" / files.MANIFEST).exists():
         raise CheckpointError(f"{folder} has no checkpoint yet; train it on with `dblocks resume {folder}`")
     waiting = tempfile.TemporaryDirectory(prefix="diffusionblocks-")
@@ -229,7 +233,7 @@ def _baseline(name: str, task: Task, log: RunLog) -> Row:
 
 def evaluate(task: Task, trainer: Trainer, split: str) -> Row:
     """Evaluate a trainer's averaged weights on a split."""
-    with trainer.averages():
+    with stage(f"block-wise: evaluating on {split}"), trainer.averages():
         return task.evaluate(trainer.model, split)
 
 

@@ -10,8 +10,8 @@ import torch
 
 from ..blocks import DiffusionBlocks
 from ..noise.partition import step_levels
+from .data.folder import read_image
 from .data.images import prepare
-from .data.sources import read_image
 from .metrics.classification import trajectory
 from .tasks.base import Task
 from .tasks.vit import ViTTask
@@ -27,7 +27,7 @@ def predict(task: Task, model: DiffusionBlocks, images: Sequence[Path]) -> Itera
     if not images:
         raise ValueError("name the image files to label")
     config, facts = task.config, task.facts
-    pixels = torch.stack([read_image(path, facts["channels"], facts["image_size"]) for path in images])
+    pixels = torch.stack([read_image(path, facts["channels"], facts["image_size"], config.resize) for path in images])
     x = prepare(pixels, tuple(facts["mean"]), tuple(facts["std"]), device=model.device)
     how = task.trajectory()
     levels = step_levels(model.partition, config.sampling_steps, kind=how.pop("levels"))

@@ -1,10 +1,12 @@
-"""A progress bar of a training: by rich in a terminal, else a line now and then."""
+"""Progress of a training and of what comes after it: by rich in a terminal, else a line now and then."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..offload.memory import readable
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from .trainer import StepOutput, Trainer
 
 EVERY = 10.0  # seconds between lines
+BAR, ROOM = 16, 80  # columns of the bar, where there are more than a usual terminal's
 
 
 class Progress:
@@ -20,48 +23,95 @@ class Progress:
 
     def __init__(self, total: int, name: str = "training"):
         self.total, self.name, self.detail = total, name, ""
-        self.began, self.first, self.shown = time.monotonic(), -1, 0.0
+        self.began, self.first, self.shown, self.last = time.monotonic(), -1, 0.0, 0.0
+        self.lined = -1
         self.bar: Any = None
 
     def __enter__(self) -> Progress:
         with contextlib.suppress(ImportError):
-            if sys.stderr.isatty():
+            if _in_terminal():
                 from rich import console, progress
 
+                terminal = console.Console(stderr=True)
+                bar = [progress.BarColumn(min(BAR, terminal.width - ROOM))] if terminal.width > ROOM + 4 else []
                 self.bar = progress.Progress(
                     progress.TextColumn("{task.description}"),
-                    progress.BarColumn(bar_width=16),
-                    progress.MofNCompleteColumn(),
-                    progress.TextColumn("{task.fields[detail]}"),
-                    progress.TimeRemainingColumn(compact=True),
-                    console=console.Console(stderr=True),
+                    *bar,
+                    progress.TextColumn("{task.completed}/{task.total} {task.fields[detail]} {task.fields[left]}"),
+                    console=terminal,
                 )
                 self.bar.start()
-                self.task = self.bar.add_task(self.name, total=self.total, detail="")
+                self.task = self.bar.add_task(self.name, total=self.total, detail="", left="")
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.bar:
             self.bar.stop()
-        elif self.first >= 0:
+        elif self.first >= 0 and self.lined < self.done:
             self._line()
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
         self.detail = f"block {row['block']} loss {row['loss']:.3f} {readable(row['allocated'])}"
 
     def on_step_end(self, trainer: Trainer, output: StepOutput) -> None:
-        self.done = trainer.steps_done
-        self.first = self.done - 1 if self.first < 0 else self.first
+        self.done, now = trainer.steps_done, time.monotonic()
+        if self.first < 0:
+            self.first = self.done - 1
+        elif (
+            self.done == self.first + 2
+        ):  # the first step also loads, compiles and measures: it tells nothing of others
+            self.began, self.first = self.last, self.first + 1
+        self.last = now
         if self.bar:
-            self.bar.update(self.task, completed=self.done, detail=self.detail)
-        elif time.monotonic() - self.shown > EVERY:
+            left = f"{_clock((self.total - self.done) / self._rate(now))} left"
+            self.bar.update(self.task, completed=self.done, detail=self.detail, left=left)
+        elif now - self.shown > EVERY:
             self._line()
 
+    def _rate(self, now: float) -> float:
+        return max((self.done - self.first) / max(now - self.began, 1e-9), 1e-9)
+
     def _line(self) -> None:
-        self.shown = time.monotonic()
-        rate = (self.done - self.first) / max(self.shown - self.began, 1e-9)
-        left = (self.total - self.done) / max(rate, 1e-9)
-        print(
-            f"{self.name} {self.done}/{self.total} {self.detail} {rate:.1f} steps/s, {left:.0f} s left",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        self.shown, self.lined = time.monotonic(), self.done
+        rate = self._rate(self.shown)
+        speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s a step"
+        left = _clock((self.total - self.done) / rate)
+        print(f"{self.name} {self.done}/{self.total} {self.detail} {speed}, {left} left", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Show that something is at work which has no steps, e.g. "evaluating on test": a spinner with the time in a
+    terminal, else a line at its beginning and one at its end."""
+    began = time.monotonic()
+    with contextlib.ExitStack() as shown:
+        spinning = False
+        with contextlib.suppress(ImportError):
+            if _in_terminal():
+                from rich import console, progress
+
+                terminal = console.Console(stderr=True)
+                columns = (
+                    progress.SpinnerColumn(),
+                    progress.TextColumn("{task.description}"),
+                    progress.TimeElapsedColumn(),
+                )
+                shown.enter_context(progress.Progress(*columns, console=terminal)).add_task(name, total=None)
+                spinning = True
+        if not spinning:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+        yield
+    if not spinning:
+        print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+def _in_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _clock(seconds: float) -> str:
+    """Return a duration: "70 s", "3:20", "1:02:03"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

@@ -19,7 +19,7 @@ from ...offload.memory import SavedTensors
 from ...targets.base import Target
 from ...training.config import TrainerConfig
 from ...training.finite import NonFiniteLoss
-from ...training.progress import Progress
+from ...training.progress import Progress, stage
 from ...training.trainer import Trainer
 from ..config import TrainConfig
 from ..tasks.base import Batches, Loader, Row, Task
@@ -208,7 +208,8 @@ def train(
     *callbacks: Any,
 ) -> Attempt:
     """Train a model to the end and evaluate its averages. Raises: NonFiniteLoss, naming the baseline."""
-    with Progress(settings.total_steps or 0, name) as bar:
+    named = f"{name}, lr {settings.lr:g}"
+    with Progress(settings.total_steps or 0, named) as bar:
         trainer, began = Trainer(model, settings, callbacks=[rows, *callbacks, bar]), time.perf_counter()
         try:
             trainer.fit(Loader(batches), progress=False)
@@ -217,7 +218,7 @@ def train(
     seconds = time.perf_counter() - began
 
     def averaged(split: str) -> Row:
-        with trainer.averages():
+        with stage(f"{named}: evaluating on {split}"), trainer.averages():
             model.eval().activate(0)
             result = score(split)
         trainer.offloader.retire()  # the next attempt needs the device

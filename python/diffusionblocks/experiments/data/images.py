@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ...noise.rng import stream
 from ...targets.devices import send
-from .sources import SOURCES, Source, hub_images, idx_folder, image_folder, stratified
+from .folder import Resize, image_folder
+from .sources import SOURCES, Source, hub_images, idx_folder, stratified
 
-OWN = {"folder": image_folder, "idx": idx_folder}  # the user's files
+OWN = ("folder", "idx")  # the user's files
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,15 @@ class ImageData:
         }
 
 
-def load(name: str, *, folder: str | Path | None = None, val_fraction: float = 0.1, seed: int = 0) -> ImageData:
+def load(
+    name: str,
+    *,
+    folder: str | Path | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    size: int | None = None,
+    resize: Resize | None = None,
+) -> ImageData:
     """Load a dataset and set validation images aside. The test split is the same for every seed.
 
     Args:
@@ -97,10 +106,11 @@ def load(name: str, *, folder: str | Path | None = None, val_fraction: float = 0
             and square images of one size.
         folder: for fashion-mnist the folder of the four IDX files, gzipped or not (None: Debian's package
             dataset-fashion-mnist); for cifar100 and tiny-imagenet a copy of the hub's dataset, as parquet or from
-            save_to_disk (None: download); for "folder" and "idx" see sources.image_folder and sources.idx_folder.
+            save_to_disk (None: download); for "folder" and "idx" see folder.image_folder and sources.idx_folder.
             digits takes none.
-        val_fraction: share of the training images in the validation split, stratified by class.
+        val_fraction: share of the training images in the validation split, stratified by class, if the data have none.
         seed: of the validation split.
+        size, resize: for "folder", see folder.image_folder.
 
     Raises:
         FileNotFoundError: a missing folder or file, or an unreachable hub.
@@ -109,15 +119,27 @@ def load(name: str, *, folder: str | Path | None = None, val_fraction: float = 0
         ImportError: a library is missing.
     """
     folder = None if folder is None else Path(folder).expanduser()
-    source = _source(name, folder)
+    if resize is not None and name != "folder":
+        raise ValueError(f"resize={resize!r} is for images of a folder of one's own, data='folder', not {name!r}")
+    source = image_folder(folder, size=size, resize=resize) if name == "folder" else _source(name, folder)
     pairs = source.load(folder)
-    full, test = Split(*pairs["train"]), Split(*pairs["test"])
-    for part, split in (("train", full), ("test", test)):
+    splits = {part: Split(*pair) for part, pair in pairs.items()}
+    for part, split in splits.items():
         _check(split, source.num_classes, source.shape, f"{name} ({part})")
+    full, test = splits["train"], splits["test"]
+    if "val" in splits:
+        train, val = full, splits["val"]
+        return ImageData(name, train, val, test, source.num_classes, *_statistics(train.images), source.class_names)
     val_count = _val_count(len(full), val_fraction)
     val_indices, train_indices = stratified(full.labels, val_count, stream(seed, "data", "val"))
     train, val = full.take(train_indices), full.take(val_indices)
     return ImageData(name, train, val, test, source.num_classes, *_statistics(train.images), source.class_names)
+
+
+def read_data(config: Any) -> ImageData:
+    """Return the data that a run's config names, resized to its model's images where it says so."""
+    size = config.model.image_size if config.resize else None
+    return load(config.data, folder=config.data_folder, seed=config.seed, size=size, resize=config.resize)
 
 
 def _source(name: str, folder: Path | None) -> Source:
@@ -125,7 +147,7 @@ def _source(name: str, folder: Path | None) -> Source:
         return hub_images(name.removeprefix("hub:"), folder)
     if name not in (*SOURCES, *OWN):
         raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join((*SOURCES, *OWN))}, or 'hub:ID'")
-    return OWN[name](folder) if name in OWN else SOURCES[name]
+    return idx_folder(folder) if name == "idx" else SOURCES[name]
 
 
 def check_model(data: ImageData, model: Any) -> None:

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ...noise.rng import stream
 from . import hub, idx
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
-GREY, COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}  # Pillow's modes of at most 8 bits
 FASHION = (
     "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )  # fmt: skip
@@ -33,7 +30,7 @@ class Source:
     Attributes:
         shape: (C, H, W).
         num_classes: labels are in [0, num_classes).
-        load: (folder) -> {"train": (images, labels), "test": (images, labels)}.
+        load: (folder) -> {"train": (images, labels), "test": (images, labels)}, and "val" where the source has one.
         class_names: of the labels, where they have any.
     """
 
@@ -85,32 +82,7 @@ SOURCES = {
 }
 
 
-def image_folder(folder: Path | None) -> Source:
-    """Return the source of a folder of square image files of one size; its sub-folders, if any, are the classes.
-
-    A fixed tenth of each class is the test split.
-
-    Raises:
-        FileNotFoundError: the folder is missing.
-        ValueError: no images, files that aren't images of at most 8 bits per channel, or several sizes.
-    """
-    if folder is None or not folder.is_dir():
-        raise FileNotFoundError(f"data='folder' needs folder= with image files, got {folder}")
-    classes = [d for d in _visible(folder) if d.is_dir() and any(p.is_file() for p in _visible(d))] or [folder]
-    files = [(path, label) for label, d in enumerate(classes) for path in _visible(d) if path.is_file()]
-    if not files:
-        raise ValueError(f"{folder} holds no image files, and no sub-folders with any")
-    modes, widths, _ = zip(*(_header(path) for path, _ in files), strict=True)
-    channels, size = 1 if set(modes) <= GREY else 3, widths[0]
-    images = torch.stack([read_image(path, channels, size) for path, _ in files])
-    labels = torch.tensor([label for _, label in files])
-    test, train = stratified(labels, len(labels) // 10, stream(0, "folder", "test"))
-    pairs = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
-    names = () if classes == [folder] else tuple(d.name for d in classes)
-    return Source((channels, size, size), len(classes), lambda _: pairs, names)
-
-
-def _visible(folder: Path) -> list[Path]:
+def visible(folder: Path) -> list[Path]:
     """Return the sorted entries of a folder without hidden ones."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
@@ -138,7 +110,7 @@ def idx_folder(folder: Path | None) -> Source:
 
 
 def _only(folder: Path, names: list[str]) -> Path:
-    paths = [path for path in _visible(folder) if any(name in path.name for name in names)]
+    paths = [path for path in visible(folder) if any(name in path.name for name in names)]
     if not paths:
         raise FileNotFoundError(f"{folder} has no file with {' or '.join(names)} in its name")
     if len(paths) > 1:
@@ -154,31 +126,6 @@ def hub_images(name: str, folder: Path | None) -> Source:
     pairs = hub.load_images(source, where)
     num_classes = int(pairs["train"][1].max()) + 1
     return Source((3, source.size, source.size), num_classes, lambda _: pairs)
-
-
-def read_image(path: Path, channels: int, size: int) -> Tensor:
-    """Load an image file as (C, S, S) uint8. Raises ValueError if it is unreadable or of another size."""
-    _, width, height = _header(path)
-    if (width, height) != (size, size):
-        raise ValueError(f"{path} is {width}x{height}, not {size}x{size}; resize it first")
-    try:
-        with Image.open(path) as image:
-            pixels = numpy.array(image.convert("L" if channels == 1 else "RGB"))
-    except OSError as error:
-        raise ValueError(f"{path} can't be read to its end ({error}); put back the whole file") from error
-    return torch.from_numpy(pixels).reshape(size, size, channels).permute(2, 0, 1).contiguous()
-
-
-def _header(path: Path) -> tuple[str, int, int]:
-    """Return an image file's Pillow mode, width and height."""
-    try:
-        with Image.open(path) as image:
-            mode, (width, height) = image.mode, image.size
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image file") from error
-    if mode not in GREY | COLOUR:
-        raise ValueError(f"{path} has pixels of Pillow's mode {mode!r}, not of 8 bits a channel; convert it first")
-    return mode, width, height
 
 
 def stratified(labels: Tensor, count: int, key: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...noise.rng import stream
 from ...training.optimizer import BlockAdamW
 from ...training.schedule import learning_rate
+from ..data.folder import Resize
 from ..data.images import ImageData, Loader, Split, load, prepare
 
 STEPS, EPOCHS, BATCH_SIZE, LR = 500, 2, 64, 2e-3  # of the classifier, trained for STEPS or EPOCHS, whichever is more
@@ -108,6 +109,8 @@ def _percent(predicted: Tensor, labels: Tensor) -> float:
 
 
 @lru_cache(maxsize=1)
-def judge(name: str, folder: Path | None, device: torch.device) -> Judge:
-    """Return the judge of a dataset, trained once per process."""
-    return Judge(load(name, folder=folder), device)
+def judge(
+    name: str, folder: Path | None, device: torch.device, size: int | None = None, resize: Resize | None = None
+) -> Judge:
+    """Return the judge of a dataset, trained once per process. Arguments as of `load`."""
+    return Judge(load(name, folder=folder, size=size, resize=resize), device)

@@ -25,7 +25,7 @@ from ...sampling.sampler import Sampler
 from ...sampling.samplers import SAMPLERS, Callback, guided
 from ...targets.continuous import ContinuousTarget
 from ..config import TrainConfig
-from ..data.images import ImageData, Loader, Split, check_model, load, prepare
+from ..data.images import ImageData, Loader, Split, check_model, prepare, read_data
 from ..data.sources import stratified
 from ..metrics import pretrained
 from ..metrics.bound import held_out_loss
@@ -46,6 +46,8 @@ class DiTRun(TrainConfig):
     """"digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder" or "idx" for files of one's own, or "hub:ID"."""
     data_folder: Path | None = None
     """Folder of the data's files; by default fetched by name."""
+    resize: Literal["crop", "stretch"] | None = None
+    """Images of other sizes in a folder of one's own: cut out of their middle, or stretched; None refuses them."""
     out: Path = Path("runs/dit-digits")
     lr: float = 8e-3
     tune_lr: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
@@ -122,7 +124,7 @@ class DiTTask(Task):
     def data(self) -> ImageData:
         """The splits. Raises: ValueError if the model is for other images."""
         c, model = self.config, self.config.model
-        data = load(c.data, folder=c.data_folder, seed=c.seed)
+        data = read_data(c)
         check_model(data, model)
         half = (0.5,) * data.channels
         return replace(data, mean=half, std=half)  # black is -1, white 1
@@ -161,7 +163,7 @@ class DiTTask(Task):
         The floor is as many training images, or all; layer_evaluations: layers run to make one image.
         """
         c, device, real = self.config, model.device, getattr(self.data, split)
-        features = judge(c.data, c.data_folder, device)
+        features = judge(c.data, c.data_folder, device, c.model.image_size if c.resize else None, c.resize)
         labels, levels = repeated(real.labels, c.draws), step_levels(model.partition, steps or c.sampling_steps)
         began = time.perf_counter()
         made = to_pixels(self.trajectory(model, labels.to(device), levels, seed=c.seed))

@@ -21,7 +21,7 @@ from ...noise.rng import stream
 from ...targets.labels import LabelTarget
 from ...training.trainer import Trainer
 from ..config import TrainConfig
-from ..data.images import ImageData, Loader, check_model, load, prepare
+from ..data.images import ImageData, Loader, check_model, prepare, read_data
 from ..metrics import classification
 from ..models.vit import Head, Stem, ViT, ViTConfig
 from ..published import BatchMeanBlocks, PublishedTarget, VotingTrainer
@@ -42,6 +42,8 @@ class ViTRun(TrainConfig):
     """"digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder" or "idx" for files of one's own, or "hub:ID"."""
     data_folder: Path | None = None
     """Folder of the data's files; by default fetched by name."""
+    resize: Literal["crop", "stretch"] | None = None
+    """Images of other sizes in a folder of one's own: cut out of their middle, or stretched; None refuses them."""
     out: Path = Path("runs/vit-digits")
     recipe: Literal["corrected", "published"] = "corrected"
     """Details of the method: ours, or those of the published code."""
@@ -88,7 +90,7 @@ class ViTTask(Task):
     @cached_property
     def data(self) -> ImageData:
         """The splits. Raises: ValueError if the model is for other images."""
-        data = load(self.config.data, folder=self.config.data_folder, seed=self.config.seed)
+        data = read_data(self.config)
         check_model(data, self.config.model)
         return data
 
