@@ -28,7 +28,13 @@ lib = torch.library.Library(NAMESPACE, "DEF")
 
 
 def backend() -> str:
-    """Return "reference" if every op runs its definition, else "auto": the value of DBKERNELS_BACKEND at import."""
+    """Return "reference" if every op runs its definition, else "auto": the value of DBKERNELS_BACKEND at import.
+
+    The reference, to bisect a bug, promises the ops' values and gradients up to rounding, with their shapes and dtypes,
+    and can be differentiated any number of times. It doesn't promise what the kernels do beside: the memory saved for
+    the backward pass, contiguous results, one graph under torch.compile, repeating bit for bit on any number of
+    threads, and the refusal of bad values by ops whose kernels check them.
+    """
     return _BACKEND
 
 

@@ -278,3 +278,20 @@ def test_an_x_that_does_not_fit_a_plain_stem_is_named(x, words):
     for call in (lambda: model(x), lambda: model.loss(0, x, torch.tensor([0, 1])), lambda: db.sample(model, x)):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_a_saved_model_that_does_not_fit_is_told_apart(tmp_path):
+    def build(layers=2, width=8, classes=3):
+        return db.from_layers([nn.Linear(width, width) for _ in range(layers)], stem=nn.Linear(4, width),
+                              head=nn.Linear(width, classes), target=db.LabelTarget(classes, width),
+                              blocks=1)  # fmt: skip
+
+    build().save_pretrained(tmp_path)
+    faults = {
+        (3, 8, 3): r"the model also has blocks\.0\.layers\.2\.\S+, .* and 1 more\. Build the model by the code",
+        (1, 8, 3): r"the folder also has blocks\.0\.layers\.1\.",
+        (2, 8, 4): r"of other shapes: .*head\.head\.weight is \(3, 8\) in the folder and \(4, 8\) in the model",
+    }
+    for sizes, words in faults.items():
+        with pytest.raises(ValueError, match=words):
+            db.load(tmp_path, build(*sizes))

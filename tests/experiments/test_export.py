@@ -13,6 +13,7 @@ import tiny
 from diffusionblocks.checkpoint.files import CheckpointError
 from diffusionblocks.experiments import commands
 from diffusionblocks.experiments.export import export, open_exported
+from diffusionblocks.experiments.plotting import plots
 from diffusionblocks.experiments.run_folder import identity
 
 
@@ -62,3 +63,9 @@ def test_a_damaged_folder_is_refused_by_name(run, tmp_path):
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.block_1\.safetensors"):
         commands.open_run(tmp_path)
+
+
+def test_an_exported_folder_has_no_pictures_to_draw(run, tmp_path):
+    export(*commands.open_run(run), tmp_path)
+    with pytest.raises(ValueError, match="is an exported model, which holds no results to draw: give the run folder"):
+        plots.draw(tmp_path)

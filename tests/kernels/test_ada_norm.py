@@ -73,6 +73,7 @@ def test_a_large_mean_does_not_drown_the_variance():
     assert (out.double() - exact).abs().max() < 1e-3
 
 
+@pytest.mark.kernels
 @given(
     shape=st.lists(st.integers(0, 6), min_size=1, max_size=3),
     dim=st.integers(1, 70),
@@ -199,6 +200,7 @@ def test_one_dimension(rms):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.kernels
 def test_saves_its_inputs_and_two_numbers_a_row():
     x, shift, scale, _, _ = example((8, 64, 32), torch.float32)
     saved = {}
@@ -218,6 +220,7 @@ def test_opcheck(dtype, rms):
     torch.library.opcheck(torch.ops.dbkernels.ada_norm_backward.default, (x, x, scale, weight, mean, rstd))
 
 
+@pytest.mark.kernels
 def test_compiles_whole_and_once(compile_counter):
     compiled = torch.compile(lambda *t: dbkernels.ada_layer_norm(*t).square(), fullgraph=True, backend=compile_counter)
     for _ in range(4):

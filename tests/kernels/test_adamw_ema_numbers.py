@@ -103,6 +103,7 @@ def test_a_skipped_update_does_not_count(form):
     torch.testing.assert_close(lists[4][0], torch.full((4,), -0.001))
 
 
+@pytest.mark.kernels
 def test_compiles_once_over_changing_tensors(compile_counter):
     lists = [random_list(SHAPES, torch.bfloat16), random_list(SHAPES, torch.bfloat16)]
     lists += state_of(lists[0])
@@ -137,6 +138,7 @@ def test_versions_advance():
     assert step._version > versions[0] and params[0]._version > versions[1]
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     "changes,error,words",
     [

@@ -188,6 +188,7 @@ def test_opcheck(kind):
     torch.library.opcheck(torch.ops.dbkernels.adamw_ema_step.default, arguments)
 
 
+@pytest.mark.kernels
 def test_compiles_whole_and_once_over_changing_offsets(compile_counter):
     def step(params, grads, exp_avgs, exp_avg_sqs, offset):
         return dbkernels.adamw_ema_step(

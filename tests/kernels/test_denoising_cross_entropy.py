@@ -101,6 +101,7 @@ def test_against_float64_forward_and_backward(options, reduction, dtype):
     check(*example(dtype=dtype, **OPTIONS[options]), reduction, dtype)
 
 
+@pytest.mark.kernels
 @given(
     rows=st.lists(st.integers(1, 20), min_size=1, max_size=3), d=st.integers(1, 30), V=st.integers(1, 70),
     dtype=st.sampled_from(DTYPES), options=st.sampled_from(list(OPTIONS)),
@@ -129,6 +130,7 @@ def test_the_lowest_noise_neither_overflows_nor_hides_the_answer(options, dtype)
     assert torch.autograd.grad(loss, h)[0].abs().max() < 1e-6
 
 
+@pytest.mark.kernels
 def test_a_nearly_certain_target_still_has_a_gradient():
     """1 - p = 1e-12 is lost where p is rounded to float32 first, and so is the loss."""
     logits = torch.tensor([[28.0, 0.0]])
@@ -205,6 +207,7 @@ def test_repeats_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.kernels
 def test_never_more_than_a_chunk_of_logits(monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
 

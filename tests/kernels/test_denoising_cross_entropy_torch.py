@@ -9,6 +9,7 @@ from dbkernels import denoising_cross_entropy
 from test_denoising_cross_entropy import example
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_whole_and_once(reduction, compile_counter):
     def step(h, weight, target):
@@ -25,6 +26,7 @@ def test_compiles_whole_and_once(reduction, compile_counter):
     assert compile_counter.frame_count == 1
 
 
+@pytest.mark.kernels
 def test_opcheck():
     target, _, leaves = example((9,))
     none = [None] * 8
@@ -42,6 +44,7 @@ def test_opcheck():
     )
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_no_second_derivative(reduction):
     """Refused, whatever the upstream gradient hangs on: a constant one would let a penalty pass without a gradient."""
@@ -52,6 +55,7 @@ def test_no_second_derivative(reduction):
         torch.autograd.grad(loss, h, torch.ones_like(loss), create_graph=True)
 
 
+@pytest.mark.kernels
 def test_no_gradients_are_found_under_no_grad(monkeypatch):
     target, _, leaves = example()
     given = [leaves[name].requires_grad_() for name in ("h", "weight")]
@@ -67,6 +71,7 @@ def test_no_gradients_are_found_under_no_grad(monkeypatch):
     assert seen == [(None, False)] and expected.requires_grad
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("bad", [5, -2, 2**40])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_compiled_a_target_that_is_no_word_shows(reduction, bad):
@@ -88,6 +93,7 @@ def test_on_the_meta_device():
     assert loss.shape == () and torch.autograd.grad(loss, h)[0].shape == h.shape
 
 
+@pytest.mark.kernels
 def test_autocast():
     target, _, leaves = example()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -33,10 +33,12 @@ class Mine(torch.Tensor):
     pass
 
 
+@pytest.mark.kernels
 def test_plain_tensors_go_directly(x):
     assert direct(x) and direct(x, torch.zeros(2), None, torch.nn.Parameter(torch.zeros(2)))
 
 
+@pytest.mark.kernels
 def test_what_watches_or_transforms_goes_through_the_dispatcher(x, monkeypatch):
     assert not direct(x, torch.zeros(2).as_subclass(Mine))
     for mode in (Watch(), FakeTensorMode()):

@@ -146,6 +146,7 @@ def saved_by(make):
     return [t for t in saved if t.numel()], loss
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_kept_gradient_is_handed_over(scale):
     """What is kept is the gradient of F, of F's bytes. The last backward hands that memory on, a retained graph keeps
@@ -173,6 +174,7 @@ def test_a_loss_scale_reaches_small_float16_gradients():
     torch.testing.assert_close(grad.double(), 65536 * exact.grad, rtol=2.0**-11, atol=2.0**-24)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_a_second_derivative_is_refused(reduction):
     """It would be wrong without a word: to autograd the kept gradient is a constant."""

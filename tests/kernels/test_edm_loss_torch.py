@@ -35,6 +35,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.kernels
 def test_no_gradient_is_taken_where_none_is_wanted():
     F, z, y, sigma = example((3, 8), (3,), torch.float32)
     F.requires_grad_()

@@ -75,6 +75,7 @@ def test_an_output_that_is_not_used(unused):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.kernels
 @given(
     shape=st.lists(st.integers(0, 6), min_size=1, max_size=3),
     dim=st.integers(1, 70),
@@ -179,6 +180,7 @@ def test_the_backward_definition_is_the_kernels():
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.kernels
 def test_saves_h_and_the_branch_but_not_x():
     x, branch, gate, shift, scale, _, _ = example((8, 64, 32), torch.float32)
     saved = {}
@@ -200,6 +202,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.dbkernels.gated_residual_norm_backward.default, arguments)
 
 
+@pytest.mark.kernels
 def test_compiles_whole_and_once(compile_counter):
     compiled = torch.compile(lambda *t: sum(dbkernels.gated_residual_norm(*t)), fullgraph=True, backend=compile_counter)
     for _ in range(4):

@@ -137,6 +137,7 @@ def test_a_zero_row_has_the_gradient_of_torchs_normalize():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.kernels
 def test_repeats_bit_for_bit_whatever_the_threads():
     indices, table, sigma = example((40, 50), (40,), 9, 130, torch.float32)
     threads, results = torch.get_num_threads(), []
@@ -152,6 +153,7 @@ def test_repeats_bit_for_bit_whatever_the_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
 
 
+@pytest.mark.kernels
 def test_saves_no_rows():
     """What is kept for the backward pass is the call's own tensors: nothing of z's size."""
     indices, table, sigma = example((64, 100), (64,), 5, 32, torch.float32)
@@ -193,6 +195,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.dbkernels.inject_noise_table_grad.default, grad)
 
 
+@pytest.mark.kernels
 def test_compiles_whole_and_once_over_changing_data(compile_counter):
     def run(indices, table, sigma, step):
         z, c_noise = dbkernels.inject_noise(

@@ -40,6 +40,7 @@ def test_nothing_is_compared_with_values_that_are_not_finite():
     assert choice.name == "first" and not choice.milliseconds
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("clean", [True, False])
 def test_on_a_cpu_there_is_one(clean):
     for choice in two_stream_choice(*example(clean=clean)):
