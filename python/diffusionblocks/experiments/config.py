@@ -52,7 +52,7 @@ class TrainConfig(TrainerConfig):
     """Where waiting blocks are: in host memory, on disk, or (None) on the device; auto: disk if that is the CPU."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: Suppress[float] = 10.0
     """Minutes after which a checkpoint is written, too."""
     baseline: tuple[Literal["end-to-end", "checkpointing", "shallow"], ...] = ("end-to-end",)
     """Networks to train beside, for comparison."""
@@ -66,6 +66,8 @@ class TrainConfig(TrainerConfig):
     folder: Suppress[Path | None] = None
     log_folder: Suppress[Path | None] = None
     log_every: Suppress[int] = 25
+    slots: Suppress[Literal[1, 2]] = 1
+    pin: Suppress[bool] = True
     loggers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
     """Where block-wise training's rows go besides metrics.jsonl: the run folder's logs, or Weights & Biases."""
     model: Any = None
