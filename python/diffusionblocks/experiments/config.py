@@ -37,7 +37,7 @@ class TrainConfig(TrainerConfig):
     """Layers of each block, from the input on; none given: spread evenly."""
     shared: Literal["shared", "per_block", "frozen"] = "shared"
     """Stem and head: one that every block trains, one per block, or one that nobody trains."""
-    overlap: float = 0.05
+    overlap: Suppress[float] = 0.05
     """Share of its width in ln sigma by which each block's range of noise is widened in training."""
     steps: int | None = 1000
     """End-to-end steps; block-wise training takes B times as many, for the same number of layer evaluations."""
@@ -67,7 +67,6 @@ class TrainConfig(TrainerConfig):
     log_folder: Suppress[Path | None] = None
     log_every: Suppress[int] = 25
     slots: Suppress[Literal[1, 2]] = 1
-    pin: Suppress[bool] = True
     loggers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
     """Where block-wise training's rows go besides metrics.jsonl: the run folder's logs, or Weights & Biases."""
     model: Any = None
