@@ -10,8 +10,8 @@ import torch
 
 from ..blocks import DiffusionBlocks
 from ..noise.partition import step_levels
+from .data.batches import prepare
 from .data.folder import read_image
-from .data.images import prepare
 from .metrics.classification import trajectory
 from .tasks.base import Task
 from .tasks.vit import ViTTask

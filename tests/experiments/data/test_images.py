@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusionblocks.experiments.data import sources
-from diffusionblocks.experiments.data.images import ImageData, Loader, Split, augment, batch_indices, load, prepare
+from diffusionblocks.experiments.data.batches import Loader, augment, batch_indices, prepare
+from diffusionblocks.experiments.data.images import ImageData, Split, load
 
 # ---- splits ----
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusionblocks.experiments.data.images import batch_indices
+from diffusionblocks.experiments.data.batches import batch_indices
 
 
 @settings(deadline=None)  # the first example pays for imports and caches

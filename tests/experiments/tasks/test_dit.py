@@ -9,7 +9,7 @@ import torch
 
 from diffusionblocks.experiments import commands
 from diffusionblocks.experiments.config import from_yaml, to_yaml
-from diffusionblocks.experiments.data import images as data
+from diffusionblocks.experiments.data.batches import prepare
 from diffusionblocks.experiments.metrics.bound import held_out_loss
 from diffusionblocks.experiments.models.dit import DiTConfig, DiTHead, DiTStem, patchify, unpatchify
 from diffusionblocks.experiments.tasks.base import Loader
@@ -153,7 +153,7 @@ def test_training_makes_it_better(tmp_path):
     task = DiTTask(config(out=tmp_path, steps=60, visit=10, batch_size=32))
     trainer, _ = commands.open_trainer(task)
     real = task.data.val
-    y = data.prepare(real.images, task.data.mean, task.data.std, device="cpu")
+    y = prepare(real.images, task.data.mean, task.data.std, device="cpu")
 
     def loss():
         with trainer.averages():

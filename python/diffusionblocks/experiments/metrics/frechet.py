@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ...noise.rng import stream
 from ...training.optimizer import BlockAdamW
 from ...training.schedule import learning_rate
+from ..data.batches import Loader, prepare
 from ..data.folder import Resize
-from ..data.images import ImageData, Loader, Split, load, prepare
+from ..data.images import ImageData, Split, load
 
 STEPS, EPOCHS, BATCH_SIZE, LR = 500, 2, 64, 2e-3  # of the classifier, trained for STEPS or EPOCHS, whichever is more
 WIDTH = 32  # of the features: the covariance of a few hundred images has full rank

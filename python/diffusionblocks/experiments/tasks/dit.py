@@ -25,7 +25,8 @@ from ...sampling.sampler import Sampler
 from ...sampling.samplers import SAMPLERS, Callback, guided
 from ...targets.continuous import ContinuousTarget
 from ..config import TrainConfig
-from ..data.images import ImageData, Loader, Split, check_model, prepare, read_data
+from ..data.batches import Loader, prepare
+from ..data.images import ImageData, Split, check_model, read_data
 from ..data.sources import stratified
 from ..metrics import pretrained
 from ..metrics.bound import held_out_loss

@@ -21,7 +21,8 @@ from ...noise.rng import stream
 from ...targets.labels import LabelTarget
 from ...training.trainer import Trainer
 from ..config import TrainConfig
-from ..data.images import ImageData, Loader, check_model, prepare, read_data
+from ..data.batches import Loader, prepare
+from ..data.images import ImageData, check_model, read_data
 from ..metrics import classification
 from ..models.vit import Head, Stem, ViT, ViTConfig
 from ..published import BatchMeanBlocks, PublishedTarget, VotingTrainer
