@@ -161,14 +161,20 @@ class DiffusionBlocks(Offloadable):
         sigma: Tensor,
         *,
         seed: int,
-        step: int,
+        step: int | Tensor,
         weight: float = 1.0,
         error: bool = False,
+        key: Tensor | None = None,
     ) -> BlockLoss:
-        """Return `loss` at given noise levels, without its checks."""
+        """Return `loss` at given noise levels, without its checks.
+
+        key, step: The stream of the noise (by default that of `seed` and `block`) and its offset, as 0-dim int64 tensors
+            on the device: a CUDA graph reads them anew.
+        """
         if self.target.shape is None:
             self.target.shape = self.target.sample_shape(y)
-        noised = self.target.add_noise(y, sigma, seed=stream(seed, "eps", block), offset=step)
+        noise = stream(seed, "eps", block) if key is None else key
+        noised = self.target.add_noise(y, sigma, seed=noise, offset=step)
         features = self.blocks[block](x, noised.scaled, noised.c_noise, self.stem_head)
         per_sample, wrong = self.target.loss(features, noised, y, sigma, weight=weight, error=error)
         unweighted = per_sample.detach() if weight == 1 else per_sample.detach() / weight

@@ -102,7 +102,8 @@ class InformationMeter:
         bins = torch.bucketize(sigma.double().log(), self.log_edges[1:-1])
         # a product with one-hot rows, as adding by index is not deterministic on GPUs
         member = (bins.unsqueeze(-1) == torch.arange(self.sums.shape[1], device=bins.device)).double()
-        self.sums = self.decay * self.sums + torch.stack([error.detach().double() @ member, member.sum(0)])
+        added = torch.stack([error.detach().double() @ member, member.sum(0)])
+        self.sums.copy_(self.decay * self.sums + added)  # in place: a CUDA graph writes there
 
     def density(self) -> Tabulated:
         """The measured density mixed with the prior. Bins without draws follow the prior, scaled alike."""

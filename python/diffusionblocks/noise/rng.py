@@ -13,8 +13,10 @@ import dbkernels
 def stream(seed: int, *purpose: str | int) -> int:
     """A 64-bit key for one purpose of one run, e.g. stream(0, "sigma", block).
 
-    Raises: ValueError if seed is negative.
+    Raises: ValueError if seed is negative; TypeError on a tensor, whose text isn't its value.
     """
+    if any(isinstance(value, Tensor) for value in (seed, *purpose)):
+        raise TypeError("a stream's seed and purpose must be numbers or words, got a tensor: read it first")
     if seed < 0:
         raise ValueError(f"seed must be zero or positive, got {seed}")
     text = "/".join(map(str, (seed, *purpose)))

@@ -91,7 +91,7 @@ class Target(nn.Module):
         """Return the shape of a batch's noise levels: (B,), one per sample."""
         return (len(y),)
 
-    def noised(self, y: Tensor, sigma: Tensor, *, seed: int, offset: int) -> Tensor:
+    def noised(self, y: Tensor, sigma: Tensor, *, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """Return z = y + sigma eps, the same for one (seed, offset) on every device."""
         return dbkernels.inject_noise(self.clean(y), sigma, seed=seed, offset=offset)
 
@@ -100,7 +100,7 @@ class Target(nn.Module):
         c = edm.precondition(sigma, self.sigma_data)
         return edm.expand_as(c.c_in, z) * z, c.c_noise
 
-    def add_noise(self, y: Tensor, sigma: Tensor, *, seed: int, offset: int) -> Noised:
+    def add_noise(self, y: Tensor, sigma: Tensor, *, seed: int | Tensor, offset: int | Tensor) -> Noised:
         """Return the noised batch of a training step."""
         z = self.noised(y, sigma, seed=seed, offset=offset)
         return Noised(z, *self.inputs(z, sigma))

@@ -22,7 +22,7 @@ class ContinuousTarget(Target):
         super().__init__(sigma_data)
         self.shape = None if shape is None else tuple(shape)
 
-    def add_noise(self, y: Tensor, sigma: Tensor, *, seed: int, offset: int) -> Noised:
+    def add_noise(self, y: Tensor, sigma: Tensor, *, seed: int | Tensor, offset: int | Tensor) -> Noised:
         """Return c_in z alone, written in one pass: the loss takes it as it is."""
         scaled, c_noise = dbkernels.inject_noise(
             y, sigma, sigma_data=self.sigma_data, return_c_noise=True, seed=seed, offset=offset

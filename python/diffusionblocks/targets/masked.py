@@ -39,7 +39,7 @@ class MaskedTarget(Target):
             raise ValueError(f"vocab_size={vocab_size} must be at least 2")
         self.mask_id = vocab_size
 
-    def noised(self, y: Tensor, sigma: Tensor, *, seed: int, offset: int) -> Tensor:
+    def noised(self, y: Tensor, sigma: Tensor, *, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """Return y with masks, the same for one (seed, offset) on every device. sigma: the times, (B,)."""
         return dbkernels.mask_tokens(y, mask_schedule.alpha(sigma), self.mask_id, seed=seed, offset=offset)[0]
 

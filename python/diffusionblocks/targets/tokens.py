@@ -49,7 +49,7 @@ class TokenTarget(CodebookTarget):
         full = functional.pad(values, (0, shape[1] * size - values.shape[1]), value=math.nan)
         return full.view(*shape, size).nanmean(-1)
 
-    def noised(self, y: Tensor, sigma: Tensor, *, seed: int, offset: int) -> Tensor:
+    def noised(self, y: Tensor, sigma: Tensor, *, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         return dbkernels.inject_noise((y, self.table), self.level_per_point(sigma, y), seed=seed, offset=offset)
 
     def inputs(self, z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,9 @@ class TrainerConfig:
     """bfloat16: matrices in bfloat16 with float32 masters, under autocast."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
+    capture: bool | None = None
+    """Run steps as CUDA graphs, where layers repeat the same work on the device: None on a GPU if it can be, True also
+    warns if it can't be, False never. The bits are the same."""
     offload: Literal["cpu", "disk", "auto"] | None = None
     """Where waiting blocks are: in host memory, on disk, or (None) on the device; auto: disk if that is the CPU."""
     folder: Path | None = None
@@ -70,6 +73,7 @@ class TrainerConfig:
         check_choice(self, "precision", "float32", "bfloat16")
         check_choice(self, "offload", None, "cpu", "disk", "auto")
         check_choice(self, "slots", 1, 2)
+        check_choice(self, "capture", None, False, True)
         if isinstance(self.loggers, str):
             object.__setattr__(self, "loggers", (self.loggers,))
         for name in self.loggers:

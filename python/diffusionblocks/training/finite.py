@@ -21,7 +21,7 @@ class FiniteWatch:
         self.level = level
         self.first_bad = torch.full((4,), -1.0, dtype=torch.float64, device=device)  # step, block, levels' ends
 
-    def update(self, step: int, block: int, losses: Sequence[BlockLoss], norm: Tensor) -> None:
+    def update(self, step: float | Tensor, block: float | Tensor, losses: Sequence[BlockLoss], norm: Tensor) -> None:
         """Look at a step's micro-batches and the gradients' norm. The levels remembered are the first bad loss's,
         or all."""
         ends = (loss.sigma.double().aminmax() for loss in losses)
@@ -29,8 +29,9 @@ class FiniteWatch:
         bad = ~torch.stack([loss.loss for loss in losses]).isfinite()
         first, some = bad.int().argmax(), bad.any()
         low, high = torch.where(some, low.take(first), low.min()), torch.where(some, high.take(first), high.max())
-        seen = torch.stack([torch.full_like(low, step), torch.full_like(low, block), low, high])
-        self.first_bad = torch.where((some | ~norm.isfinite()) & (self.first_bad[0] < 0), seen, self.first_bad)
+        seen = torch.stack([torch.zeros_like(low) + step, torch.zeros_like(low) + block, low, high])
+        found = (some | ~norm.isfinite()) & (self.first_bad[0] < 0)
+        self.first_bad.copy_(torch.where(found, seen, self.first_bad))  # in place: a CUDA graph writes there
 
     def forget(self) -> None:
         """Forget bad steps: weights from before them were loaded."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -81,7 +81,12 @@ class BlockAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, norm: Tensor | None = None, max_norm: float | None = None
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        norm: Tensor | None = None,
+        max_norm: float | None = None,
+        rates: Sequence[Tensor] | None = None,
     ) -> Any:
         """Make one update from the parameters' gradients.
 
@@ -89,6 +94,7 @@ class BlockAdamW(torch.optim.Optimizer):
             closure: Computes the loss anew, as for any torch optimizer.
             norm: The gradients' 2-norm, 0-dim, if it is of more than this optimizer's; taken here by default.
             max_norm: Scale gradients to a norm of at most this; None doesn't clip.
+            rates: A learning rate per group, float64 on the device, in place of the groups' own numbers.
         """
         loss = None
         if closure is not None:
@@ -100,9 +106,9 @@ class BlockAdamW(torch.optim.Optimizer):
                 p.grad = p.grad.to_dense()
         if moving:
             norm = dbkernels.total_norm([p.grad for p in moving]) if norm is None else norm  # type: ignore[misc]
-            for group in self.param_groups:
+            for group, lr in zip(self.param_groups, rates or [g["lr"] for g in self.param_groups], strict=True):
                 for together in self._together(group):
-                    self._update(together, group, norm, max_norm)
+                    self._update(together, group | {"lr": lr}, norm, max_norm)
         return loss
 
     def _together(self, group: dict[str, Any]) -> list[list[Tensor]]:
@@ -232,14 +238,18 @@ def optimizer_of(module: nn.Module, make: MakeOptimizer, ema: float) -> torch.op
     return optimizer
 
 
-def clipped_step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float) -> None:
+def clipped_step(
+    optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float, rates: Sequence[Tensor] | None = None
+) -> None:
     """Update by gradients whose joint norm is `norm`, scaled to at most `max_norm`, if that is positive.
+
+    rates: As for BlockAdamW.step, which alone takes them.
 
     An update whose norm isn't finite changes nothing. Only BlockAdamW can hold it back on the device: for others the
     norm is read.
     """
     if isinstance(optimizer, BlockAdamW):
-        optimizer.step(norm=norm, max_norm=max_norm or None)
+        optimizer.step(norm=norm, max_norm=max_norm or None, rates=rates)
     elif bool(norm.isfinite()):
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if max_norm:

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import dbkernels
-
 from ..blocks import DiffusionBlocks
 from ..denoiser import BlockLoss
 from ..noise.density import Tabulated
 from ..noise.information import InformationMeter
 from ..noise.rng import stream
-from ..offload.memory import SavedTensors, Usage, allocated, reset_peak
+from ..offload.memory import Usage, allocated, reset_peak
 from ..offload.offloader import Offloader, check_free
 from ..targets.devices import send
 from . import state
 from .batches import endless, pair
 from .branch import branch
+from .capture import Capture
 from .config import TrainerConfig, check_complete
 from .devices import pick_device
 from .finite import FiniteWatch
 from .log import loggers, row
-from .optimizer import MakeOptimizer, adamw_of, clipped_step, optimizer_of
-from .precision import autocast, seeded, stored
+from .optimizer import MakeOptimizer, adamw_of, optimizer_of
+from .precision import seeded, stored
 from .progress import Progress
 from .schedule import learning_rate, turn
+from .step import Batch, Work
 
 
 class StepOutput(NamedTuple):
@@ -91,7 +91,7 @@ class Trainer:
                 for part, module in model.parts().items()
                 if (made := optimizer_of(module, optimizer or adamw_of(self.config), self.config.ema)) is not None
             }
-        self._rates = {part: [g["lr"] for g in o.param_groups] for part, o in self.optimizers.items()}
+        self._peaks = {o: [g["lr"] for g in o.param_groups] for o in self.optimizers.values()}
         self.offloader = Offloader(
             model,
             self.optimizers,
@@ -114,6 +114,7 @@ class Trainer:
         if self.config.compile:
             for block in model.blocks:
                 block.compile()
+        self._run = Capture(self).run
         reset_peak(self.device)
 
     @property
@@ -137,31 +138,21 @@ class Trainer:
         Raises: ValueError if the batch doesn't fit the model; RuntimeError within averages() or after release().
         """
         self.offloader.check_in_charge("step")
-        self.model.train()  # sampling may have come between two batches
+        if not self.model.training:
+            self.model.train()  # sampling came between two batches
         if self.batches_done % self.config.accumulate == 0:
             self._begin()
         x, y = send(x, self.device), send(y, self.device)
         block, sigma = self.choose(y)
         self.model.activate(block)
-        dropout = seeded(stream(self.config.seed, "layers", self.batches_done), self.device)
-        with dropout, autocast(self.device, self.config.precision), self._counted(block) as saved:
+        with seeded(stream(self.config.seed, "layers", self.batches_done), self.device):
             self.model.check(block, x, y)
-            loss = self.model.loss_at(
-                block, x, y, sigma, seed=self.config.seed, step=self.batches_done,
-                weight=1 / self.config.accumulate, error=self.meter is not None,
-            )  # fmt: skip
-        try:
-            loss.loss.backward()
-        except BaseException:  # parts of the gradient may be added: the step begins anew
-            self.batches_done -= self.batches_done % self.config.accumulate
-            raise
-        if self.meter and loss.error is not None:
-            self.meter.update(loss.sigma.flatten(), loss.error.flatten())
-        self._losses.append(loss._replace(loss=loss.loss.detach()))
+            work = self._run(block, Batch(x, y, sigma), self._losses, counted=self._logs(self.steps_done))
         self.batches_done += 1
-        norm = None if self.batches_done % self.config.accumulate else self._update(block, saved)
-        output = StepOutput(block, loss.per_sample.mean(), norm)
-        if norm is not None:
+        if work.norm is not None:
+            self._finish(block, work)
+        output = StepOutput(block, work.loss.per_sample.mean(), work.norm)
+        if work.norm is not None:
             self._call("on_step_end", output)
         return output
 
@@ -183,36 +174,38 @@ class Trainer:
             self.check()
             self.model.repartition(self.meter.density())
         if step % config.visit == 0 or self.offloader.active is None:
+            self.model.train()
             self.model.activate(self.block)
             self._call("on_block_start", self.block)
             following = (step // config.visit + 1) * config.visit
             if config.total_steps is None or following < config.total_steps:
                 self.offloader.prefetch(self._block_at(following))
         self._losses.clear()
-        for optimizer in self._active(self.block).values():
+        for optimizer in self.active_optimizers(self.block):
             optimizer.zero_grad(set_to_none=True)  # what a step that failed left over
 
-    def _active(self, block: int) -> dict[str, torch.optim.Optimizer]:
-        return {p: o for p in ("shared", f"block_{block}") if (o := self.optimizers.get(p)) is not None}
+    def active_optimizers(self, block: int) -> list[torch.optim.Optimizer]:
+        """Return the optimizers that a step of a block uses."""
+        return [o for part in ("shared", f"block_{block}") if (o := self.optimizers.get(part)) is not None]
 
-    def _update(self, block: int, saved: SavedTensors | None) -> Tensor:
-        usage = self.offloader.usage().with_(activations=saved.bytes) if saved else None
-        active = self._active(block)
-        gradients = [p.grad for o in active.values() for g in o.param_groups for p in g["params"] if p.grad is not None]
-        norm = dbkernels.total_norm(gradients)
-        for part, optimizer in active.items():
-            for group, peak in zip(optimizer.param_groups, self._rates[part], strict=True):
+    def set_rates(self, block: int) -> list[float]:
+        """Give the groups of a step's optimizers their learning rates, and return them in order."""
+        rates = []
+        for optimizer in self.active_optimizers(block):
+            for group, peak in zip(optimizer.param_groups, self._peaks[optimizer], strict=True):
                 group["lr"] = self.learning_rate_of(self.steps_done, peak)
-            clipped_step(optimizer, norm, self.config.clip)
-            optimizer.zero_grad(set_to_none=True)
-        self.watch.update(self.steps_done, block, self._losses, norm)
+                rates.append(group["lr"])
+        return rates
+
+    def _finish(self, block: int, work: Work) -> None:
+        """Count an update, and log it if it is its turn."""
         self.changed |= {"shared", f"block_{block}"}
         self.steps_done += 1
         if self._logs(self.steps_done - 1):
             self.check()
-            if usage:
-                self._call("on_log", row(self, block, self._losses, norm, usage))
-        return norm
+            assert work.norm is not None
+            if work.usage:
+                self._call("on_log", row(self, block, self._losses, work.norm, work.usage))
 
     def learning_rate_of(self, step: int, peak: float) -> float:
         """Return the learning rate of a step, on the way to and from `peak`."""
@@ -293,16 +286,6 @@ class Trainer:
 
     def _logs(self, step: int) -> bool:
         return step % self.config.log_every == self.config.log_every - 1 or step + 1 == self.config.total_steps
-
-    @contextlib.contextmanager
-    def _counted(self, block: int) -> Iterator[SavedTensors | None]:
-        """Count what a step that is logged saves for its backward pass."""
-        if not self._logs(self.steps_done):
-            yield None
-            return
-        weights = self.model.blocks[block].parameters()
-        with SavedTensors([*weights, *self.model.parts()["shared"].parameters()]).count() as saved:
-            yield saved
 
     def _call(self, name: str, *arguments: Any) -> None:
         for callback in self.callbacks:

@@ -1,0 +1,101 @@
+"""The device's work of one step: noise, loss, backward pass, clipping, optimizer and averages."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+import dbkernels
+
+from ..denoiser import BlockLoss
+from ..offload.memory import SavedTensors, Usage
+from .optimizer import clipped_step
+from .precision import autocast
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+class Batch(NamedTuple):
+    """Conditioning x, targets y and their noise levels sigma, on the device."""
+
+    x: Tensor
+    y: Tensor
+    sigma: Tensor
+
+
+class Numbers(NamedTuple):
+    """What else changes from step to step: Python's numbers, or 0-dim tensors that a CUDA graph reads anew.
+
+    step: Updates so far. block: The active one. offset: Batches so far, the offset of the noise.
+    key: Stream of the noise, int64, and rates: learning rates of the active optimizers' groups, float64; on the device,
+        or None for those of the settings.
+    """
+
+    step: float | Tensor
+    block: float | Tensor
+    offset: int | Tensor
+    key: Tensor | None = None
+    rates: Sequence[Tensor] | None = None
+
+
+class Work(NamedTuple):
+    """What came of it. norm: of the gradients, None without an update; usage: bytes on the device, if asked for."""
+
+    loss: BlockLoss
+    norm: Tensor | None
+    usage: Usage | None
+
+
+def run(
+    trainer: Trainer, block: int, batch: Batch, numbers: Numbers, losses: list[BlockLoss], *, counted: bool
+) -> Work:
+    """Do a batch's work; after the last batch of a step, update.
+
+    Args:
+        losses: Of the step's batches so far; this one's is appended.
+        counted: Also count the bytes on the device before the update.
+    """
+    loss, activations = _forward(trainer, block, batch, numbers, counted)
+    usage = norm = None
+    try:
+        loss.loss.backward()
+        loss = loss._replace(loss=loss.loss.detach())
+        if trainer.meter and loss.error is not None:
+            trainer.meter.update(loss.sigma.flatten(), loss.error.flatten())
+        losses.append(loss)
+        if len(losses) == trainer.config.accumulate:
+            usage = trainer.offloader.usage().with_(activations=activations) if counted else None
+            norm = _update(trainer, block, numbers, losses)
+    except BaseException:  # parts of the gradient may be added: the step begins anew
+        trainer.batches_done -= trainer.batches_done % trainer.config.accumulate
+        raise
+    return Work(loss, norm, usage)
+
+
+def _forward(trainer: Trainer, block: int, batch: Batch, numbers: Numbers, counted: bool) -> tuple[BlockLoss, int]:
+    """Return the loss, and the bytes that it saves for the backward pass if they are counted."""
+    model, config = trainer.model, trainer.config
+    weights = [*model.blocks[block].parameters(), *model.parts()["shared"].parameters()] if counted else []
+    saved = SavedTensors(weights)
+    with autocast(trainer.device, config.precision), saved.count() if counted else contextlib.nullcontext():
+        loss = model.loss_at(
+            block, *batch, seed=config.seed, step=numbers.offset, weight=1 / config.accumulate,
+            error=trainer.meter is not None, **({} if numbers.key is None else {"key": numbers.key}),
+        )  # fmt: skip
+    return loss, saved.bytes
+
+
+def _update(trainer: Trainer, block: int, numbers: Numbers, losses: Sequence[BlockLoss]) -> Tensor:
+    active, given = trainer.active_optimizers(block), iter(numbers.rates or ())
+    groups = [group for optimizer in active for group in optimizer.param_groups]
+    norm = dbkernels.total_norm([p.grad for group in groups for p in group["params"] if p.grad is not None])
+    for optimizer in active:
+        rates = None if numbers.rates is None else [next(given) for _ in optimizer.param_groups]
+        clipped_step(optimizer, norm, trainer.config.clip, rates)
+        optimizer.zero_grad(set_to_none=True)
+    trainer.watch.update(numbers.step, numbers.block, losses, norm)
+    return norm
