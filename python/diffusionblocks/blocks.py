@@ -168,7 +168,7 @@ class DiffusionBlocks(Offloadable):
     ) -> BlockLoss:
         """Return `loss` at given noise levels, without its checks.
 
-        key, step: The stream of the noise (by default that of `seed` and `block`) and its offset, as 0-dim int64 tensors
+        key, step: The noise's stream (by default that of `seed` and `block`) and its offset, as 0-dim int64 tensors
             on the device: a CUDA graph reads them anew.
         """
         if self.target.shape is None:

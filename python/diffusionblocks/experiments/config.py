@@ -62,6 +62,7 @@ class TrainConfig(TrainerConfig):
     """End-to-end warm-ups to choose from, at the best rate."""
     weight_decay: Suppress[float] = 0.01
     compile: Suppress[bool] = False
+    capture: Suppress[bool | None] = None
     pin: Suppress[bool] = True
     folder: Suppress[Path | None] = None
     log_folder: Suppress[Path | None] = None

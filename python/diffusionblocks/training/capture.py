@@ -7,11 +7,10 @@ the third is recorded. All are training steps; a graph changes no bit of them.
 
 from __future__ import annotations
 
-import contextlib
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -23,7 +22,7 @@ from ..offload.part import Part
 from .cuda_graphs import Graphs, graphs_of
 from .optimizer import BlockAdamW
 from .place import Same, hooked, place_of
-from .step import Batch, Numbers, Work, run
+from .step import Batch, Numbers, Work, restored, run
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -84,42 +83,43 @@ class Capture:
     def run(self, block: int, batch: Batch, losses: list[BlockLoss], *, counted: bool) -> Work:
         """Do a batch's work, as `step.run` does."""
         trainer = self.trainer
-        rates = trainer.set_rates(block)
+        rates, key = trainer.set_rates(block), self._key(block, batch) if self.graphs else None
         step, offset = trainer.steps_done, trainer.batches_done
-        place = self._place(block) if self.graphs else None
-        key = place, *((t.dtype, t.shape, t.stride()) for t in batch)
-        warm = place is not None and self._is_warm(key)
-        if warm:
+        if key is not None:
             self._tensors.fill(stream(trainer.config.seed, "eps", block), offset, step, block, rates)
-            if key not in self._recordings and self._tries[key] == WARM_UP:
-                work = self._rehearse(block, batch, losses, counted)
-            else:
-                work = self._replay(key, block, batch, losses, counted)
-            if work:
+            by_tensors = self._rehearse if self._tries[key] == WARM_UP else self._replay
+            if (work := by_tensors(key, block, batch, losses, counted)) is not None:
                 return work
         return run(trainer, block, batch, Numbers(step, block, offset), losses, counted=counted)
 
-    def _is_warm(self, key: Key) -> bool:
-        """Count a try. Return whether this step is to be made by the numbers that a graph reads."""
+    def _key(self, block: int, batch: Batch) -> Key | None:
+        """Return what a step's graph is known by; None if this step is to be made without one."""
+        if (place := self._place(block)) is None:
+            return None
+        key = place, *((t.dtype, t.shape, t.stride()) for t in batch)
         if key in self._recordings:
-            return True
-        if sum(known[0] == key[0] for known in self._recordings) == SHAPES:
-            return False  # a step of another shape now and then costs less than ever more graphs
+            return key
+        if self._known(place) == SHAPES:
+            return None  # a step of another shape now and then costs less than ever more graphs
         self._tries[key] += 1
-        return self._tries[key] >= WARM_UP
+        return key if self._tries[key] >= WARM_UP else None
+
+    def _known(self, place: Hashable) -> int:
+        """Return how many recordings a place has."""
+        return sum(known[0] == place for known in self._recordings)
 
     def _place(self, block: int) -> int | None:
         """Return the number of the place where a block's tensors are; None if its steps can't be recorded.
 
-        What it depends on is looked at when a visit begins, or tensors were replaced: that takes as long as a small
-        step.
+        What it depends on is looked at when a visit begins, when tensors were replaced, and before a recording: that
+        takes as long as a small step.
         """
         now = self._token(block)
-        if self._visit[0] != now:
+        if self._visit[0] != now or not self._known(self._visit[1]):
             reason = hooked(self._parts(block))
             place = self._look(block)
             if not reason and place > MOST_PLACES * len(self.trainer.model.blocks):
-                reason = "blocks come to new addresses again and again"
+                reason = "blocks come to new addresses, or with new settings, again and again"
             if reason:
                 self._refuse(reason)
                 return None
@@ -128,8 +128,9 @@ class Capture:
 
     def _look(self, block: int) -> int:
         """Return a place's number by all that it depends on."""
-        meter, model = self.trainer.meter, type(self.trainer.model)
-        own = None if model.loss_at is DiffusionBlocks.loss_at else block  # a loss of one's own may look at the number
+        meter, model = self.trainer.meter, self.trainer.model
+        stock = type(model).loss_at is DiffusionBlocks.loss_at
+        own = None if stock else (block, Same(model.partition))  # a loss of one's own may look at both
         key = place_of(self._parts(block)), meter and meter.sums.data_ptr(), own
         return self._places.setdefault(key, len(self._places))
 
@@ -138,17 +139,18 @@ class Capture:
         parts = self._parts(block)
         firsts = [next(part.module.parameters(), None) for part in parts]
         states = [next(iter(part.optimizer.state.values()), None) if part.optimizer else None for part in parts]
-        return block, [p is not None and p.data_ptr() for p in firsts], *map(Same, states), Same(self.trainer.meter)
+        others = *states, self.trainer.meter, self.trainer.model.partition
+        return block, [p is not None and p.data_ptr() for p in firsts], [Same(thing) for thing in others]
 
     def _parts(self, block: int) -> list[Part]:
         parts = self.trainer.offloader.parts
         return [parts["shared"], parts[f"block_{block}"]]
 
-    def _rehearse(self, block: int, batch: Batch, losses: list[BlockLoss], counted: bool) -> Work | None:
+    def _rehearse(self, _: Key, block: int, batch: Batch, losses: list[BlockLoss], counted: bool) -> Work | None:
         """Do the work by the device's numbers, without a graph; None if it can't be done so."""
         assert self.graphs is not None
         try:
-            with self._restored(block), self.graphs.watch() as found:
+            with restored(self.trainer, block), self.graphs.watch() as found:
                 work = run(self.trainer, block, batch, self._tensors.numbers, losses, counted=counted)
         except Exception as error:  # the caller's step by Python's numbers shows whether that was the reason
             losses.clear()
@@ -162,7 +164,7 @@ class Capture:
         """Do the work by its graph, which is recorded first if need be; None if it can't be."""
         if key not in self._recordings:
             try:
-                with self._restored(block):
+                with restored(self.trainer, block):
                     self._recordings[key] = self._record(block, batch)
             except Exception as error:
                 self._refuse(_first_line(error))
@@ -182,39 +184,11 @@ class Capture:
 
     def _record(self, block: int, batch: Batch) -> Recording:
         assert self.graphs is not None
-        own, place = Batch(*(torch.empty_like(t) for t in batch)), self._look(block)
-        numbers = self._tensors.numbers
+        own, numbers = Batch(*(torch.empty_like(t).copy_(t) for t in batch)), self._tensors.numbers
         replay, work = self.graphs.record(lambda: run(self.trainer, block, own, numbers, [], counted=True))
-        if place != self._visit[1] or place != self._look(block):
+        if self._look(block) != self._visit[1]:
             raise RuntimeError("a step puts new tensors in place of a block's")
         return Recording(replay, own, work)
-
-    @contextlib.contextmanager
-    def _restored(self, block: int) -> Iterator[None]:
-        """If it raises, put back what Python's code and a half step have changed: buffers, attributes, gradients."""
-        parts = self._parts(block)
-        modules = [module for part in parts for module in part.module.modules()]
-        attributes = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
-        written = [b for m in modules for b in m._buffers.values() if b is not None] + [self.trainer.watch.first_bad]
-        written += [self.trainer.meter.sums] if self.trainer.meter else []
-        values = [(t, t.data, t.clone()) for t in written]
-        states = [(p.optimizer, {k: dict(v) for k, v in p.optimizer.state.items()}) for p in parts if p.optimizer]
-        try:
-            yield
-        except BaseException:
-            for module, own, buffers in attributes:
-                vars(module).clear()
-                vars(module).update(own)
-                module._buffers.clear()
-                module._buffers.update(buffers)
-            for t, data, value in values:
-                t.data = data
-                t.copy_(value)
-            for optimizer, state in states:
-                optimizer.state.clear()
-                optimizer.state.update(state)
-                optimizer.zero_grad(set_to_none=True)
-            raise
 
     def _refuse(self, reason: str) -> None:
         self.graphs = None

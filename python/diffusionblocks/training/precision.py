@@ -39,17 +39,21 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def generators_of(device: torch.device) -> list[torch.Generator]:
+    """Return torch's own generators that layers on a device draw from."""
+    if device.type != "cuda":
+        return [torch.default_generator]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return [torch.default_generator, torch.cuda.default_generators[index]]
+
+
 @contextlib.contextmanager
 def seeded(key: int, device: torch.device) -> Iterator[None]:
     """Seed torch's own generators within it; outside, the caller's random numbers go on untouched.
 
     By the generators themselves: torch.manual_seed formats a stack trace for every kind of device, 1 ms.
     """
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(
-            torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-        )
+    generators = generators_of(device)
     states = [generator.get_state() for generator in generators]
     try:
         for generator in generators:

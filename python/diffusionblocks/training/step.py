@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ import dbkernels
 from ..denoiser import BlockLoss
 from ..offload.memory import SavedTensors, Usage
 from .optimizer import clipped_step
-from .precision import autocast
+from .precision import autocast, generators_of
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -99,3 +99,32 @@ def _update(trainer: Trainer, block: int, numbers: Numbers, losses: Sequence[Blo
         optimizer.zero_grad(set_to_none=True)
     trainer.watch.update(numbers.step, numbers.block, losses, norm)
     return norm
+
+
+@contextlib.contextmanager
+def restored(trainer: Trainer, block: int) -> Iterator[None]:
+    """If it raises, put back what half a step has changed: buffers, attributes, optimizer state, generators."""
+    parts = [trainer.offloader.parts[name] for name in ("shared", f"block_{block}")]
+    modules = [module for part in parts for module in part.module.modules()]
+    tables: list[Any] = [table for module in modules for table in (module._buffers, vars(module))]
+    tables = [(table, dict(table)) for table in tables]
+    states = [part.optimizer.state for part in parts if part.optimizer]
+    tables += [(state, {p: dict(entries) for p, entries in state.items()}) for state in states]
+    written = [b for module in modules for b in module._buffers.values() if b is not None]
+    written += [trainer.watch.first_bad, *([trainer.meter.sums] if trainer.meter else [])]
+    values = [(t, t.data, t.clone()) for t in written]
+    drawn = [(generator, generator.get_state()) for generator in generators_of(trainer.device)]
+    try:
+        yield
+    except BaseException:
+        for table, entries in tables:
+            table.clear()
+            table.update(entries)
+        for t, data, value in values:
+            t.data = data
+            t.copy_(value)
+        for generator, drawn_before in drawn:
+            generator.set_state(drawn_before)
+        for optimizer in trainer.active_optimizers(block):
+            optimizer.zero_grad(set_to_none=True)
+        raise

@@ -28,7 +28,7 @@ from .devices import pick_device
 from .finite import FiniteWatch
 from .log import loggers, row
 from .optimizer import MakeOptimizer, adamw_of, optimizer_of
-from .precision import seeded, stored
+from .precision import autocast, seeded, stored
 from .progress import Progress
 from .schedule import learning_rate, turn
 from .step import Batch, Work
@@ -145,8 +145,9 @@ class Trainer:
         x, y = send(x, self.device), send(y, self.device)
         block, sigma = self.choose(y)
         self.model.activate(block)
-        with seeded(stream(self.config.seed, "layers", self.batches_done), self.device):
+        with autocast(self.device, self.config.precision):
             self.model.check(block, x, y)
+        with seeded(stream(self.config.seed, "layers", self.batches_done), self.device):
             work = self._run(block, Batch(x, y, sigma), self._losses, counted=self._logs(self.steps_done))
         self.batches_done += 1
         if work.norm is not None:
