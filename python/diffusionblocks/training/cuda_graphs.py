@@ -77,6 +77,7 @@ class CudaGraphs:
             except BaseException:
                 self._abandon(graph)
                 raise
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)  # where the generator's tensors were set
         return graph.replay, result
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
