@@ -14,7 +14,8 @@ import diffusionblocks as db
 import small
 from diffusionblocks.noise.rng import stream
 from diffusionblocks.training import capture
-from diffusionblocks.training.optimizer import BlockAdamW
+from diffusionblocks.training import step as training_step
+from diffusionblocks.training.optimizer import BlockAdamW, clipped_step
 from recorded_graphs import RecordedGraphs, Recorder
 
 STEPS = 26
@@ -205,18 +206,25 @@ def test_blocks_that_compute_something_else_do_not_share_a_graph(graphs, change)
     assert graphs.recordings == (3 if change == "tensor" else 2)
 
 
-def test_a_setting_changed_between_visits_is_seen(graphs):
+@pytest.mark.filterwarnings("ignore:.*new tensors in place")
+@pytest.mark.parametrize("change", ["dropout", "frozen"])
+def test_a_setting_changed_between_visits_is_seen(graphs, change):
     class Schedule:
         def on_block_start(self, trainer, block):
-            for module in trainer.model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.1 if trainer.steps_done < 12 else 0.4
+            if trainer.steps_done < 12:
+                return
+            for layer in (m for m in trainer.model.blocks[block].modules() if isinstance(m, small.Residual)):
+                if change == "dropout":
+                    layer.dropout.p = 0.4
+                else:
+                    layer.norm.bias.requires_grad_(False)
 
     made = [trainer(captured, offload="cpu")[0] for captured in (True, False)]
     for one in made:
         one.callbacks.append(Schedule())
     assert train(made[0]) == train(made[1])
-    assert graphs.recordings == 2
+    assert_alike(*made)
+    assert change == "frozen" or graphs.recordings == 2  # what is frozen has a count of updates of its own from now on
 
 
 def test_a_loss_of_ones_own_may_depend_on_the_block(graphs):
@@ -263,6 +271,24 @@ def replace_a_buffer_in_a_graph(layer, h):
     return h
 
 
+class Halfway(torch.autograd.Function):
+    """Reads a value in the middle of the backward pass."""
+
+    @staticmethod
+    def forward(ctx, h):
+        return h.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch._C._len_torch_dispatch_stack():
+            raise NotImplementedError("halfway")
+        return gradient
+
+
+def fail_halfway(layer, h):
+    return Halfway.apply(h)
+
+
 def count_in_python(layer, h):
     layer.seen = getattr(layer, "seen", 0) + 1
     return h * layer.seen
@@ -274,6 +300,7 @@ def count_in_python(layer, h):
     [
         (item, "reads values"),
         (refuse_a_graph, "NotImplementedError: not "),
+        (fail_halfway, "halfway"),
         (replace_a_buffer_in_a_graph, "in place of a block's"),
         (count_in_python, "again and again"),
     ],
@@ -298,6 +325,20 @@ def test_a_model_that_cannot_be_recorded_trains_as_ever_and_says_why_once(graphs
     assert graphs.replays == 0
     lines = [str(w.message) for w in caught if "CUDA graphs" in str(w.message)]
     assert len(lines) == 1 and reason in lines[0] and "\n" not in lines[0]
+
+
+def test_an_update_that_needs_numbers_from_the_host_is_made_once(graphs, monkeypatch):
+    def needs_numbers(optimizer, norm, max_norm, rates=None):
+        if rates is not None:
+            raise TypeError("a number")
+        return clipped_step(optimizer, norm, max_norm)
+
+    monkeypatch.setattr(training_step, "clipped_step", needs_numbers)
+    ours, plain = (trainer(captured, offload="cpu")[0] for captured in (None, False))
+    with pytest.warns(UserWarning, match="TypeError: a number"):
+        losses = train(ours)
+    assert losses == train(plain)
+    assert_alike(ours, plain)
 
 
 def test_a_masked_model_that_counts_its_masks_is_not_recorded(graphs):

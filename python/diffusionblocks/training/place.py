@@ -11,11 +11,10 @@ from torch import nn
 from ..offload.part import Part
 
 SETTINGS = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
-# Of a module: what a step doesn't run, and the function that compile() leaves, another one for each block.
-SKIPPED = {
-    "_compiled_call_impl", "_non_persistent_buffers_set", "_state_dict_hooks", "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-}  # fmt: skip
+# Attributes of a module that no step depends on: hooks, which `hooked` refuses, and the function that compile() leaves,
+# another one for each block.
+KEPT = {"training", "_parameters", "_buffers", "_modules"}
+SKIPPED = (vars(nn.Module()).keys() - KEPT) | {"_compiled_call_impl"}
 HOOKS = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks")
 
 
@@ -62,8 +61,11 @@ def _described(value: Any, moving: set[int], seen: dict[int, int]) -> Hashable:
         return seen[id(value)]
     seen[id(value)] = len(seen)
     if isinstance(value, nn.Module):
-        attributes = {name: v for name, v in vars(value).items() if name not in SKIPPED}
-        return type(value), *((name, _described(v, moving, seen)) for name, v in attributes.items())
+        return type(value), *(
+            (name, v if isinstance(v, SETTINGS) else _described(v, moving, seen))
+            for name, v in vars(value).items()
+            if name not in SKIPPED
+        )
     if isinstance(value, dict):
         return dict, *((name, _described(v, moving, seen)) for name, v in value.items())
     if isinstance(value, (list, tuple)):
