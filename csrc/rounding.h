@@ -7,7 +7,7 @@
 
 namespace dbk {
 
-constexpr uint32_t kRoundingStream = 2;
+constexpr uint32_t kRoundingStream = 2, kMomentStream = 3;
 
 // The upper half of value + random·2^-16 units: up with the probability that keeps the mean. random: 16 bits.
 // Infinity stays, NaN stays NaN.

@@ -15,19 +15,29 @@ from dbkernels.philox import check_address
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def are_bfloat16(first: Tensor | None) -> bool:
+    """Return whether moments, by the first of them, are bfloat16: then they are rounded at random."""
+    return isinstance(first, Tensor) and first.dtype == torch.bfloat16
+
+
 def check_lists(lists: dict[str, Sequence[Tensor]]) -> None:
-    """Raise unless the lists match params in length, shapes and device, and have the dtypes that go with params'."""
+    """Raise unless the lists match params in length, shapes and device, and have the dtypes that go with params'.
+
+    Both moments may be bfloat16, unless params are float64."""
     params = lists["params"]
     if not len(params):
         raise ValueError("params is empty: pass the parameters that received a gradient")
     if params[0].dtype not in _FLOATS:
         raise TypeError(f"params must be floating point, got {params[0].dtype}")
     given, state, device = params[0].dtype, state_dtype(params[0].dtype), params[0].device
+    first = lists["exp_avgs"][0] if len(lists["exp_avgs"]) else None
+    moments = torch.bfloat16 if state == torch.float32 and are_bfloat16(first) else state
+    dtypes = {"params": given, "grads": given, "exp_avgs": moments, "exp_avg_sqs": moments}
     shapes = [getattr(param, "shape", None) for param in params]
     for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} has {len(tensors)} tensors and params {len(params)}: pass one for each")
-        dtype = given if name in ("params", "grads") else state
+        dtype = dtypes.get(name, state)
         for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
             # One expression if all is well: a block has a hundred tensors, checked in each step.
             if not (isinstance(tensor, Tensor) and tensor.dtype is dtype and tensor.shape == shape
@@ -39,7 +49,10 @@ def _complain(name: str, tensor: Tensor, shape: torch.Size | None, device: torch
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}: leave out parameters without one")
     if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}: moments, EMA and masters of halves are float32")
+        raise TypeError(
+            f"{name} must be {dtype}, got {tensor.dtype}: moments, EMA and masters of halves are float32; both "
+            "moments may be bfloat16"
+        )
     if tensor.shape != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, its parameter {tuple(shape or ())}: they must match")
     raise ValueError(f"{name} is on {tensor.device}, params[0] on {device}: move the list to one device")
@@ -98,19 +111,20 @@ def check_rounding(
     dtype: torch.dtype,
     masters: Sequence[Tensor] | None,
     stochastic: bool,
+    moments: bool,
     seed: int | Tensor | None,
     offset: int | Tensor,
 ) -> None:
-    """Raise unless masters and stochastic rounding suit the params' dtype and each other, and a seed is given for the
-    latter alone."""
+    """Raise unless masters and stochastic rounding suit the params' dtype and each other, and a seed is given for
+    stochastic rounding of params, or of moments (moments=True), alone."""
     if masters is not None and stochastic:
         raise ValueError("masters and stochastic_rounding exclude each other: a master keeps what rounding would lose")
     if masters is not None and dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"masters are for float16 and bfloat16 params, got {dtype}: leave them out")
     if stochastic and dtype != torch.bfloat16:
         raise ValueError(f"stochastic_rounding is for bfloat16 params, got {dtype}: pass masters, or leave it out")
-    if stochastic != (seed is not None):
-        raise ValueError("seed and stochastic_rounding=True go together: pass both or neither")
+    if (stochastic or moments) != (seed is not None):
+        raise ValueError("seed and stochastic_rounding=True or bfloat16 moments go together: pass both or neither")
     check_address(0 if seed is None or isinstance(seed, Tensor) else seed, 0 if isinstance(offset, Tensor) else offset)
 
 

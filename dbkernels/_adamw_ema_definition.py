@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from dbkernels._pieces import pieces
-from dbkernels.philox import round_stochastically
+from dbkernels.philox import round_moments, round_stochastically
 from dbkernels.total_norm import total_norm_reference
 
 CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of moments, averages and masters of params of `dtype`."""
+    """Return the dtype of the arithmetic on params of `dtype`, of their averages and masters, and of moments unless
+    these are bfloat16."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -43,8 +44,11 @@ def power(base: float, exponent: int | Tensor) -> float | Tensor:
     return product
 
 
+Address = tuple[int, int | Tensor, int | Tensor]  # first random group, seed and offset of stochastic rounding
+
+
 class Rule(NamedTuple):
-    """The factors of an update, alike for every element; tensors are 0-dim, of the state's dtype."""
+    """The factors of an update, alike for every element; tensors are 0-dim, of the arithmetic's dtype."""
 
     skip: Tensor
     clip: Tensor
@@ -98,7 +102,7 @@ def adamw_ema_step_reference(
         beta1, beta2, eps, max_norm, stochastic_rounding, norm: as in `adamw_ema_step`.
 
     Returns:
-        The norm, 0-dim, in the state's dtype.
+        The norm, 0-dim, in the arithmetic's dtype.
     """
     norm = total_norm_reference(grads) if norm is None else norm.clone()
 
@@ -120,8 +124,9 @@ def adamw_ema_step_reference(
     for i, decay in enumerate(weight_decay):
         factor = scalar(1 - lr * decay)
         for piece in _cut([x[i] if x else None for x in (params, grads, exp_avgs, exp_avg_sqs, averaged, masters)]):
-            new = _advance(piece, rule, factor)
-            _store(piece, new, rule, (group, seed, offset) if stochastic_rounding else None)
+            address = group, seed, offset
+            new = _advance(piece, rule, factor, address)
+            _store(piece, new, rule, address if stochastic_rounding else None)
             group += (piece.param.numel() + 7) // 8
     if isinstance(step, Tensor):
         step.add_(~rule.skip)
@@ -139,27 +144,27 @@ def _commit(target: Tensor, value: Tensor, rule: Rule) -> None:
     target.copy_(torch.where(rule.skip, target, value.to(target.dtype)))
 
 
-def _advance(piece: Piece, rule: Rule, factor: Tensor) -> Tensor:
-    """Update the moments and return the new parameter, in the state's dtype."""
-    dtype = piece.exp_avg.dtype
+def _advance(piece: Piece, rule: Rule, factor: Tensor, address: Address) -> Tensor:
+    """Update the moments and return the new parameter, in the arithmetic's dtype, by the moments before rounding."""
+    dtype = rule.root.dtype
     grad = piece.grad.to(dtype) * rule.clip
-    square = (piece.exp_avg_sq * rule.beta2).addcmul_(grad, grad, value=1 - rule.beta2)
-    moment = torch.lerp(piece.exp_avg, grad, 1 - rule.beta1)
+    square = (piece.exp_avg_sq.to(dtype) * rule.beta2).addcmul_(grad, grad, value=1 - rule.beta2)
+    moment = torch.lerp(piece.exp_avg.to(dtype), grad, 1 - rule.beta1)
     del grad
-    _commit(piece.exp_avg_sq, square, rule)
-    _commit(piece.exp_avg, moment, rule)
+    stored = [moment, square]
+    if piece.exp_avg.dtype != dtype:
+        stored = round_moments(moment, square, address[0], seed=address[1], offset=address[2])  # type: ignore[arg-type]
+    _commit(piece.exp_avg, stored[0], rule)
+    _commit(piece.exp_avg_sq, stored[1], rule)
+    del stored
     update = moment.mul_(rule.minus_step_size).div_(square.sqrt_().div_(rule.root).add_(rule.eps))
     del square
     source = piece.param if piece.master is None else piece.master
     return update.add_(source.to(dtype) * factor)
 
 
-def _store(piece: Piece, new: Tensor, rule: Rule, address: tuple[int, int | Tensor, int | Tensor] | None) -> None:
-    """Store the new parameter, its master and its average.
-
-    Args:
-        address: first random group, seed and offset of stochastic rounding; None to round to nearest.
-    """
+def _store(piece: Piece, new: Tensor, rule: Rule, address: Address | None) -> None:
+    """Store the new parameter, its master and its average. address: None to round to nearest."""
     if address is None:
         stored = new.to(piece.param.dtype)
     else:

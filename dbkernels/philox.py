@@ -5,9 +5,9 @@ device, for any split of the work. Element i is word i % 4 of the block cipher a
 
     counter = (i // 4 mod 2^32, i // 4 div 2^32, offset, stream)    key = (seed mod 2^32, seed div 2^32)
 
-where stream is 0 for normals, 1 for uniforms and 2 for stochastic rounding, so that equal (seed, offset) never ties a
-noise level to its noise. The cipher has ten rounds. Normals may be drawn with seven, the fewest that pass BigCrush
-(Salmon et al., table 2): other numbers, for fewer instructions.
+where stream is 0 for normals, 1 for uniforms, 2 for stochastic rounding and 3 for that of an optimizer's moments, so
+that equal (seed, offset) never ties a noise level to its noise. The cipher has ten rounds. Normals may be drawn with
+seven, the fewest that pass BigCrush (Salmon et al., table 2): other numbers, for fewer instructions.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (the generator); Box and Muller 1958.
 """
@@ -31,7 +31,7 @@ __all__ = ["check_address", "philox_uniform", "signed"]
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
-NORMAL_STREAM, UNIFORM_STREAM, ROUNDING_STREAM = 0, 1, 2
+NORMAL_STREAM, UNIFORM_STREAM, ROUNDING_STREAM, MOMENT_STREAM = 0, 1, 2, 3
 _LOW = 0xFFFFFFFF
 
 
@@ -111,12 +111,26 @@ def uniform_reference(
 def round_stochastically(value: Tensor, first_group: int, *, seed: int, offset: int) -> Tensor:
     """Round float32 to bfloat16, up or down with the probabilities that keep the mean.
 
-    Element i takes bits 16·(i % 2) and up of word i // 2 % 4 of group first_group + i // 8: adding these 16 random bits
-    below bfloat16's last place and cutting them off is exact.
+    Element i takes bits 16·(i % 2) and up of word i // 2 % 4 of group first_group + i // 8.
     """
     groups = _groups((value.numel() + 1) // 2, value.device) + first_group
     words = torch.stack(random_words(groups, seed, offset, ROUNDING_STREAM), dim=-1)
-    random = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten()[: value.numel()].view(value.shape)
+    return _rounded(value, torch.stack((words & 0xFFFF, words >> 16), dim=-1))
+
+
+def round_moments(exp_avg: Tensor, exp_avg_sq: Tensor, first_group: int, *, seed: int, offset: int) -> list[Tensor]:
+    """Round two float32 tensors of one shape to bfloat16, as `round_stochastically` does, by random bits of their own.
+
+    Element i takes word i % 4 of group 2·first_group + i // 4: exp_avg its lower half, exp_avg_sq its upper one.
+    """
+    groups = _groups(exp_avg.numel(), exp_avg.device) + 2 * first_group
+    words = torch.stack(random_words(groups, seed, offset, MOMENT_STREAM), dim=-1)
+    return [_rounded(exp_avg, words & 0xFFFF), _rounded(exp_avg_sq, words >> 16)]
+
+
+def _rounded(value: Tensor, random: Tensor) -> Tensor:
+    """Add 16 random bits below bfloat16's last place and cut them off: exact. random: at least one per element."""
+    random = random.flatten()[: value.numel()].view(value.shape)
     bits = value.contiguous().view(torch.int32).to(torch.int64) & _LOW
     rounded = ((bits + random) >> 16 << 16).to(torch.int32).view(torch.float32)  # the cast wraps, as it should
     return torch.where(value.isfinite(), rounded, value).to(torch.bfloat16)

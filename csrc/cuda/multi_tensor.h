@@ -17,16 +17,13 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPack = 4;           // elements a thread moves at once: 16 bytes of float32
 constexpr int kChunk = 16384;      // elements a block takes
-constexpr int kTensors = 36;       // tensors and blocks of one launch: what fits the 4 KiB of kernel arguments
+constexpr int kTensors = 32;       // tensors and blocks of one launch: what fits the 4 KiB of kernel arguments
 constexpr int kBlocks = 320;
 
 struct Batch {
-  void *param[kTensors], *exp_avg[kTensors], *exp_avg_sq[kTensors], *ema[kTensors];
+  void *param[kTensors], *exp_avg[kTensors], *exp_avg_sq[kTensors], *ema[kTensors], *master[kTensors];
   const void* grad[kTensors];
-  union {
-    void* master[kTensors];
-    uint64_t group[kTensors];  // of the random words of a tensor's first eight elements
-  };
+  uint64_t group[kTensors];  // of the random words of a tensor's first eight elements
   int64_t numel[kTensors];
   double decay[kTensors];
   int32_t chunk[kBlocks];
@@ -62,11 +59,8 @@ std::vector<Batch> batches(const Lists& lists) {
         batch.exp_avg[slots] = lists.exp_avgs[i].data_ptr();
         batch.exp_avg_sq[slots] = lists.exp_avg_sqs[i].data_ptr();
         batch.ema[slots] = lists.emas.empty() ? nullptr : lists.emas[i].data_ptr();
-        if (lists.masters.empty()) {
-          batch.group[slots] = group;
-        } else {
-          batch.master[slots] = lists.masters[i].data_ptr();
-        }
+        batch.master[slots] = lists.masters.empty() ? nullptr : lists.masters[i].data_ptr();
+        batch.group[slots] = group;
         batch.numel[slots] = numel;
         batch.decay[slots++] = lists.weight_decay[i];
         placed = true;

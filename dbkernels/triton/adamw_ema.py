@@ -12,9 +12,9 @@ import triton.language as tl
 from dbkernels.triton.philox import in_element_order, words_of_groups
 from dbkernels.triton.total_norm import locate, root_of_sum
 
-# Rows of the table after START and NUMEL, one number per tensor; GRAD is ADDRESS to the norm's kernel. The last is the
-# master's address, or the group of the random words of the tensor's first eight elements.
-GRAD, DECAY, PARAM, EXP_AVG, EXP_AVG_SQ, EMA, MASTER = (tl.constexpr(row) for row in range(2, 9))
+# Rows of the table after START and NUMEL, one number per tensor; GRAD is ADDRESS to the norm's kernel. GROUP: that of
+# the random words of the tensor's first eight elements.
+GRAD, DECAY, PARAM, EXP_AVG, EXP_AVG_SQ, EMA, MASTER, GROUP = (tl.constexpr(row) for row in range(2, 10))
 # Places in the step's scratch memory: the results of `decide` for the update, then a factor per tensor.
 (CLIP, APPLIED, MINUS_STEP_SIZE, ROOT, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, EPS, ONE_MINUS_EMA, SEED, OFFSET,
  FACTORS) = (tl.constexpr(place) for place in range(12))  # fmt: skip
@@ -107,11 +107,17 @@ def decide_kernel(
 
 
 @triton.jit
-def stored_by_chance(value, group, seed, offset, BLOCK: tl.constexpr):
-    """Return float32 values rounded up or down to bfloat16 as the bits of a float32; the draws: dbkernels/philox.py."""
-    x0, x1, x2, x3 = words_of_groups(group, seed & 0xFFFFFFFF, seed >> 32, offset, 2, BLOCK // 8)
-    words = in_element_order(x0, x1, x2, x3, BLOCK // 8)
-    random = tl.join(words & 0xFFFF, words >> 16).reshape(BLOCK)
+def words_at(scratch_ptr, group, STREAM: tl.constexpr, GROUPS: tl.constexpr):
+    """Return the random words of GROUPS groups in element order; the draws: dbkernels/philox.py."""
+    seed = tl.load(scratch_ptr + SEED).to(tl.int64, bitcast=True)
+    offset = tl.load(scratch_ptr + OFFSET).to(tl.int64, bitcast=True)
+    x0, x1, x2, x3 = words_of_groups(group, seed & 0xFFFFFFFF, seed >> 32, offset, STREAM, GROUPS)
+    return in_element_order(x0, x1, x2, x3, GROUPS)
+
+
+@triton.jit
+def rounded_by(value, random):
+    """Return float32 values rounded up or down to bfloat16, by 16 random bits each, as the bits of a float32."""
     bits = value.to(tl.uint32, bitcast=True)
     special = tl.where(value != value, 0x7FC00000, bits)
     finite = (bits & 0x7F800000) != 0x7F800000
@@ -125,13 +131,14 @@ def update_block(
     AVERAGED: tl.constexpr, STORE: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update BLOCK elements, the first `left` of them unless WHOLE. The pointers: their first elements."""
-    wide: tl.constexpr = exp_avg_ptr.dtype.element_ty
+    wide: tl.constexpr = ema_ptr.dtype.element_ty
     narrow: tl.constexpr = param_ptr.dtype.element_ty
+    moment: tl.constexpr = exp_avg_ptr.dtype.element_ty
     at = tl.arange(0, BLOCK)
     inside = (at < left) | WHOLE
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(wide) * clip
-    exp_avg = tl.load(exp_avg_ptr + at, mask=inside, other=0.0)
-    exp_avg_sq = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0)
+    exp_avg = tl.load(exp_avg_ptr + at, mask=inside, other=0.0).to(wide)
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0).to(wide)
     if STORE == WITH_MASTER:
         param = tl.load(master_ptr + at, mask=inside, other=0.0)
     else:
@@ -143,14 +150,19 @@ def update_block(
     exp_avg_sq = tl.fma(one_minus_beta2 * grad, grad, exp_avg_sq * beta2)
     denominator = quotient(root_of(exp_avg_sq), root) + eps
     param = tl.fma(param, factor, quotient(minus_step_size * exp_avg, denominator))
-    tl.store(exp_avg_ptr + at, exp_avg, mask=inside)
-    tl.store(exp_avg_sq_ptr + at, exp_avg_sq, mask=inside)
+    if moment == wide:
+        tl.store(exp_avg_ptr + at, exp_avg, mask=inside)
+        tl.store(exp_avg_sq_ptr + at, exp_avg_sq, mask=inside)
+    else:
+        words = words_at(scratch_ptr, 2 * group, 3, BLOCK // 4)
+        exp_avg_bits, exp_avg_sq_bits = rounded_by(exp_avg, words & 0xFFFF), rounded_by(exp_avg_sq, words >> 16)
+        tl.store(exp_avg_ptr + at, (exp_avg_bits >> 16).to(tl.uint16).to(moment, bitcast=True), mask=inside)
+        tl.store(exp_avg_sq_ptr + at, (exp_avg_sq_bits >> 16).to(tl.uint16).to(moment, bitcast=True), mask=inside)
     if STORE == WITH_MASTER:
         tl.store(master_ptr + at, param, mask=inside)
     if STORE == STOCHASTIC:
-        seed = tl.load(scratch_ptr + SEED).to(tl.int64, bitcast=True)
-        offset = tl.load(scratch_ptr + OFFSET).to(tl.int64, bitcast=True)
-        bits = stored_by_chance(param, group, seed, offset, BLOCK)
+        words = words_at(scratch_ptr, group, 2, BLOCK // 8)
+        bits = rounded_by(param, tl.join(words & 0xFFFF, words >> 16).reshape(BLOCK))
         tl.store(param_ptr + at, (bits >> 16).to(tl.uint16).to(narrow, bitcast=True), mask=inside)
         param = bits.to(tl.float32, bitcast=True)
     else:
@@ -166,7 +178,7 @@ def update_block(
 @triton.jit(do_not_specialize=["tensors"])
 def update_kernel(
     table_ptr, scratch_ptr, tensors,
-    TYPE: tl.constexpr, WIDE: tl.constexpr, AVERAGED: tl.constexpr, STORE: tl.constexpr,
+    TYPE: tl.constexpr, WIDE: tl.constexpr, MOMENT: tl.constexpr, AVERAGED: tl.constexpr, STORE: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update a chunk if `decide` allows it, one chunk per program. Backwards: the gradients that the norm read last are
@@ -176,11 +188,13 @@ def update_kernel(
     row = table_ptr + tensor
     param, grad = tl.load(row + PARAM * tensors), tl.load(row + GRAD * tensors)
     exp_avg, exp_avg_sq = tl.load(row + EXP_AVG * tensors), tl.load(row + EXP_AVG_SQ * tensors)
-    ema, last = tl.load(row + EMA * tensors), tl.load(row + MASTER * tensors)
+    ema, master = tl.load(row + EMA * tensors), tl.load(row + MASTER * tensors)
     every = param | grad | exp_avg | exp_avg_sq | ema
     if STORE == WITH_MASTER:
-        every = every | last
-    group = last + first // 8
+        every = every | master
+    group = first // 8
+    if STORE == STOCHASTIC or MOMENT != WIDE:
+        group += tl.load(row + GROUP * tensors)
 
     factor = tl.load(scratch_ptr + FACTORS + tensor).to(WIDE)
     clip, root = tl.load(scratch_ptr + CLIP).to(WIDE), tl.load(scratch_ptr + ROOT).to(WIDE)
@@ -192,23 +206,24 @@ def update_kernel(
     # Blocks in the middle of aligned tensors move 16 bytes at a time, by the hints in their loop; halves move 8, so
     # that four elements a thread suit all and nothing is exchanged through shared memory.
     narrow: tl.constexpr = 8 if TYPE.primitive_bitwidth == 16 else 16
+    moment: tl.constexpr = 8 if MOMENT.primitive_bitwidth == 16 else 16
     whole = tl.where(every % 16 == 0, count // BLOCK * BLOCK, 0)
     for at in range(0, whole, BLOCK):
         update_block(
             tl.multiple_of(param.to(tl.pointer_type(TYPE)), narrow) + first + at,
             tl.multiple_of(grad.to(tl.pointer_type(TYPE)), narrow) + first + at,
-            tl.multiple_of(exp_avg.to(tl.pointer_type(WIDE)), 16) + first + at,
-            tl.multiple_of(exp_avg_sq.to(tl.pointer_type(WIDE)), 16) + first + at,
+            tl.multiple_of(exp_avg.to(tl.pointer_type(MOMENT)), moment) + first + at,
+            tl.multiple_of(exp_avg_sq.to(tl.pointer_type(MOMENT)), moment) + first + at,
             tl.multiple_of(ema.to(tl.pointer_type(WIDE)), 16) + first + at,
-            tl.multiple_of(last.to(tl.pointer_type(WIDE)), 16) + first + at,
+            tl.multiple_of(master.to(tl.pointer_type(WIDE)), 16) + first + at,
             count - at, group + at // 8, scratch_ptr, factor, clip, minus_step_size, root, one_minus_beta1, beta2,
             one_minus_beta2, eps, one_minus_ema, AVERAGED, STORE, True, BLOCK,
         )  # fmt: skip
     for at in range(whole, count, BLOCK):
         update_block(
             param.to(tl.pointer_type(TYPE)) + first + at, grad.to(tl.pointer_type(TYPE)) + first + at,
-            exp_avg.to(tl.pointer_type(WIDE)) + first + at, exp_avg_sq.to(tl.pointer_type(WIDE)) + first + at,
-            ema.to(tl.pointer_type(WIDE)) + first + at, last.to(tl.pointer_type(WIDE)) + first + at,
+            exp_avg.to(tl.pointer_type(MOMENT)) + first + at, exp_avg_sq.to(tl.pointer_type(MOMENT)) + first + at,
+            ema.to(tl.pointer_type(WIDE)) + first + at, master.to(tl.pointer_type(WIDE)) + first + at,
             count - at, group + at // 8, scratch_ptr, factor, clip, minus_step_size, root, one_minus_beta1, beta2,
             one_minus_beta2, eps, one_minus_ema, AVERAGED, STORE, False, BLOCK,
         )  # fmt: skip

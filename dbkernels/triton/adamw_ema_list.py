@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbkernels._adamw_ema_definition import state_dtype
 from dbkernels.triton import adamw_ema as kernels
 from dbkernels.triton.launch import Kinds, Launch
 from dbkernels.triton.total_norm import (
@@ -34,11 +35,11 @@ _launches = Kinds()
 _plans = Kinds()
 
 
-def rows_of(lists: Sequence[Sequence[Tensor]], decays: Sequence[float], stochastic: bool) -> list[list[Any]]:
+def rows_of(lists: Sequence[Sequence[Tensor]], decays: Sequence[float], drawn: bool) -> list[list[Any]]:
     """Return numel, decay, an address in each of the six lists, and the first random group of each run of tensors.
 
     A tensor that begins where its predecessor ends, in every list, with the same decay, lengthens its predecessor's
-    run; not where that would move its random words, which begin anew with each tensor.
+    run; not where that would move its random words, which begin anew with each tensor. drawn: whether any are used.
     """
     sizes = [tensors[0].element_size() if tensors else 0 for tensors in lists]
     addresses = zip(*(map(Tensor.data_ptr, tensors) if tensors else itertools.repeat(0) for tensors in lists))  # noqa: B905
@@ -48,7 +49,7 @@ def rows_of(lists: Sequence[Sequence[Tensor]], decays: Sequence[float], stochast
         numel = param.numel()
         if not numel:
             continue
-        if places == following and decay == rows[-1][1] and not (stochastic and rows[-1][0] % 8):
+        if places == following and decay == rows[-1][1] and not (drawn and rows[-1][0] % 8):
             rows[-1][0] += numel
         else:
             rows.append([numel, decay, *places, group])
@@ -57,14 +58,14 @@ def rows_of(lists: Sequence[Sequence[Tensor]], decays: Sequence[float], stochast
     return rows
 
 
-def words_of(rows: list[list[Any]], masters: bool) -> tuple[list[int], int]:
+def words_of(rows: list[list[Any]]) -> tuple[list[int], int]:
     """Return the table's words, in the order of the kernels' constants, and the number of chunks."""
     if not rows:
         return [], 0
-    numels, decays, params, grads, *states, of_masters, groups = zip(*rows, strict=True)
+    numels, decays, params, grads, *others = zip(*rows, strict=True)
     *starts, chunks = starts_of(numels)
     bits = struct.unpack(f"{len(rows)}q", struct.pack(f"{len(rows)}d", *decays))
-    fields = [starts, numels, grads, bits, params, *states, of_masters if masters else groups]
+    fields = [starts, numels, grads, bits, params, *others]
     return list(itertools.chain(*fields)), chunks
 
 
@@ -78,20 +79,20 @@ class Plan:
     """
 
     def __init__(self, lists: Sequence[Sequence[Tensor]], decays: Sequence[float], stochastic: bool):
-        first, state = lists[0][0], lists[2][0]
-        self.device, self.state = first.get_device(), state.dtype
+        first, moments = lists[0][0], lists[2][0].dtype
+        self.device, self.state = first.get_device(), state_dtype(first.dtype)
         store = kernels.WITH_MASTER if lists[5] else kernels.STOCHASTIC if stochastic else kernels.NEAREST
-        rows = rows_of(lists, decays, stochastic)
-        words, self.chunks = words_of(rows, bool(lists[5]))
+        rows = rows_of(lists, decays, stochastic or moments != self.state)
+        words, self.chunks = words_of(rows)
         self.tensors = len(rows)
         self.table = table_of(words, first.device)
         size = kernels.FACTORS.value + self.tensors
         self.scratch = torch.empty(size, dtype=torch.float64, device=first.device)
         self.sums = torch.empty(max(1, self.chunks), dtype=torch.float64, device=first.device)
         blocks = dict(CHUNK=CHUNK, BLOCK=BLOCK)
-        types = dict(TYPE=TYPES[first.dtype], WIDE=TYPES[state.dtype])
+        types = dict(TYPE=TYPES[first.dtype], WIDE=TYPES[self.state])
         self.squares = launch_of(squares_kernel, self.device, self.chunks, (self.tensors, 0), **types, **blocks)
-        types |= dict(AVERAGED=bool(lists[4]), STORE=store.value)
+        types |= dict(MOMENT=TYPES[moments], AVERAGED=bool(lists[4]), STORE=store.value)
         self.update = launch_of(kernels.update_kernel, self.device, self.chunks, (self.tensors,), **types, **blocks)
 
     def _decide(

@@ -7,6 +7,8 @@ import torch
 import fake_gpu
 
 gpu = fake_gpu.activate()
+import triton.language as tl  # noqa: E402
+
 import dbkernels  # noqa: E402
 from dbkernels import adamw_ema  # noqa: E402
 from dbkernels.triton import adamw_ema_list  # noqa: E402
@@ -77,6 +79,19 @@ assert not decide.constants["EMA_DECAY"]
 norm = torch.tensor(2.0)
 assert dbkernels.adamw_ema_step(*lists, step=2, norm=norm, **OPTIONS) is not norm
 assert gpu.launches() == 2
+
+# bfloat16 moments: as many launches, and a norm in float32
+halves = [*lists[:2], *([moment.bfloat16() for moment in moments] for moments in lists[2:4]), lists[4]]
+result = dbkernels.adamw_ema_step(*halves, step=2, norm=norm, seed=1, **OPTIONS)
+plan = next(reversed(adamw_ema_list._plans.values()))[1]
+assert gpu.launches() == 2 and result.dtype == torch.float32 and plan.update.constants["MOMENT"] == tl.bfloat16
+try:
+    dbkernels.adamw_ema_step(*halves, step=2, norm=norm, **OPTIONS)
+except ValueError as error:
+    assert "bfloat16 moments go together" in str(error)
+else:
+    raise AssertionError("a seed is needed")
+assert gpu.launches() == 0
 
 # In a capture a table is the graph's own, and isn't kept
 adamw_ema_list.capturing = lambda device: True

@@ -5,6 +5,8 @@ import torch
 
 import dbkernels
 
+BF16, FP64 = [torch.ones(3, dtype=torch.bfloat16)], [torch.ones(3, dtype=torch.float64)]
+
 
 def arguments(**changes):
     one = [torch.ones(3)]
@@ -21,7 +23,12 @@ def arguments(**changes):
         (dict(grads=[None]), TypeError, r"grads\[0\] must be a tensor"),
         (dict(grads=[torch.ones(4)]), ValueError, r"grads\[0\] has shape"),
         (dict(grads=[torch.ones(3).double()]), TypeError, r"grads\[0\] must be torch.float32"),
-        (dict(exp_avgs=[torch.ones(3).bfloat16()]), TypeError, r"exp_avgs\[0\]"),
+        (dict(exp_avgs=[torch.ones(3).half()]), TypeError, r"exp_avgs\[0\] must be torch.float32"),
+        (dict(exp_avgs=BF16), TypeError, r"exp_avg_sqs\[0\] must be torch.bfloat16, got torch.float32"),
+        (dict(exp_avg_sqs=BF16), TypeError, r"exp_avg_sqs\[0\] must be torch.float32, got torch.bfloat16"),
+        (dict(exp_avgs=BF16, exp_avg_sqs=BF16), ValueError, "seed and stochastic_rounding=True or bfloat16 moments"),
+        (dict(exp_avgs=BF16, exp_avg_sqs=BF16, seed=-1), ValueError, "seed=-1"),
+        (dict(params=FP64, grads=FP64, exp_avgs=BF16), TypeError, r"exp_avgs\[0\] must be torch.float64"),
         (dict(exp_avg_sqs=[torch.ones(3, device="meta")]), ValueError, r"exp_avg_sqs\[0\] is on meta"),
         (dict(emas=[torch.ones(3)]), ValueError, "emas and ema_decay"),
         (dict(ema_decay=0.9), ValueError, "emas and ema_decay"),
