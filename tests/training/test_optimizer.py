@@ -54,15 +54,16 @@ def test_a_parameter_without_a_gradient_is_not_touched(has_gradient):
         assert ours[1] not in optimizer.state
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("masters", [True, False])
-def test_state_created_before_the_first_step_changes_no_bit(masters):
+def test_state_created_before_the_first_step_changes_no_bit(masters, moments):
     """Gradients come always, from step 2 on, every other step and never; step 1 has a gradient that isn't finite."""
 
     def trained(prepared):
         dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16 if masters else torch.bfloat16)
         params = [parameter(dtype) for dtype in dtypes for _ in range(4)]
         groups = [{"params": params[:8]}, {"params": params[8:], "lr": 0.01}]
-        optimizer = db.BlockAdamW(groups, lr=0.1, ema_decay=0.9, masters=masters)
+        optimizer = db.BlockAdamW(groups, lr=0.1, ema_decay=0.9, masters=masters, moments=moments)
         if prepared:
             optimizer.prepare()
             state = state_of(optimizer)

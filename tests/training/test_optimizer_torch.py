@@ -67,14 +67,15 @@ def test_parameters_come_by_name_and_in_later_groups():
     torch.testing.assert_close(before - layer.bias.detach(), torch.full((2,), 0.2), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("masters", [True, False])
-def test_its_state_goes_to_a_file_and_back_bit_for_bit(masters):
+def test_its_state_goes_to_a_file_and_back_bit_for_bit(masters, moments):
     """Also where parameters had different numbers of updates, and state is wider than its parameter."""
 
     def make():
         dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16 if masters else torch.float32]
         params = [parameter(dtype) for dtype in (*dtypes, torch.bfloat16)]
-        return params, db.BlockAdamW(params, lr=0.1, ema_decay=0.9, masters=masters)
+        return params, db.BlockAdamW(params, lr=0.1, ema_decay=0.9, masters=masters, moments=moments)
 
     def train(params, optimizer, steps):
         for step in steps:

@@ -107,10 +107,11 @@ def test_masked_tokens_are_planned_as_if_all_were_masked(precision):
         {"ema": 0.0},
         {"accumulate": 3},
         {"slots": 2},
+        {"moments": "bfloat16"},
         {"optimizer": lambda params: torch.optim.SGD(params, 0.1, momentum=0.9)},
         {"optimizer": lambda params: torch.optim.Adam(params, 0.1)},
     ],
-    ids=["no ema", "accumulate", "two slots", "sgd", "adam"],
+    ids=["no ema", "accumulate", "two slots", "bfloat16 moments", "sgd", "adam"],
 )
 def test_settings_are_counted(tmp_path, settings, offload):
     assert_as_planned(small.model(layers=3), small.batch(), tmp_path, offload=offload, **settings)

@@ -113,6 +113,7 @@ def test_nothing_is_written_after_a_step_that_is_not_finite(tmp_path):
 @pytest.mark.parametrize(("settings", "words"), [
     (dict(seed=1), "saved with seed=0, the trainer has seed=1"), (dict(visit=3), "visit=2, the trainer has visit=3"),
     (dict(precision="bfloat16"), "precision='float32'"), (dict(accumulate=2), "accumulate=1"),
+    (dict(moments="bfloat16"), "moments='float32'"),
     (dict(ema=0.0), "averages=True, the trainer has averages=False"), (dict(name="SGD"), "optimizer='BlockAdamW'"),
     (dict(model="double"), "is torch.float32, the model's torch.float64"),
     (dict(model="more blocks"), "has no block_2, block_3"), (dict(model="other width"), "do not fit the model"),

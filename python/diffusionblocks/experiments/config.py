@@ -68,6 +68,7 @@ class TrainConfig(TrainerConfig):
     log_folder: Suppress[Path | None] = None
     log_every: Suppress[int] = 25
     slots: Suppress[Literal[1, 2]] = 1
+    moments: Suppress[Literal["float32", "bfloat16"]] = "float32"
     loggers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
     """Where block-wise training's rows go besides metrics.jsonl: the run folder's logs, or Weights & Biases."""
     model: Any = None

@@ -39,6 +39,8 @@ class TrainerConfig:
     """Batches per step."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: matrices in bfloat16 with float32 masters, under autocast."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Of the default optimizer; bfloat16: half the memory, rounded stochastically."""
     compile: bool = False
     """Compile the blocks with torch.compile."""
     capture: bool | None = None
@@ -71,6 +73,7 @@ class TrainerConfig:
         if self.steps is not None:
             check_whole(self, 1, "steps")
         check_choice(self, "precision", "float32", "bfloat16")
+        check_choice(self, "moments", "float32", "bfloat16")
         check_choice(self, "offload", None, "cpu", "disk", "auto")
         check_choice(self, "slots", 1, 2)
         check_choice(self, "capture", None, False, True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import dbkernels
 
+from ..noise.rng import stream
 from .config import TrainerConfig
 
 MakeOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -23,9 +24,9 @@ class BlockAdamW(torch.optim.Optimizer):
     """AdamW + EMA by one fused call per group and dtype, without host reads.
 
     A parameter without a gradient isn't touched, nor are its moments, its average or its count of updates. An update
-    whose gradients' norm isn't finite changes nothing and doesn't count. Moments and averages are float32, float64 of
-    float64. Tensors with fewer than two dimensions (biases, norms) are not decayed. The average of a parameter is
-    `state[p]["ema"]`; Offloader.averages() puts them in place of weights.
+    whose gradients' norm isn't finite changes nothing and doesn't count. State is float32, float64 of float64; moments
+    may be bfloat16. Tensors with fewer than two dimensions (biases, norms) are not decayed. The average of a parameter
+    is `state[p]["ema"]`; Offloader.averages() puts them in place of weights.
 
     Args:
         params: Parameters, (name, parameter) pairs or groups, as for any torch optimizer; of floating dtypes.
@@ -33,6 +34,9 @@ class BlockAdamW(torch.optim.Optimizer):
         ema_decay: Decay of the moving average, shorter at first so that it forgets the start; 0 keeps none.
         masters: Keep a float32 copy of float16 and bfloat16 parameters and update that; False rounds bfloat16
             stochastically.
+        moments: torch.float32 or torch.bfloat16, or the name: with bfloat16 a parameter's two moments take 4 bytes, not
+            8, and are rounded stochastically (not those of float64).
+        seed: Of stochastic rounding.
 
     Raises: ValueError on a setting out of range; TypeError on a parameter that isn't floating point.
     """
@@ -47,14 +51,23 @@ class BlockAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         ema_decay: float = 0.0,
         masters: bool = True,
+        moments: str | torch.dtype = "float32",
+        seed: int = 0,
     ):
+        moments = str(moments).removeprefix("torch.")
+        if moments not in ("float32", "bfloat16"):
+            raise ValueError(f"moments must be float32 or bfloat16, got {moments}")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2^64), got {seed}")
         if not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
         if not 0 <= weight_decay < math.inf:
             raise ValueError(f"weight_decay must be zero or positive, got {weight_decay}")
         if not 0 <= lr < math.inf:
             raise ValueError(f"lr must be zero or positive, got {lr}")
-        own = dict(ema_decay=ema_decay, masters=masters)  # in the groups, so that copies and state_dicts have them
+        own = dict(
+            ema_decay=ema_decay, masters=masters, moments=moments, seed=seed
+        )  # in the groups, so that copies and state_dicts have them
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **own))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -134,22 +147,26 @@ class BlockAdamW(torch.optim.Optimizer):
         for p in params:
             if p.dtype not in numbers:
                 numbers[p.dtype] = torch.ones((), dtype=torch.int64, device=p.device)
-            wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+            wide = _wide(p)
+            moments = torch.bfloat16 if group["moments"] == "bfloat16" and wide == torch.float32 else wide
             state = self.state[p]
             state[NEXT] = numbers[p.dtype]
-            state["exp_avg"] = torch.zeros_like(p, dtype=wide)
-            state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide)
+            state["exp_avg"] = torch.zeros_like(p, dtype=moments)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=moments)
             if group["ema_decay"]:
                 state["ema"] = p.detach().to(wide, copy=True)
             if group["masters"] and p.element_size() == 2:
                 state["master"] = p.detach().to(wide, copy=True)
 
     def _update(self, params: list[Tensor], group: dict[str, Any], norm: Tensor, max_norm: float | None) -> None:
-        def of(key: str) -> list[Tensor] | None:
-            return [self.state[p][key] for p in params] if key in self.state[params[0]] else None
+        first = self.state[params[0]]
 
-        number = self.state[params[0]][NEXT]
+        def of(key: str) -> list[Tensor] | None:
+            return [self.state[p][key] for p in params] if key in first else None
+
+        number = first[NEXT]
         rounded = params[0].element_size() == 2 and not group["masters"]  # stochastically
+        drawn = rounded or first["exp_avg"].dtype == torch.bfloat16
         dbkernels.adamw_ema_step(
             params,
             [p.grad for p in params],  # type: ignore[misc]
@@ -162,12 +179,17 @@ class BlockAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             weight_decay=[group["weight_decay"] if p.dim() > 1 else 0.0 for p in params],
             ema_decay=_warm(number, group["ema_decay"]) if group["ema_decay"] else None,
-            norm=norm.to(self.state[params[0]]["exp_avg"].dtype),  # float64, where any gradient is
+            norm=norm.to(_wide(params[0])),  # float64, where any gradient is
             max_norm=max_norm,
             masters=of("master"),
             stochastic_rounding=rounded,
-            **({"seed": 0, "offset": number} if rounded else {}),
+            **({"seed": self._seed_of(params[0], group["seed"]), "offset": number} if drawn else {}),
         )
+
+    def _seed_of(self, first: Tensor, seed: int) -> int:
+        """Return the seed of the list that begins with this parameter: no two lists of a step draw the same bits."""
+        place = next(i for i, p in enumerate(self.params()) if p is first)
+        return (seed + place) % 2**64
 
     @property
     def counts(self) -> list[int]:
@@ -196,6 +218,10 @@ class BlockAdamW(torch.optim.Optimizer):
         self.share_counts()
 
 
+def _wide(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
 def _warm(number: Tensor, decay: float) -> Tensor:
     """Return the average's decay at update `number`: shorter at first, so that the average forgets the start."""
     n = number.double()
@@ -211,7 +237,7 @@ def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
             for p in (p for p in group["params"] if p.grad is not None):
                 state = optimizer.state[p]
                 updates = state["ema_updates"] = state.get("ema_updates", 0) + 1
-                value = p.detach().to(torch.float64 if p.dtype == torch.float64 else torch.float32)
+                value = p.detach().to(_wide(p))
                 if "ema" not in state:
                     state["ema"] = value.clone()
                 else:
@@ -220,9 +246,12 @@ def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
     optimizer.register_step_post_hook(average)
 
 
-def adamw_of(config: TrainerConfig) -> MakeOptimizer:
-    """Return what makes the default optimizer of a part."""
-    return partial(BlockAdamW, lr=config.lr, weight_decay=config.weight_decay, ema_decay=config.ema)
+def adamw_of(config: TrainerConfig, part: str = "shared") -> MakeOptimizer:
+    """Return what makes the default optimizer of a part, which rounds by random bits of its own."""
+    return partial(
+        BlockAdamW, lr=config.lr, weight_decay=config.weight_decay, ema_decay=config.ema, moments=config.moments,
+        seed=stream(config.seed, "rounding", part),
+    )  # fmt: skip
 
 
 def optimizer_of(module: nn.Module, make: MakeOptimizer, ema: float) -> torch.optim.Optimizer | None:

@@ -23,7 +23,14 @@ from ..offload.part import Part
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-FIXED = ("seed", "visit", "branch", "accumulate", "precision")  # settings that a checkpoint can't go on without
+FIXED = (
+    "seed",
+    "visit",
+    "branch",
+    "accumulate",
+    "precision",
+    "moments",
+)  # settings that a checkpoint can't go on without
 
 
 def save(trainer: Trainer, folder: Path, extra: dict[str, Any]) -> None:

@@ -77,8 +77,9 @@ class Trainer:
         callbacks: Sequence[Any] = (),
         **settings: Any,
     ):
-        if optimizer is not None and "lr" in settings:
-            raise ValueError("lr and optimizer both set the learning rate: give it to the optimizer alone")
+        for name, what in (("lr", "the learning rate"), ("moments", "the moments' dtype")):
+            if optimizer is not None and name in settings:
+                raise ValueError(f"{name} and optimizer both set {what}: give it to the optimizer alone")
         self.config = TrainerConfig(**settings) if config is None else dataclasses.replace(config, **settings)
         self.device = pick_device(self.config.device)
         check_complete(self.config, self.device, optimizer)
@@ -89,7 +90,7 @@ class Trainer:
             self.optimizers = {
                 part: made
                 for part, module in model.parts().items()
-                if (made := optimizer_of(module, optimizer or adamw_of(self.config), self.config.ema)) is not None
+                if (made := optimizer_of(module, optimizer or adamw_of(self.config, part), self.config.ema)) is not None
             }
         self._peaks = {o: [g["lr"] for g in o.param_groups] for o in self.optimizers.values()}
         self.offloader = Offloader(
