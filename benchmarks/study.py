@@ -7,7 +7,9 @@ can share the work (--part 0/2, --part 1/2) and a study that was interrupted goe
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +20,8 @@ from typing import Any
 import tables
 import torch
 import tyro
-from variants import COMPARED, STUDIES, choices
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
+from variants import COMPARED, EIGHT_BIT, STUDIES, choices
 
 from diffusionblocks.experiments import commands
 from diffusionblocks.experiments.baselines import end_to_end as baselines
@@ -28,6 +31,7 @@ from diffusionblocks.experiments.run_folder import machine
 from diffusionblocks.experiments.tasks import Task, task_of
 from diffusionblocks.experiments.tasks.base import Loader
 from diffusionblocks.experiments.tasks.causal_lm import WRITTEN, CausalLMTask
+from diffusionblocks.training.optimizer import MakeOptimizer
 from diffusionblocks.training.trainer import Trainer
 
 Row = dict[str, Any]
@@ -44,12 +48,15 @@ class Rows:
         self.rows.append(row)
 
 
-def block_wise(task: Task) -> Row:
-    """Train and evaluate one config, without a run folder."""
+def block_wise(task: Task, optimizer: MakeOptimizer | None = None) -> Row:
+    """Train and evaluate one config, without a run folder. optimizer: in place of the default one."""
     began, log = time.perf_counter(), Rows()
     with tempfile.TemporaryDirectory() as folder:
         task = type(task)(replace(task.config, out=Path(folder), device="cpu"))
-        trainer = commands.trainer_of(task)
+        if optimizer is None:
+            trainer = commands.trainer_of(task)
+        else:  # its state may be more than plain tensors, so nothing waits elsewhere
+            trainer = Trainer(task.model(), replace(task.config, offload=None), optimizer=optimizer)
         trainer.callbacks.append(log)
         trainer.fit(Loader(task.batches(trainer.device)), progress=False)
         seconds = time.perf_counter() - began
@@ -58,9 +65,39 @@ def block_wise(task: Task) -> Row:
     return {
         "seconds": seconds,
         "memory": max((row["bytes"] for row in log.rows), key=lambda bytes_: sum(bytes_.values())),
+        "moments": moment_bytes(list(trainer.optimizers.values())),
+        "curve": curve([row["loss"] for row in log.rows]),
         "edges": trainer.model.partition.edges,
         **{split: {k: v for k, v in score.items() if k != "levels"} for split, score in scores.items()},
     }
+
+
+def curve(losses: list[float]) -> list[float]:
+    """Return the mean of the logged losses of each tenth of the training."""
+    cuts = [len(losses) * i // 10 for i in range(11)]
+    return [statistics.mean(losses[a:b]) for a, b in itertools.pairwise(cuts) if b > a]
+
+
+def moment_bytes(optimizers: list[torch.optim.Optimizer]) -> float:
+    """Return the bytes of moments per weight; those of a tensor subclass are its inner tensors'."""
+    states = [item for optimizer in optimizers for item in optimizer.state.items()]
+    moments = [t for _, state in states for key, t in state.items() if key.startswith("exp_avg")]
+    inner = [[getattr(t, n) for n in t.__tensor_flatten__()[0]] if is_wrapper(t) else [t] for t in moments]
+    return sum(t.numel() * t.element_size() for t in itertools.chain(*inner)) / sum(p.numel() for p, _ in states)
+
+
+def eight_bit(task: Task) -> Row:
+    """Train with torchao's 8-bit AdamW, with the decay of the default optimizer: none of vectors."""
+    from torchao.optim import AdamW8bit
+
+    def make(params: list[torch.Tensor]) -> torch.optim.Optimizer:
+        groups = [
+            {"params": [p for p in params if p.dim() > 1]},
+            {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        return AdamW8bit([g for g in groups if g["params"]], lr=task.config.lr, weight_decay=task.config.weight_decay)
+
+    return block_wise(task, make)
 
 
 def texts(task: Task, trainer: Trainer, folder: Path) -> Row:
@@ -140,6 +177,7 @@ CONTROLS: dict[str, Callable[[Task], Row]] = {
     "shallow": shallow,
     "shallow, equal compute": shallow_longer,
     "shallow, averaged": shallow_averaged,
+    EIGHT_BIT: eight_bit,
     **{name: other(name) for name in commands.OTHERS},
 }
 
@@ -150,7 +188,8 @@ class Study:
 
     run: str = "vit-digits"
     study: str = "main"
-    """Which of the run's studies: main, blocks, partition, overlap, sharing, branch, capacity; or "choice": every
+    """Which of the run's studies: main, blocks, partition, overlap, sharing, branch, capacity, moments (its 8-bit rows
+    need torchao; rows that it can't run are left out by --only); or "choice": every
     learning rate and warm-up, to choose from on the validation split of seeds that no table uses."""
     folder: Path = tables.RESULTS
     """Its rows go to RUN_STUDY.jsonl there; from the default one, its tables to docs/results.md."""
@@ -189,7 +228,9 @@ def work(study: Study, base: TrainConfig) -> list[tuple[str, TrainConfig, int]]:
     every = STUDIES[base.architecture] | {"choice": choices}
     if study.study not in every:
         raise ValueError(f"study must be one of {', '.join(every)} for {study.run}, got {study.study!r}")
-    compared = COMPARED.get(base.architecture, ("end-to-end",)) if study.study == "main" else ()
+    compared = (EIGHT_BIT,) if study.study == "moments" else ()
+    if study.study == "main":
+        compared = COMPARED.get(base.architecture, ("end-to-end",))
     configs = dict.fromkeys(compared, base) | every[study.study](base)
     chosen = [name for name in configs if not study.only or name in study.only]
     index, count = map(int, study.part.split("/"))

@@ -74,6 +74,16 @@ def count(key: str) -> Column:
     return lambda rows: f"{statistics.mean(row['test'][key] for row in rows):,.0f}"
 
 
+def moments(rows: list[Row]) -> str:
+    """Bytes of moments per weight."""
+    return f"{statistics.mean(row['moments'] for row in rows):.2f}"
+
+
+def loss_in(tenth: int) -> Column:
+    """Mean training loss of a tenth of the training."""
+    return lambda rows: spread([row["curve"][tenth - 1] for row in rows], 4)
+
+
 def seeds(rows: list[Row]) -> str:
     """The seeds that a line is the mean of."""
     return " ".join(str(seed) for seed in sorted(row["seed"] for row in rows))
@@ -123,9 +133,16 @@ COLUMNS: dict[str, dict[str, Column]] = {
 }
 
 
+# What a study of the moments shows instead of costs.
+CURVE = {f"loss, tenth {tenth}": loss_in(tenth) for tenth in (1, 2, 5, 10)} | {"moments, bytes a weight": moments}
+COSTS = ("layers run an image", "sampling, s", "memory, MB")
+
+
 def main_table(groups: dict[str, list[Row]]) -> list[str]:
     """What each way of training reached, and took."""
     columns = COLUMNS[next(iter(groups.values()))[0].get("architecture", "vit")]
+    if all(name.startswith("moments in ") for name in groups):
+        columns = {name: column for name, column in columns.items() if name not in COSTS} | CURVE
     lines = [f"| training | seeds | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]
     for name, rows in groups.items():
         if " as " not in name:

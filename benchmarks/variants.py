@@ -112,6 +112,11 @@ def sharing(base: Any) -> Variants:
     return {shared: replace(base, shared=shared) for shared in ("shared", "per_block", "frozen")}
 
 
+def moments(base: TrainConfig) -> Variants:
+    """How the optimizer stores its moments; torchao's 8-bit ones are compared with them."""
+    return {f"moments in {dtype}": replace(base, moments=dtype) for dtype in ("float32", "bfloat16")}
+
+
 def masked_lm(base: Any) -> Variants:
     """The same for masked text, whose ranges don't overlap; and independent blocks."""
     return {**dit(base), "B=3 per_block": replace(base, shared="per_block")}
@@ -133,6 +138,7 @@ def recurrent(base: Any) -> Variants:
     return {"a tenth": base, "equal compute": replace(base, share=1.0, lr=1e-3)}
 
 
+EIGHT_BIT = "moments in 8 bits (torchao)"
 # With what an architecture is compared in its main study, if not with the end-to-end network alone.
 COMPARED = {
     "vit": ("end-to-end", "forward-forward", "noprop"),
@@ -147,8 +153,9 @@ STUDIES: dict[str, dict[str, Callable[[Any], Variants]]] = {
         "overlap": dit_overlap,
         "sharing": sharing,
         "branch": branched,
+        "moments": moments,
     },
-    "masked_lm": {"main": masked_lm, "sharing": sharing, "branch": branched, "capacity": capacity},
+    "masked_lm": {"main": masked_lm, "sharing": sharing, "branch": branched, "capacity": capacity, "moments": moments},
     "causal_lm": {"main": causal_lm, "sharing": sharing, "branch": branched},
     "recurrent": {"main": recurrent},
 }
