@@ -145,7 +145,7 @@ COMPARED = {
     "causal_lm": ("end-to-end", "shallow", "shallow, equal compute", "shallow, averaged"),
 }
 STUDIES: dict[str, dict[str, Callable[[Any], Variants]]] = {
-    "vit": {"main": vit, "sharing": sharing, "branch": branched},
+    "vit": {"main": vit, "sharing": sharing, "branch": branched, "moments": moments},
     "dit": {
         "main": dit,
         "blocks": dit_blocks,
