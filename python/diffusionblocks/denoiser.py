@@ -48,9 +48,14 @@ class Block(nn.Module):
         assert around is not None
         return around
 
+    @staticmethod
+    def call(layer: nn.Module, h: Any, cond: Any) -> Any:
+        """Run a layer. A step that recomputes layers in backward sets another function here, for its forward pass."""
+        return layer(h, cond)
+
     def _decoded(self, h: Any, cond: Any, around: StemHead) -> Features:
         for layer in self.layers:
-            out = layer(h, cond)
+            out = self.call(layer, h, cond)
             # a layer of transformers gives (h, attentions); two streams come and go as a tuple
             h = out[0] if isinstance(out, tuple) and isinstance(h, Tensor) else out
         return Features(around.head, around.head.features(h), cond)

@@ -100,6 +100,16 @@ def test_masked_tokens_are_planned_as_if_all_were_masked(precision):
     assert saved.bytes == planned
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", small.KINDS)
+def test_checkpointed_layers_are_counted(tmp_path, kind, precision):
+    model, settings = small.model(kind, layers=4, blocks=2), {"precision": precision, "checkpoint_layers": True}
+    assert_as_planned(model, small.batch(kind), tmp_path, **settings)
+    plain = db.plan(model, small.batch(kind), device="cpu", precision=precision).rows[1]
+    ours = db.plan(model, small.batch(kind), device="cpu", **settings).rows[1]
+    assert ours.by_category["activations"] < plain.by_category["activations"]
+
+
 @pytest.mark.parametrize("offload", OFFLOADS)
 @pytest.mark.parametrize(
     "settings",

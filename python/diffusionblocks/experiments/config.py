@@ -64,6 +64,7 @@ class TrainConfig(TrainerConfig):
     compile: Suppress[bool] = False
     capture: Suppress[bool | None] = None
     pin: Suppress[bool] = True
+    checkpoint_layers: Suppress[bool] = False
     folder: Suppress[Path | None] = None
     log_folder: Suppress[Path | None] = None
     log_every: Suppress[int] = 25

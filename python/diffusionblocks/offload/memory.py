@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,26 +42,56 @@ def count_bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
 
 
 class SavedTensors:
-    """Counts the storage that autograd saves for the backward pass, each once and without weights. `bytes`: the sum."""
+    """Counts the storage that autograd saves for the backward pass, each once and without weights.
+
+    Of checkpointed calls, what all of them keep and the most that one recomputes: one is recomputed at a time.
+    """
 
     def __init__(self, weights: Iterable[Tensor]):
-        self.bytes = 0
         self._weights = {w.untyped_storage()._cdata for w in weights}
         self._seen: dict[int, Tensor] = {}
+        self._kept = self._recomputed = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes counted."""
+        return self._kept + self._recomputed
+
+    def _first(self, t: Tensor, seen: dict[int, Tensor]) -> int:
+        """Return the bytes of a storage that wasn't counted yet, and keep it alive: no address may come twice."""
+        key = t.untyped_storage()._cdata
+        if key in self._weights or key in self._seen or key in seen:
+            return 0
+        seen[key] = t.detach()  # with its graph it would keep itself alive for ever
+        return t.untyped_storage().nbytes()
 
     def _pack(self, t: Tensor) -> Tensor:
-        key = t.untyped_storage()._cdata
-        if key not in self._weights and key not in self._seen:
-            self._seen[key] = t.detach()  # with its graph it would keep itself alive for ever
-            self.bytes += t.untyped_storage().nbytes()
+        self._kept += self._first(t, self._seen)
         return t
 
     @contextlib.contextmanager
     def count(self) -> Iterator[SavedTensors]:
-        """Return a context within which saved tensors are counted, and kept alive so that no address comes twice."""
+        """Return a context within which saved tensors are counted."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t):
             yield self
         self._seen.clear()
+
+    @contextlib.contextmanager
+    def recomputed(self) -> Iterator[None]:
+        """Return a context for the forward pass of a checkpointed call: all that it drops and will recompute."""
+        pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(False)  # checkpoint's: they drop the tensor
+        seen: dict[int, Tensor] = {}
+        count = 0
+
+        def counted(t: Tensor) -> Any:
+            nonlocal count
+            count += self._first(t, seen)
+            return pack(t)
+
+        with torch.autograd.graph.saved_tensors_hooks(counted, unpack):
+            yield
+        seen.clear()  # autograd keeps the hooks
+        self._recomputed = max(self._recomputed, count)
 
 
 def allocated(device: torch.device) -> tuple[int, int]:

@@ -206,6 +206,8 @@ def _obstacle(trainer: Trainer, graphs: Graphs | None) -> str | None:
         return f"the device is {trainer.device}"
     if trainer.config.accumulate > 1:
         return "accumulate > 1 makes a step of several batches"
+    if trainer.config.checkpoint_layers:
+        return "checkpoint_layers runs layers again, for which PyTorch reads the generator's state"
     kinds = {type(optimizer) for optimizer in trainer.optimizers.values()}
     if others := kinds - {BlockAdamW}:
         return f"{others.pop().__name__} takes its numbers from the host; BlockAdamW doesn't"

@@ -46,6 +46,8 @@ class TrainerConfig:
     capture: bool | None = None
     """Run steps as CUDA graphs, where layers repeat the same work on the device: None on a GPU if it can be, True also
     warns if it can't be, False never. The bits are the same."""
+    checkpoint_layers: bool = False
+    """Keep each layer's input alone for the backward pass and run the layer once more there."""
     offload: Literal["cpu", "disk", "auto"] | None = None
     """Where waiting blocks are: in host memory, on disk, or (None) on the device; auto: disk if that is the CPU."""
     folder: Path | None = None

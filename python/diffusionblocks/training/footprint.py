@@ -18,8 +18,9 @@ from ..checkpoint.layout import Layout
 from ..denoiser import StemHead
 from ..noise.density import Tabulated
 from ..noise.partition import Partition
-from ..offload.memory import CATEGORIES, SavedTensors, Usage
+from ..offload.memory import CATEGORIES, Usage
 from ..offload.part import Part, common_tensors, usage_of
+from .activations import saving
 from .config import TrainerConfig
 from .optimizer import MakeOptimizer, optimizer_of
 from .precision import autocast, to_bfloat16
@@ -163,13 +164,12 @@ class FakeNetwork:
     def _loss(self, model: DiffusionBlocks, block: int) -> tuple[Tensor, int]:
         """Return a block's loss and the bytes that it saves for its backward pass, as a Trainer takes and counts it."""
         sigma = torch.ones(self.target.level_shape(self.y), device=self.device)
-        weights = [*model.blocks[block].parameters(), *model.parts()["shared"].parameters()]
-        with autocast(self.device, self.config.precision), SavedTensors(weights).count() as saved:
+        with autocast(self.device, self.config.precision), saving(model, block, self.config, count=True) as saved:
             loss = model.loss_at(
                 block, self.x, self.y, sigma, seed=0, step=0,
                 weight=1 / self.config.accumulate, error=isinstance(self.model.partition.density, Tabulated),
             )  # fmt: skip
-        return loss.loss, saved.bytes
+        return loss.loss, saved.bytes if saved else 0
 
     def _count(self, part: Part, activations: int) -> PartBytes:
         usage = usage_of([part], self.device).with_(activations=activations)

@@ -11,7 +11,8 @@ from torch import Tensor
 import dbkernels
 
 from ..denoiser import BlockLoss
-from ..offload.memory import SavedTensors, Usage
+from ..offload.memory import Usage
+from .activations import saving
 from .optimizer import clipped_step
 from .precision import autocast, generators_of
 
@@ -79,14 +80,12 @@ def run(
 def _forward(trainer: Trainer, block: int, batch: Batch, numbers: Numbers, counted: bool) -> tuple[BlockLoss, int]:
     """Return the loss, and the bytes that it saves for the backward pass if they are counted."""
     model, config = trainer.model, trainer.config
-    weights = [*model.blocks[block].parameters(), *model.parts()["shared"].parameters()] if counted else []
-    saved = SavedTensors(weights)
-    with autocast(trainer.device, config.precision), saved.count() if counted else contextlib.nullcontext():
+    with autocast(trainer.device, config.precision), saving(model, block, config, count=counted) as saved:
         loss = model.loss_at(
             block, *batch, seed=config.seed, step=numbers.offset, weight=1 / config.accumulate,
             error=trainer.meter is not None, **({} if numbers.key is None else {"key": numbers.key}),
         )  # fmt: skip
-    return loss, saved.bytes
+    return loss, saved.bytes if saved else 0
 
 
 def _update(trainer: Trainer, block: int, numbers: Numbers, losses: Sequence[BlockLoss]) -> Tensor:

@@ -193,7 +193,7 @@ def settings_of(
 ) -> TrainerConfig:
     """Return the Trainer's settings of a baseline, which keeps no files. warmup: a share of the steps."""
     values = {f.name: getattr(config, f.name) for f in fields(TrainerConfig)}
-    own: Row = {"device": str(device), "branch": 0.0, "compile": False, "offload": "cpu"}
+    own: Row = {"device": str(device), "branch": 0.0, "compile": False, "checkpoint_layers": False, "offload": "cpu"}
     own |= {"folder": None, "log_folder": None, "loggers": ()}
     return TrainerConfig(**values | own | {"steps": steps, "warmup": max(1, round(warmup * steps))} | changes)
 
