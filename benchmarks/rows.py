@@ -30,6 +30,10 @@ class Row:
     peak_mib: float | None = None  # allocated above what was there before the call
     reserved_mib: float | None = None  # the same, as the allocator holds it
     host_us: float | None = None  # time to enqueue the call, behind an empty queue
+    host_mib: float | None = None  # of trainings: the process's peak, above what its imports take
+    equal_ms: float | None = None  # of as many layer evaluations as one step of all layers
+    waited: float | None = None  # share of it in which a block was waited for
+    of_kernels: float | None = None  # a step, as a multiple of its kernels' time
     note: str = ""
 
     def __str__(self) -> str:
@@ -39,6 +43,10 @@ class Row:
             (self.tflop_per_s, " {:8.3f} TFLOP/s"),
             (self.peak_mib, " {:8.1f} MiB"),
             (self.host_us, "{:9.1f} us of the host"),
+            (self.host_mib, " {:8.1f} MiB of the host"),
+            (self.equal_ms, "{:9.1f} ms for all layers"),
+            (self.waited, ", {:.1%} waiting"),
+            (self.of_kernels, "{:8.2f} of its kernels"),
         ]
         written = "".join(form.format(value) for value, form in figures if value is not None)
         return (
