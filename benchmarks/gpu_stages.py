@@ -12,6 +12,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +24,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"build": 100, "smoke": 60, "compile": 90, "bench": 140, "train": 85, "tests": 480, "forks": 120}
+LIMITS = {"build": 100, "smoke": 60, "compile": 90, "bench": 140, "train": 85, "tests": 480, "forks": 120,
+          "deep": 600, "sanitize": 400}  # fmt: skip
 # In the order of what we want to know first, and the processes that share what each has to compile.
 BENCHES = {"ada_layer_norm": 2, "two_stream_attention": 6, "denoising_cross_entropy": 3, "gated_residual_norm": 2,
            "adamw_ema": 2, "edm_loss": 2, "ada_rms_norm": 2, "inject_noise": 2, "attention": 1,
            "training_step": 1}  # fmt: skip
+SANITIZED = [f"tests/kernels/test_{name}.py" for name in ("total_norm", "philox", "edm_loss_triton", "norms_gpu")]
 EACH = 40  # seconds that a bench may measure, so that one that hangs leaves time for the others
 LAST = 12  # lines of a failed command that are kept
 
@@ -138,9 +141,26 @@ def bench(options: argparse.Namespace) -> Stage:
 
 
 def train(options: argparse.Namespace) -> Stage:
-    """Time the training of a DiT."""
+    """Measure what training takes by every technique; rows that say most come first, and the limit ends them."""
     results = options.out / "bench"
-    return Stage([bench_command(options, "dit", "train_dit", "--out", str(results))], 1, results)
+    return Stage([bench_command(options, "training", "bench_training", "--out", str(results))], 1, results)
+
+
+def deep(options: argparse.Namespace) -> Stage:
+    """Train a thousand layers under a cap on device memory."""
+    results = options.out / "bench"
+    return Stage([bench_command(options, "deep", "deep", "--out", str(results))], 1, results)
+
+
+def sanitize(options: argparse.Namespace) -> Stage:
+    """Run a few smoke tests under compute-sanitizer: accesses out of bounds, races in shared memory."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or options.device == "cpu":
+        return Stage([])
+    env = caches() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that every tensor ends where its memory does
+    under = [tool, "--error-exitcode", "1", "--target-processes", "all", "--tool"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "gpu and smoke", *SANITIZED]
+    return Stage([Command(name, [*under, name, *tests], env) for name in ("memcheck", "racecheck")])
 
 
 def forks(options: argparse.Namespace) -> Stage:
@@ -151,6 +171,7 @@ def forks(options: argparse.Namespace) -> Stage:
 
 STAGES: dict[str, Callable[[argparse.Namespace], Stage]] = {
     "build": build, "smoke": smoke, "compile": compile_, "bench": bench, "train": train, "tests": tests, "forks": forks,
+    "deep": deep, "sanitize": sanitize,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rows import Document, documents
+from training_rows import place
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -21,6 +22,7 @@ PAGES = (ROOT / "docs" / "kernels.md",)
 # A comment that names a table, and what stands below it up to the next comment.
 MARKED = re.compile(r"^<!-- ((?:cpu|gpu) \w+) -->\n(.*?)^<!-- end -->", re.MULTILINE | re.DOTALL)
 NAMED = ("ours", "compile", "liger")  # contenders with a column of their own
+TRAININGS = ("training", "deep")  # documents of trainings, not of ops
 Row = dict[str, Any]
 Key = tuple[str, str]  # case and dtype
 
@@ -121,7 +123,7 @@ def gpu_kernels(found: list[Document]) -> str:
     lines = [
         [unit(document), *speeds(timed(document)), host_ratio(document)]
         for document in found
-        if any(figure(row) for row in timed(document))
+        if document["op"] not in TRAININGS and any(figure(row) for row in timed(document))
     ]
     return table(["op", "ours", "torch.compile", "Liger", "others", "host time against eager"], lines)
 
@@ -131,7 +133,7 @@ def gpu_cases(found: list[Document]) -> str:
     lines = []
     for document in found:
         rows = timed(document)
-        if document["op"].startswith("training"):
+        if document["op"] in TRAININGS:
             continue
         for case, dtype in dict.fromkeys((row["case"], row["dtype"]) for row in rows):
             own = [row for row in rows if (row["case"], row["dtype"]) == (case, dtype)]
@@ -175,18 +177,48 @@ def gpu_host(found: list[Document]) -> str:
     return table(["op", "call", "ours", "eager", "torch.compile", "Liger", "others"], lines)
 
 
-def gpu_training(found: list[Document]) -> str:
-    """Return a line a training: milliseconds a step, peak memory; the remark on all of them below."""
-    lines, notes = [], ""
+def trainings(found: list[Document]) -> str:
+    """Return a table a case: memory, time of equal work, both against training all layers at once; and the remarks."""
+    parts = []
     for document in found:
-        if document["op"] != "training_dit":
+        if document["op"] not in TRAININGS:
             continue
-        notes = f"\nNote: {document['note']}.\n" if document["note"] else ""
-        for row in document["rows"]:
-            milliseconds = f"{row['ms_50']:.0f}" if row.get("ms_50") is not None else ""
-            peak = f"{row['peak_mib'] / 1024:.2f}" if row.get("peak_mib") is not None else ""
-            lines.append([row["case"], milliseconds, peak, row.get("note", "")])
-    return table(["DiT", "ms a step", "peak device memory, GiB", "remarks"], lines) + notes
+        for case in dict.fromkeys(row["case"] for row in document["rows"]):
+            rows = [row for row in document["rows"] if row["case"] == case]
+            parts.append(f"{case}:\n\n{training_table(sorted(rows, key=lambda row: place(row['contender'])))}")
+        parts += [f"Note: {document['note']}.\n"] * bool(document["note"])
+    return "\n".join(parts)
+
+
+def training_table(rows: list[Row]) -> str:
+    """Return a line a technique; columns that no row has a figure for are left out."""
+    base = next((row for row in rows if row["contender"] == "end to end"), {})
+
+    def against(figure: str, row: Row) -> str:
+        value, whole = row.get(figure), base.get(figure)
+        return "" if not value or not whole else f"{value / whole:.2f}"
+
+    def number(figure: str, form: str, factor: float = 1.0) -> Callable[[Row], str]:
+        return lambda row: "" if row.get(figure) is None else form.format(row[figure] * factor)
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "training": lambda row: row["contender"],
+        "device, GiB allocated": number("peak_mib", "{:.2f}", 2**-10),
+        "reserved": number("reserved_mib", "{:.2f}", 2**-10),
+        "share": lambda row: against("peak_mib", row),
+        "host, MiB": number("host_mib", "{:.0f}"),
+        "ms of equal work": number("equal_ms", "{:.0f}"),
+        "ratio": lambda row: against("equal_ms", row),
+        "waiting": number("waited", "{:.1%}"),
+        "ms a step": number("ms_50", "{:.1f}"),
+        "GB/s each way": number("gb_per_s", "{:.1f}"),
+        "of a copy's": number("of_copy", "{:.2f}"),
+        "of its kernels' time": number("of_kernels", "{:.2f}"),
+        "remarks": lambda row: row.get("note", ""),
+    }
+    cells = {head: [cell(row) for row in rows] for head, cell in columns.items()}
+    cells = {head: column for head, column in cells.items() if any(column)}
+    return table([*cells], [list(line) for line in zip(*cells.values(), strict=True)])
 
 
 def heading(found: list[Document]) -> str:
@@ -201,7 +233,7 @@ def heading(found: list[Document]) -> str:
 
 
 GPU_TABLES: dict[str, Callable[[list[Document]], str]] = {
-    "gpu kernels": gpu_kernels, "gpu cases": gpu_cases, "gpu host": gpu_host, "gpu training": gpu_training,
+    "gpu kernels": gpu_kernels, "gpu cases": gpu_cases, "gpu host": gpu_host, "gpu training": trainings,
 }  # fmt: skip
 
 
@@ -209,6 +241,8 @@ def section(name: str) -> str:
     """Return a page's table by the name in its comment."""
     if name == "cpu kernels":
         return cpu_kernels(documents(RESULTS / "cpu-2core"))
+    if name == "cpu training":
+        return trainings(documents(RESULTS / "cpu-2core"))
     machines = [documents(folder) for folder in sorted(RESULTS.iterdir()) if not folder.name.startswith("cpu")]
     return "\n".join(f"{heading(found)}\n{GPU_TABLES[name](found)}" for found in machines)
 
@@ -224,7 +258,7 @@ def print_tables(folder: Path) -> None:
     if any(document["machine"].get("type") == "cuda" for document in found):
         print(heading(found), *(make(found) for make in GPU_TABLES.values()), sep="\n")
     else:
-        print(cpu_kernels(found))
+        print(cpu_kernels(found), trainings(found), sep="\n")
 
 
 def renew() -> None:
@@ -233,7 +267,7 @@ def renew() -> None:
 
     for path in PAGES:
         path.write_text(renewed(path.read_text()))
-    for document in documents(RESULTS / "cpu-2core"):
+    for document in (d for d in documents(RESULTS / "cpu-2core") if d["op"] not in TRAININGS):
         draw(document, RESULTS / "cpu-2core" / f"{document['op']}.png")
 
 

@@ -63,9 +63,9 @@ def test_a_dry_run_goes_through_every_stage_whatever_fails(tmp_path):
     failed = [line for line in lines(out / "smoke.jsonl") if line["outcome"] == "failed"]
     assert [line["test"].split("::")[1] for line in failed] == ["test_fails"]
     assert any("it is past midnight" in text for text in failed[0]["last"])
-    assert {"inject_noise.json", "training_dit.json"} <= {path.name for path in (out / "bench").iterdir()}
+    assert {"inject_noise.json", "training.json"} <= {path.name for path in (out / "bench").iterdir()}
     ended = {line["command"]: line["returncode"] for line in lines(out / "stages.jsonl")}
-    assert ended == {"pytest": 1, "inject_noise-1": 0, "inject_noise": 0, "dit": 0}
+    assert ended == {"pytest": 1, "inject_noise-1": 0, "inject_noise": 0, "training": 0}
 
 
 def test_a_stage_over_its_limit_is_ended_with_all_that_it_started(stages, tmp_path):
@@ -145,7 +145,8 @@ def test_limits_and_shards_are_read(stages, capsys):
 
 
 def test_every_bench_has_its_place_and_its_case_of_compiling(stages):
-    assert set(stages.BENCHES) == {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
+    found = {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
+    assert {*stages.BENCHES, "training"} == found, "training is a stage of its own"
     _, options = stages.parse(["compile"])
     commands = stages.compile_(options).commands
     assert len(commands) == sum(stages.BENCHES.values())
@@ -162,3 +163,14 @@ def test_a_stage_that_cannot_start_is_a_line_of_the_table(stages, tmp_path, monk
     monkeypatch.setitem(stages.STAGES, "bench", lambda options: broken)
     line, well = stages.run("bench", 5, options)
     assert not well and "FileNotFoundError" in line
+
+
+def test_the_sanitizer_runs_where_it_is_installed(stages, monkeypatch):
+    _, options = stages.parse(["sanitize"])
+    monkeypatch.setattr(stages.shutil, "which", lambda name: f"/opt/{name}")
+    commands = stages.sanitize(options).commands
+    assert [command.name for command in commands] == ["memcheck", "racecheck"]
+    assert all(command.arguments[0] == "/opt/compute-sanitizer" for command in commands)
+    assert all((ROOT / path).exists() for path in stages.SANITIZED)
+    monkeypatch.setattr(stages.shutil, "which", lambda name: None)
+    assert not stages.sanitize(options).commands
