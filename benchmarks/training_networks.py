@@ -16,14 +16,15 @@ from diffusionblocks.experiments.models.layers import Layer
 from diffusionblocks.targets.tokens import TokenTarget
 
 
-def in_blocks(network: Network, blocks: int) -> db.DiffusionBlocks:
-    """Return a network in blocks."""
+def in_blocks(network: Network, blocks: int, where: str = "cpu") -> db.DiffusionBlocks:
+    """Return a network in blocks. where: the device that a DiT's layers are made on; "meta": one block at a time."""
     torch.manual_seed(0)
     partition = db.make_partition(db.LogNormal(), network.sizes["layers"], blocks)
     if network.kind == "dit":
         config = DiTConfig(**network.sizes)
         shape = (config.channels, config.image_size, config.image_size)
-        layers = [Layer(config, conditioned=True) for _ in range(config.layers)]
+        with torch.device(where):
+            layers = [Layer(config, conditioned=True) for _ in range(config.layers)]
         return db.DiffusionBlocks(
             db.StemHead(DiTStem(config), DiTHead(config)), layers, db.ContinuousTarget(shape=shape), partition
         )

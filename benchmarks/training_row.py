@@ -174,7 +174,8 @@ def trained(spec: Spec, network: Network, *, visit: int) -> Iterator[tuple[db.Tr
     if missing:
         raise Skipped(f"TrainerConfig has no {', '.join(sorted(missing))}")
     device = torch.device(spec.device)
-    model = training_networks.in_blocks(network, spec.technique.settings["blocks"])
+    where = "meta" if spec.technique.kind == "depth" else "cpu"
+    model = training_networks.in_blocks(network, spec.technique.settings["blocks"], where)
     batch = training_networks.batch(network, device)
     precision = "bfloat16" if device.type == "cuda" else "float32"
     common = {"visit": visit, "ema": 0.0, "lr": RATE, "log_every": 10**6, "precision": precision}
