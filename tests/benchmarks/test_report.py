@@ -120,3 +120,15 @@ def test_pictures_are_drawn_of_old_rows_and_new_ones(report, tmp_path):
     old, *_ = report.documents(report.RESULTS / "cpu-2core")
     pictures.draw(old, tmp_path / "old.png")
     assert (tmp_path / "op.png").stat().st_size > 5000 and (tmp_path / "old.png").stat().st_size > 5000
+
+
+def test_trainings_are_compared_with_all_layers_at_once(report):
+    rows = [row("ours, B = 3, host, 2 slots", peak_mib=512, equal_ms=90.0, waited=0.021, note="a remark"),
+            row("end to end", peak_mib=2048, equal_ms=100.0),
+            row("checkpointing, BAdam", note="badam isn't installed")]  # fmt: skip
+    lines = report.trainings([document(*rows, op="training")]).splitlines()
+    assert lines[0] == "a:" and lines[2].startswith("| training | device, GiB allocated | share | ms of equal work |")
+    assert lines[4] == "| end to end | 2.00 | 1.00 | 100 | 1.00 |  |  |"
+    assert lines[5] == "| checkpointing, BAdam |  |  |  |  |  | badam isn't installed |"
+    assert lines[6] == "| ours, B = 3, host, 2 slots | 0.50 | 0.25 | 90 | 0.90 | 2.1% | a remark |"
+    assert report.gpu_cases([document(*rows, op="training")]).count("\n") == 2
