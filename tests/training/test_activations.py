@@ -23,7 +23,7 @@ class Odd(nn.Module):
         self.linear = nn.Linear(dim, dim)
 
     def forward(self, h, cond):
-        h, aside = h if isinstance(h, tuple) else (h, 0)
+        h, aside = h
         return nn.functional.dropout(self.linear(h).tanh() * cond["scale"], 0.2), aside + 1
 
 
@@ -34,7 +34,7 @@ class Stem(nn.Module):
 
     def forward(self, x, z, c_noise):
         h = self.linear(x) + z
-        return h, {"scale": h.sigmoid()}
+        return (h, 0), {"scale": h.sigmoid()}
 
 
 class Head(nn.Linear):

@@ -16,6 +16,7 @@ from .buffers import give_back
 from .disk_store import DiskStore
 from .host_store import HostStore
 from .lanes import Lanes
+from .materialize import materialize
 from .memory import Usage
 from .part import Part, common_tensors, usage_of
 from .slots import Slots
@@ -91,6 +92,8 @@ class Offloader:
         self._slots = self._make_slots(slots, pin) if self.offload else None
         try:
             for name, part in self.parts.items():
+                if self.device.type != "meta":  # else nothing is to be computed
+                    materialize(part.module)
                 part.prepare()
                 part.place(self.device) if self._is_resident(name) else self._send(name)
         except BaseException:  # e.g. a full disk: blocks that wait already come back

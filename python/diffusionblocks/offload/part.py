@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..checkpoint.layout import Span
-from .materialize import materialize
 from .memory import Usage, count_bytes
 
 Common = dict[int, tuple[str, Tensor]]
@@ -77,9 +76,7 @@ class Part:
         return {name: t for name, t in self._state().items() if self._stays(name)}
 
     def prepare(self) -> None:
-        """Give weights on the meta device their memory and first values, and make the optimizer's state if it can be
-        made before the first step."""
-        materialize(self.module)
+        """Make the optimizer's state, if it can be made before the first step."""
         if prepare := getattr(self.optimizer, "prepare", None):
             prepare()
 

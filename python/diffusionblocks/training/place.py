@@ -45,8 +45,13 @@ def place_of(parts: Iterable[Part]) -> Hashable:
 def _groups(part: Part) -> Hashable:
     """Return the settings of a part's optimizer but its learning rate, which a graph reads anew."""
     groups = part.optimizer.param_groups if part.optimizer else []
-    settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
+    settings = [{k: v for k, v in group.items() if k not in ("params", "lr", *_unread(group))} for group in groups]
     return tuple(_described(s, set(), {}) for s in settings), tuple(p.data_ptr() for g in groups for p in g["params"])
+
+
+def _unread(group: dict[str, Any]) -> list[str]:
+    """Return the settings of BlockAdamW that an update doesn't read: a seed, where nothing is rounded at random."""
+    return ["seed"] if group.get("moments") == "float32" and group.get("masters") else []
 
 
 def _described(value: Any, moving: set[int], seen: dict[int, int]) -> Hashable:

@@ -70,6 +70,10 @@ class Modulation(nn.Module):
         super().__init__()
         self.parts, self.silu_after = parts, silu_after
         self.linear = nn.Linear(cond, parts * dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make the modulation do nothing."""
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
