@@ -2,6 +2,7 @@
 
 from .blocks import DiffusionBlocks
 from .convert.layers import from_layers
+from .convert.original import to_original
 from .convert.pretrained import load
 from .convert.registry import convert, register
 from .denoiser import Block, BlockLoss, StemHead
@@ -60,4 +61,5 @@ __all__ = [
     "sample",
     "spread_codebook",
     "step_levels",
+    "to_original",
 ]

@@ -1,54 +1,108 @@
-"""transformers' own ViT as diffusion blocks."""
+"""transformers' networks as blocks: what they compute at the start, that blocks learn, that files give them back."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 
 import diffusionblocks as db
+import tiny_transformers as tiny
+from diffusionblocks.convert.conditioning import Conditioned
+
+ALL = pytest.mark.parametrize("name", tiny.CLASSES)
 
 
-def network():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4,
-        num_channels=3, num_labels=5,
-    )  # fmt: skip
-    return transformers.ViTForImageClassification(config)
+def shown(name, y):
+    """The network's tokens as the blocks see them: masks have another id."""
+    return torch.where(tiny.inputs(name, None, y) == tiny.MASK, tiny.VOCAB, y)
 
 
+def run_through(model, name, x, y, *, silent=True):
+    """Logits of all blocks' layers, one after another, at z = 0 (of masked tokens: what is shown)."""
+    if silent:
+        z = torch.zeros(*y.shape[: 1 if y.dim() == 1 else 2], getattr(model.target, "table", y).shape[-1])
+    z = shown(name, y) if name in tiny.MASKED else z
+    level = torch.full(tuple(model.target.level_shape(y)), 0.3)
+    around = model.blocks[0].around(model.stem_head)
+    tokens, cond = around.stem(x, z, level)
+    for block in model.blocks:
+        for layer in block.layers:
+            tokens = layer(tokens, cond)
+    return around.head(around.head.features(tokens), cond)
+
+
+@ALL
+@pytest.mark.parametrize("cond", [None, 0], ids=["conditioned", "plain"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_at_the_start_it_computes_what_the_network_does(name, cond, attention):
+    net, (x, y) = tiny.network(name, attn_implementation=attention), tiny.batch(name)
+    model = tiny.convert(net, cond=cond)
+    assert sum(isinstance(m, Conditioned) for m in model.modules()) == (0 if cond == 0 else 4)
+    torch.testing.assert_close(
+        run_through(model, name, x, y), net(tiny.inputs(name, x, y)).logits, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", tiny.TEXT)
+@torch.no_grad()
+def test_padding_is_left_out(name):
+    net, (x, y) = tiny.network(name), tiny.batch(name)
+    x[::2, 6:] = 0
+    expected = net(x, attention_mask=(x != 0).long()).logits
+    torch.testing.assert_close(run_through(tiny.convert(net), name, x, y), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(net(x).logits, expected, atol=1e-3), "else the mask would make no difference"
+
+
+@pytest.mark.parametrize("name", tiny.CAUSAL)
+@torch.no_grad()
+def test_a_next_token_is_read_from_those_before_it_and_its_own_z(name):
+    model = tiny.convert(tiny.network(name), 1).eval()
+    for layer in model.blocks[0].layers:
+        layer.layer.linear.weight.normal_(0, 0.1)
+    (x, _), z = tiny.batch(name), torch.randn(8, 8, 16)
+    before = model.denoise(x, z, 0.5).raw
+    moved, other = z.clone(), x.clone()
+    moved[:, 4] += 1
+    other[:, 5] = 1
+    found = model.denoise(x, moved, 0.5).raw
+    assert [bool((found != before)[:, i].any()) for i in range(8)] == [i == 4 for i in range(8)]
+    found = model.denoise(other, z, 0.5).raw
+    assert not (found != before)[:, :5].any() and (found != before)[:, 5:].flatten(1).any(1).all()
+
+
+@ALL
 @pytest.mark.parametrize("shared", ["shared", "per_block"])
-def test_its_blocks_train(shared):
-    torch.manual_seed(0)
-    model = db.convert(network(), 2, shared=shared)
-    y = torch.arange(40) % 5
-    x = torch.randn(40, 3, 16, 16) * 0.1 + (y.float() / 2 - 1).view(-1, 1, 1, 1)
-    for block in range(2):
-        parts = [model.parts()["shared"], model.parts()[f"block_{block}"]]
-        trained = [p for part in parts for p in part.parameters() if p.requires_grad]
-        optimizer = db.BlockAdamW(trained, lr=3e-3)
-        losses = []
-        for step in range(40):
-            loss = model.loss(block, x, y, seed=0, step=step).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))
-        assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), f"block {block}: {losses}"
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_blocks_learn_and_files_give_them_back(name, shared, offload, tmp_path):
+    net, (x, y) = tiny.network(name), tiny.batch(name)
+    before = copy.deepcopy(net.state_dict())
+    model = tiny.convert(net, shared=shared)
+    trainer = db.Trainer(model, lr=1e-2, device="cpu", offload=offload, folder=tmp_path / "wait", visit=1, seed=0)
+    losses = {0: [], 1: []}
+    for _ in range(24):
+        output = trainer.step(x, y)
+        losses[output.block].append(float(output.loss))
+    assert all(sum(own[-4:]) < 0.9 * sum(own[:4]) for own in losses.values()), losses
+    assert all(torch.equal(t, before[key]) for key, t in net.state_dict().items()), "the user's network stays"
+    model.eval().save_pretrained(tmp_path / "model")
+    again = db.load(tmp_path / "model")
+    found = model(x)
+    assert torch.equal(found, again(x)) and found.shape == (*y.shape, *found.shape[y.dim() :])
 
 
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "ModernBertForMaskedLM", "LlamaForCausalLM"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_network_of_another_dtype_trains_in_it(dtype):
-    torch.manual_seed(0)
-    net = network()
-    plain, other = db.convert(net, 2), db.convert(network().to(dtype), 2)
+def test_a_network_of_another_dtype_trains_in_it(name, dtype, tmp_path):
+    net, (x, y) = tiny.network(name), tiny.batch(name)
+    plain, other = tiny.convert(net), tiny.convert(copy.deepcopy(net).to(dtype))
     other.load_state_dict(plain.state_dict())
-    x, y = torch.randn(8, 3, 16, 16), torch.arange(8) % 5  # images in float32, as loaders give them
     for block in range(2):
         ours, expected = (model.loss(block, x, y, seed=0, step=0).loss for model in (other, plain))
-        assert float(ours.detach()) == pytest.approx(
-            float(expected.detach()), rel=1e-5 if dtype == torch.float64 else 0.05
-        )
+        close = 1e-5 if dtype == torch.float64 else 0.05
+        assert float(ours.detach()) == pytest.approx(float(expected.detach()), rel=close)
         ours.backward()
         trained = [p for p in other.blocks[block].parameters() if p.requires_grad]
         assert {p.dtype for p in trained} == {dtype}
@@ -56,26 +110,79 @@ def test_a_network_of_another_dtype_trains_in_it(dtype):
         db.BlockAdamW(trained, lr=1e-2).step()
         assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
         assert all(p.isfinite().all() for p in trained)
+    other.eval().save_pretrained(tmp_path)
+    assert torch.equal(other(x), db.load(tmp_path)(x))
 
 
-def test_at_the_start_the_wrapped_layers_are_the_networks_own():
-    torch.manual_seed(0)
-    net = network().eval()
-    model = db.convert(net, 2).eval()
-    h, cond = torch.randn(2, 17, 32), torch.randn(2, 8)
-    layers = net.vit.layers if hasattr(net.vit, "layers") else net.vit.encoder.layer
-    for wrapped, layer in zip([layer for block in model.blocks for layer in block.layers], layers, strict=True):
-        out = layer(h)
-        torch.testing.assert_close(wrapped(h, cond), out[0] if isinstance(out, tuple) else out, rtol=1e-5, atol=1e-5)
+def test_under_autocast_masks_fit(tmp_path):
+    net, (x, y) = tiny.network("Qwen3ForCausalLM"), tiny.batch("Qwen3ForCausalLM")
+    trainer = db.Trainer(tiny.convert(net), lr=1e-2, device="cpu", precision="bfloat16", seed=0)
+    assert all(trainer.step(x, y).loss.isfinite() for _ in range(4))
 
 
-def test_it_predicts_and_its_options_are_taken():
-    model = db.convert(network(), blocks=4, shared="per_block", overlap=0.1, cond=6).eval()
-    assert model(torch.randn(3, 3, 16, 16)).shape == (3, 5)
-    assert (model.shared, model.partition.overlap, model.context) == ("per_block", 0.1, 0.5)
-    assert model.blocks[3].layers[0].linear.in_features == 6
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_tied_embeddings_stay_tied_and_are_counted_once(name):
+    model = tiny.convert(tiny.network(name))
+    stem, head = model.stem_head.stem.embedding.embeddings, model.stem_head.head
+    words = stem.word_embeddings if name == "BertForMaskedLM" else stem
+    assert head.linear.weight is words.weight
+    model = tiny.convert(tiny.network(name), shared="per_block")
+    weights = [block.stem_head.head.linear.weight for block in model.blocks]
+    assert weights[0] is not weights[1] and torch.equal(weights[0], weights[1])
 
 
-def test_more_blocks_than_layers_are_refused():
-    with pytest.raises(ValueError, match="layers"):
-        db.convert(network(), 5)
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForSequenceClassification"])
+def test_gradient_checkpointing_stays_on_and_changes_no_gradient(name):
+    net, (x, y) = tiny.network(name), tiny.batch(name)
+    gradients = []
+    for on in (False, True):
+        if on:
+            net.gradient_checkpointing_enable()
+        model = tiny.convert(net, shared="frozen").train()
+        assert model.blocks[1].layers[0].layer.layer.gradient_checkpointing is on
+        torch.manual_seed(1)  # of dropout
+        model.loss(1, x, y, seed=0, step=0).loss.backward()
+        gradients.append([p.grad for p in model.blocks[1].parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_dropout_works_in_training_alone():
+    net, (x, y) = tiny.network("GPT2LMHeadModel"), tiny.batch("GPT2LMHeadModel")
+    model = tiny.convert(net)
+    assert not model.training, "as the network was"
+    losses = [[float(m.loss(0, x, y, seed=0, step=0).loss) for _ in range(2)] for m in (model, model.train())]
+    assert losses[0][0] == losses[0][1] and losses[1][0] != losses[1][1]
+
+
+def test_frozen_weights_stay_frozen():
+    net = tiny.network("LlamaForCausalLM")
+    net.model.embed_tokens.requires_grad_(False)
+    model = tiny.convert(net, shared="per_block")
+    assert not any(block.stem_head.head.linear.weight.requires_grad for block in model.blocks)
+
+
+def test_texts_are_continued_token_by_token():
+    x, y = tiny.batch("LlamaForCausalLM", size=32)
+    model = tiny.convert(tiny.network("LlamaForCausalLM"), context=0.5)
+    trainer = db.Trainer(model, lr=1e-2, device="cpu", seed=0)
+    for _ in range(60):
+        trainer.step(x, y)
+    text = x[:4, :3]
+    for _ in range(4):
+        model.target.shape = (text.shape[1], 16)
+        text = torch.cat([text, db.sample(model, text, steps=4, sampler="euler")[:, -1:]], 1)
+    assert (text[:, 3:] == y[:4, 2:6]).float().mean() > 0.8, text
+
+
+def test_its_options_are_taken():
+    net = tiny.network("ViTForImageClassification")
+    model = tiny.convert(net, (1, 3), shared="per_block", overlap=0.1, cond=6, context=0.25)
+    assert (model.shared, model.partition.overlap, model.context) == ("per_block", 0.1, 0.25)
+    assert model.partition.layers == (1, 3) and model.blocks[1].layers[0].layer.linear.in_features == 6
+    contexts = {name: tiny.convert(tiny.network(name)).context for name in (tiny.IMAGE[0], tiny.MASKED[0], tiny.CAUSAL[0])}
+    assert list(contexts.values()) == [0.5, 0.0, 0.9]
+
+
+def test_a_large_vocabulary_is_laid_out_quickly():
+    model = tiny.convert(tiny.network("LlamaForCausalLM", vocab_size=30000))
+    assert model.target.table.shape == (30000, 16) and model.partition.sigma_max > model.partition.sigma_min

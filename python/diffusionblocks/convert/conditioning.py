@@ -33,7 +33,7 @@ class NoiseEmbedding(nn.Module):
 class Conditioned(nn.Module):
     """A residual layer h -> layer(h) with AdaLN around it, which does nothing at the start.
 
-    h: (B, D) or (B, N, D); cond: (B, C), or (B, N, C) with a level per token.
+    h: (B, D) or (B, N, D); cond: (B, C), or (B, N, C) with a level per token; arguments: the layer's own.
     """
 
     def __init__(self, layer: nn.Module, dim: int, cond: int):
@@ -48,12 +48,14 @@ class Conditioned(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
-        modulation = self.linear(nn.functional.silu(cond))
-        if h.dim() == modulation.dim() + 1:
-            modulation = modulation.unsqueeze(1)  # one level for all tokens
-        shift, scale, gate = modulation.chunk(3, dim=-1)
-        out = self.layer(h * (1 + scale) + shift)
+    def modulation(self, h: Tensor, cond: Tensor) -> Tensor:
+        """Return shift, scale and gate side by side, (..., 3 D), for tokens h."""
+        modulation: Tensor = self.linear(nn.functional.silu(cond))
+        return modulation.unsqueeze(1) if h.dim() == modulation.dim() + 1 else modulation  # one level for all tokens
+
+    def forward(self, h: Tensor, cond: Tensor, **arguments: Any) -> Tensor:
+        shift, scale, gate = self.modulation(h, cond).chunk(3, dim=-1)
+        out = self.layer(h * (1 + scale) + shift, **arguments)
         return h + (1 + gate) * ((out[0] if isinstance(out, tuple) else out) - h)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
@@ -25,8 +26,8 @@ class Converter(NamedTuple):
     build: Callable[[dict[str, Any]], nn.Module] | None
 
 
-_CONVERTERS: dict[str, Converter] = {}
-_KNOWN = {"transformers.models.vit.modeling_vit.ViTForImageClassification": "transformers"}  # its module here
+_CONVERTERS: dict[str, Converter] = {}  # those that `register` added
+_LIBRARIES = ("transformers",)  # each has a module here, with CONVERTERS
 
 
 def register(
@@ -64,30 +65,33 @@ def register(
     return keep
 
 
-def convert(network: nn.Module, blocks: int, **options: Any) -> DiffusionBlocks:
-    """Return a network of a known class as `blocks` denoising blocks; its modules are used in place.
+def convert(network: nn.Module, blocks: int | Sequence[int], **options: Any) -> DiffusionBlocks:
+    """Return a network of a known class as denoising blocks, which train a copy: the network stays as it is.
 
-    Known: transformers' ViTForImageClassification, and what `register` added. For others see `from_layers`.
+    Known: transformers' ViT, DeiT and DINOv2, BERT and ModernBERT, Llama, Qwen, Mistral and GPT-2, with the heads
+    listed in docs/guides/transformers.md, and what `register` added. For others see `from_layers`.
 
     Args:
-        network: Pretrained or not.
-        blocks: How many blocks.
-        options: The converter's own, e.g. shared="per_block", overlap=0.05.
+        network: Pretrained or not. `del network` afterwards frees its memory.
+        blocks: How many blocks, or the layers of each.
+        options: The converter's own, e.g. shared="per_block", overlap=0.05, cond=0.
 
-    Raises: TypeError if the class isn't known; ValueError if blocks exceeds the network's layers.
+    Raises: TypeError if the class isn't known; ValueError if the network doesn't fit, e.g. has fewer layers than blocks.
     """
     names = [_name(kind) for kind in type(network).__mro__]
     for name in names:
         found = _find(name)
         if found is not None:
-            model = found.convert(network, blocks, **options)
+            # A copy: blocks move their weights away, and some have stems and heads of their own.
+            model = found.convert(copy.deepcopy(network), blocks, **options)
             if found.describe is not None and found.build is not None:
-                network_config = found.describe(network)
-                model.origin = {"kind": name, "network": network_config, "blocks": blocks, "options": options}
+                described, counts = found.describe(network), blocks if isinstance(blocks, int) else list(blocks)
+                model.origin = {"kind": name, "network": described, "blocks": counts, "options": options}
             return model
+    known = {*_CONVERTERS, *(name for library in _LIBRARIES for name in _converters(library))}
     raise TypeError(
-        f"no converter for {names[0]}; known: {', '.join(sorted({*_CONVERTERS, *_KNOWN}))}. Use from_layers(layers, "
-        "stem=, head=, target=, blocks=), or @register(Class) a converter"
+        f"no converter for {names[0]}; known: {', '.join(sorted(known))}. Use from_layers(layers, stem=, head=, "
+        "target=, blocks=), or @register(Class) a converter"
     )
 
 
@@ -96,16 +100,30 @@ def rebuild(origin: dict[str, Any]) -> DiffusionBlocks:
 
     Raises: ValueError if its class has no converter here.
     """
+    return convert(rebuild_network(origin), origin["blocks"], **origin["options"])
+
+
+def rebuild_network(origin: dict[str, Any]) -> nn.Module:
+    """Return an untrained network like the one that was converted.
+
+    Raises: ValueError if its class has no converter here.
+    """
     found = _find(origin["kind"])
     if found is None or found.build is None:
         raise ValueError(f"no converter builds {origin['kind']}: import the module that registers it, or pass model")
-    return convert(found.build(origin["network"]), origin["blocks"], **origin["options"])
+    return found.build(origin["network"])
 
 
 def _find(name: str) -> Converter | None:
-    if name in _KNOWN and name not in _CONVERTERS:
-        importlib.import_module(f".{_KNOWN[name]}", __package__)
+    library = name.partition(".")[0]
+    if name not in _CONVERTERS and library in _LIBRARIES:
+        return _converters(library).get(name)
     return _CONVERTERS.get(name)
+
+
+def _converters(library: str) -> dict[str, Converter]:
+    found: dict[str, Converter] = importlib.import_module(f".{library}", __package__).CONVERTERS
+    return found
 
 
 def _name(kind: type) -> str:

@@ -1,0 +1,123 @@
+"""What a network must be to become blocks: everything else is refused by name, before a module is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .families import Family
+
+MASKED_ATTENTION = ("sdpa", "eager")  # take masks of any shape
+
+
+def check_network(network: Any, family: Family, mask_token_id: int | None) -> None:
+    """Raise ValueError, saying what to do, unless a network can be converted."""
+    name = type(network).__name__
+    _check_parts(network, family)
+    _check_weights(network, name)
+    if family.kind in ("images", "texts"):
+        _check_labels(network, family, name)
+    if family.kind != "images":
+        _check_attention(network.config, name)
+    if family.kind in ("masked", "causal"):
+        _check_vocabulary(network, family, name)
+    _check_mask(network.config, family, name, mask_token_id)
+    _check_checkpointing(network.get_submodule(layers_name(network, family)), name)
+
+
+def layers_name(network: nn.Module, family: Family) -> str:
+    """Return the name of a network's list of layers.
+
+    Raises: ValueError if there is none.
+    """
+    for name in family.layers:
+        try:
+            if isinstance(found := network.get_submodule(name), nn.ModuleList) and len(found):
+                return name
+        except AttributeError:
+            continue
+    raise ValueError(
+        f"{type(network).__name__} has no layers at {' or '.join(family.layers)}: use from_layers(layers, stem=, head=, "
+        "target=, blocks=), or @register(Class) a converter of its own"
+    )
+
+
+def _check_parts(network: nn.Module, family: Family) -> None:
+    layers_name(network, family)
+    names = [family.embeddings, *family.positions, *family.before, *family.after, family.rotary]
+    for name in filter(None, names):
+        try:
+            network.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"{type(network).__name__} has no {name}: convert a network as transformers makes it") from None
+
+
+def _check_weights(network: Any, name: str) -> None:
+    if getattr(network, "is_quantized", False):
+        raise ValueError(f"this {name} is quantized, and quantized weights aren't trained: load it without quantization")
+    weights = dict(network.named_parameters())
+    absent = next((n for n, p in weights.items() if p.is_meta), None)
+    if absent is not None:
+        raise ValueError(f"{absent} is on the meta device: load {name} without device_map, so that weights are there")
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in weights.values()})
+    if len(dtypes) > 1:
+        raise ValueError(f"this {name} has weights of {' and '.join(dtypes)}: make them one, network.to(torch.float32)")
+
+
+def _check_labels(network: Any, family: Family, name: str) -> None:
+    count, problem = network.config.num_labels, getattr(network.config, "problem_type", None)
+    if count < 2 or problem not in (None, "single_label_classification"):
+        what = f"num_labels={count}" if count < 2 else f"problem_type={problem!r}"
+        raise ValueError(f"{name} with {what} is no classifier of single labels, the only kind that is converted")
+    _check_linear(network, family, name, count, "num_labels")
+
+
+def _check_linear(network: Any, family: Family, name: str, count: int, what: str) -> None:
+    linear = network.get_submodule(family.after[-1])
+    if type(linear) is not nn.Linear or linear.out_features != count:
+        raise ValueError(
+            f"{name}'s {family.after[-1]} must be a torch.nn.Linear to config.{what}={count} logits, got {linear}: "
+            f"change the network through its config, e.g. from_pretrained(..., {what}=...)"
+        )
+
+
+def _check_attention(config: Any, name: str) -> None:
+    if config._attn_implementation not in MASKED_ATTENTION:
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r} can't take the masks of blocks: "
+            "network.set_attn_implementation('sdpa')"
+        )
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ValueError(f"{name} with is_decoder or add_cross_attention isn't converted: set both False in its config")
+
+
+def _check_vocabulary(network: Any, family: Family, name: str) -> None:
+    _check_linear(network, family, name, network.config.vocab_size, "vocab_size")
+    tied = network.get_input_embeddings().weight is network.get_submodule(family.after[-1]).weight
+    if tied != bool(network.config.tie_word_embeddings):
+        raise ValueError(
+            f"{name}'s config has tie_word_embeddings={network.config.tie_word_embeddings}, but its embeddings and "
+            f"{family.after[-1]} are {'one' if tied else 'two'}: call network.tie_weights(), or correct the config"
+        )
+
+
+def _check_mask(config: Any, family: Family, name: str, mask_token_id: int | None) -> None:
+    if family.kind != "masked":
+        if mask_token_id is not None:
+            raise ValueError(f"mask_token_id is for masked language models, {name} is none")
+    elif mask_token_id is None or not 0 <= mask_token_id < config.vocab_size:
+        raise ValueError(
+            f"{name} needs mask_token_id in [0, {config.vocab_size}), got {mask_token_id}: its config doesn't know it, "
+            "give the tokenizer's, mask_token_id=tokenizer.mask_token_id"
+        )
+
+
+def _check_checkpointing(layers: nn.Module, name: str) -> None:
+    for layer in layers.modules():
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if getattr(layer, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                f"{name}'s gradient checkpointing is reentrant, which loses gradients behind a frozen stem: "
+                "network.gradient_checkpointing_enable({'use_reentrant': False})"
+            )

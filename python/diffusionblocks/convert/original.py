@@ -1,0 +1,112 @@
+"""Trained blocks given back as networks of the class that they were converted from."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import DiffusionBlocks
+from .checks import layers_name
+from .families import FAMILIES, Family
+from .registry import rebuild_network
+
+
+def to_original(model: DiffusionBlocks, block: int | None = None) -> nn.Module:
+    """Return a network of the converted one's class with the trained weights, averaged where there are any.
+
+    Its save_pretrained writes what transformers loads. AdaLN has no place in such a network, so the model must have
+    been converted with cond=0.
+
+    Args:
+        model: From `convert` with one of transformers' networks and cond=0.
+        block: A network of this block's layers alone, whose logits are model.logits(x, block); of a masked language
+            model, the block's denoiser. None: all layers. If there are several blocks, these were never trained to
+            follow each other: a start for training end to end, and a warning says so.
+
+    Returns:
+        On the CPU, in evaluation mode.
+
+    Raises: ValueError if the class has no place for something that was trained.
+    """
+    family = _family_of(model)
+    chosen = list(range(len(model.blocks))) if block is None else [block]
+    if block is not None:
+        model.partition.check_block(block)
+    elif model.shared == "per_block" and len(chosen) > 1:
+        raise ValueError("each block has a stem and head of its own: to_original(model, block=...) gives one block's")
+    elif len(chosen) > 1:
+        warnings.warn(
+            "the blocks' layers weren't trained to follow each other: as one network they need training end to end; "
+            "to_original(model, block=...) gives a network that computes what that block does",
+            stacklevel=2,
+        )
+    network = _network_of(model, chosen)
+    state = _state(model, chosen, network, family)
+    _load(network, state)
+    return network.eval()
+
+
+def _family_of(model: DiffusionBlocks) -> Family:
+    origin = model.origin
+    if origin is None or origin["kind"] not in FAMILIES:
+        raise ValueError("to_original needs a model that `convert` made of one of transformers' networks")
+    if origin["options"].get("cond") != 0:
+        raise ValueError(
+            f"the layers have AdaLN conditioning, which {origin['kind'].rpartition('.')[2]} has no place for: convert "
+            "with cond=0, or keep the model as blocks (save_pretrained and load)"
+        )
+    return FAMILIES[origin["kind"]]
+
+
+def _network_of(model: DiffusionBlocks, chosen: list[int]) -> Any:
+    """Return an untrained network as deep as the chosen blocks."""
+    assert model.origin is not None
+    described = model.origin["network"]
+    config, counts = dict(described["config"]), model.partition.layers
+    first = sum(counts[: chosen[0]])
+    depth = sum(counts[b] for b in chosen)
+    if first and config.get("scale_attn_by_inverse_layer_idx"):
+        raise ValueError("scale_attn_by_inverse_layer_idx=True scales layers by their place: block 0 alone is a network")
+    for name in ("num_hidden_layers", "n_layer"):
+        if name in config:
+            config[name] = depth
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][first : first + depth]
+    return rebuild_network({**model.origin, "network": {**described, "config": config}})
+
+
+def _state(model: DiffusionBlocks, chosen: list[int], network: Any, family: Family) -> dict[str, Tensor]:
+    """Return the trained weights by the network's names."""
+    around = "stem_head." if model.shared != "per_block" else f"blocks.{chosen[0]}.stem_head."
+    names = {f"{around}stem.embedding.embeddings.": family.embeddings}
+    for part, paths in (("stem.embedding.positions", family.positions), ("head.before", family.before)):
+        names |= {f"{around}{part}.{i}.": path for i, path in enumerate(paths)}
+    names |= {f"{around}head.after.{i}.": path for i, path in enumerate(family.after)}
+    place = 0
+    for b in chosen:
+        for i in range(model.partition.layers[b]):
+            names[f"blocks.{b}.layers.{i}.layer."] = f"{layers_name(network, family)}.{place}"
+            place += 1
+    with model.averages():
+        parts = ["shared", *(f"block_{b}" for b in chosen)]
+        ours = {name: t.detach().cpu() for part in parts for name, t in model.part_weights(part).items()}
+    return {
+        f"{path}.{name.removeprefix(prefix)}": t
+        for prefix, path in names.items()
+        for name, t in ours.items()
+        if name.startswith(prefix)
+    }
+
+
+def _load(network: Any, state: dict[str, Tensor]) -> None:
+    """Load all weights. Raises: ValueError unless every one has its place, and every place a weight."""
+    missing, extra = network.load_state_dict(state, strict=False)
+    own = network.state_dict()
+    loaded = {own[name].data_ptr() for name in state if name in own}
+    missing = [name for name in missing if own[name].data_ptr() not in loaded]  # tied to another, it has its weight
+    changed = [name for name in state if name in own and not torch.equal(own[name], state[name].to(own[name].dtype))]
+    if wrong := [*missing, *extra, *changed]:
+        raise ValueError(f"{type(network).__name__} of these layers has no place for {', '.join(sorted(wrong)[:4])}")

@@ -1,0 +1,144 @@
+"""Stems around transformers' embeddings: how z and its noise level enter, by the kind of target.
+
+Without a noise embedding (`noise=None`) a network is left as it is: labels and next tokens are then read from x alone,
+and z speaks through the posterior readout only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..targets.masked import MaskedTarget
+from .conditioning import Z_GAIN, Conditioned, NoiseEmbedding
+from .embedding import ImageEmbedding, TokenEmbedding, Tokens, check_windows
+
+
+def z_projection(z_dim: int, dim: int) -> nn.Linear:
+    """Return the map by which z enters tokens: orthogonal and small, since to a pretrained network it is noise."""
+    linear = nn.Linear(z_dim, dim, bias=False)
+    nn.init.orthogonal_(linear.weight, gain=Z_GAIN)
+    return linear
+
+
+class LabelStem(nn.Module):
+    """x -> tokens; z (B, d) is added to the first one."""
+
+    def __init__(self, embedding: ImageEmbedding | TokenEmbedding, z: nn.Linear | None, noise: NoiseEmbedding | None):
+        super().__init__()
+        self.embedding, self.z, self.noise = embedding, z, noise
+
+    @property
+    def sees_z(self) -> bool:
+        return self.z is not None
+
+    def clean(self, x: Tensor) -> Tokens:
+        """Return the tokens of x alone."""
+        tokens: Tokens = self.embedding(x)
+        return tokens
+
+    def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tokens, Tensor | None]:
+        tokens = self.clean(x)
+        if self.z is None or self.noise is None:
+            return tokens, None
+        first = tokens.h[:, :1] + self.z(z.to(self.z.weight.dtype)).unsqueeze(1).to(tokens.h.dtype)
+        return tokens._replace(h=torch.cat([first, tokens.h[:, 1:]], 1)), self.noise(c_noise)
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless `x` fits the network."""
+        self.embedding.check(x)
+
+
+class MaskedStem(nn.Module):
+    """Nothing (B, 0) and tokens with masks z (B, N) -> tokens. mask_token_id: the network's own mask."""
+
+    def __init__(self, embedding: TokenEmbedding, mask_token_id: int, noise: NoiseEmbedding | None):
+        super().__init__()
+        self.embedding, self.noise, self.mask_token_id = embedding, noise, mask_token_id
+
+    def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tokens, Tensor | None]:
+        self.embedding.check_length(z)
+        ids = torch.where(z == self.embedding.vocab_size, self.mask_token_id, z)
+        return self.embedding(ids), None if self.noise is None else self.noise(c_noise)
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless `x` is (B, 0)."""
+        if x.dim() != 2 or x.shape[1]:
+            raise ValueError(f"a masked language model is given nothing: x must be (B, 0), got {tuple(x.shape)}")
+
+
+class WindowTarget(MaskedTarget):
+    """MaskedTarget of windows that are full of text: padding is refused."""
+
+    def __init__(self, vocab_size: int, padding: int | None):
+        super().__init__(vocab_size)
+        self.padding = padding
+
+    def check(self, y: Tensor) -> None:
+        super().check(y)
+        check_windows(y, self.padding)
+
+
+class CausalStem(nn.Module):
+    """Tokens x (B, N), and z (B, N, d) of those that follow each, -> a clean and a noisy stream, (B, 2 N, D).
+
+    Noisy token i is x_i's embedding plus a little of z_i, at x_i's position. It attends to the clean tokens before
+    that and to itself; clean tokens attend as ever. So without z it computes what x_i computes in the network itself.
+    """
+
+    def __init__(self, embedding: TokenEmbedding, z: nn.Linear | None, noise: NoiseEmbedding | None):
+        super().__init__()
+        self.embedding, self.z, self.noise = embedding, z, noise
+
+    @property
+    def sees_z(self) -> bool:
+        return self.z is not None
+
+    def clean(self, x: Tensor) -> Tokens:
+        """Return one stream, of x alone."""
+        h, places = self.embedding.embed(x), torch.arange(x.shape[1], device=x.device)
+        return Tokens(h, self.embedding.arguments(h, places, lambda window: _before(places, window, including=True)))
+
+    def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tokens, Tensor | None]:
+        if x.shape[1] != z.shape[1]:
+            raise ValueError(
+                f"x has {x.shape[1]} tokens, y or z {z.shape[1]}: y holds the token after each of x's, and for sampling "
+                f"model.target.shape must be ({x.shape[1]}, {z.shape[2]})"
+            )
+        if self.z is None or self.noise is None:
+            return self.clean(x), None
+        h, places = self.embedding.embed(x), torch.arange(x.shape[1], device=x.device)
+        both = torch.cat([h, h + self.z(z.to(self.z.weight.dtype)).to(h.dtype)], 1)
+        arguments = self.embedding.arguments(both, places.repeat(2), lambda window: two_streams(places, window))
+        return Tokens(both, arguments), self.noise(c_noise)
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless `x` fits the network and holds no padding."""
+        self.embedding.check(x)
+        check_windows(x, self.embedding.padding)
+
+
+def two_streams(places: Tensor, window: int | None) -> Tensor:
+    """Return which tokens of both streams (rows) attend to which (columns), (2 N, 2 N) bool.
+
+    Source: arXiv 2506.14202, the autoregressive blocks; see dbkernels.two_stream_attention.
+    """
+    clean, before = _before(places, window, including=True), _before(places, window, including=False)
+    itself = torch.eye(len(places), dtype=torch.bool, device=places.device)
+    return torch.cat([torch.cat([clean, torch.zeros_like(clean)], 1), torch.cat([before, itself], 1)])
+
+
+def _before(places: Tensor, window: int | None, *, including: bool) -> Tensor:
+    """Return which of the tokens before it, and itself, a token sees: (N, N) bool."""
+    distance = places[:, None] - places
+    seen = distance >= (0 if including else 1)
+    return seen & (distance < window) if window else seen
+
+
+class ConditionedNoisy(Conditioned):
+    """Conditioned of two streams: the clean one, which comes first, has no noise level and passes as it is."""
+
+    def modulation(self, h: Tensor, cond: Tensor) -> Tensor:
+        noisy = super().modulation(h, cond)
+        return functional.pad(noisy, (0, 0, h.shape[1] - noisy.shape[1], 0))
