@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 from torch import nn
 
 import diffusionblocks as db
@@ -38,8 +41,19 @@ def test_a_class_or_its_name_is_registered(kind):
     network = Net()
     model = db.convert(network, blocks=2, shared="per_block", overlap=0.1)
     assert len(model.blocks) == 2 and model.shared == "per_block" and model.partition.overlap == 0.1
-    assert model.blocks[0].layers[0].layer is network.layers[0]
+    own = model.blocks[0].layers[0].layer.linear.weight
+    assert own is not network.layers[0].linear.weight and torch.equal(own, network.layers[0].linear.weight)
     assert model.loss(1, *small.batch()).loss.isfinite()
+
+
+def test_the_network_itself_is_left_untrained():
+    db.register(Net)(converter)
+    network = Net()
+    before = copy.deepcopy(network.state_dict())
+    trainer = db.Trainer(db.convert(network, blocks=2, shared="per_block"), lr=1e-2, device="cpu", offload="cpu")
+    for _ in range(4):
+        trainer.step(*small.batch())
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
 
 
 def test_a_derived_class_is_converted_as_its_base_unless_it_has_its_own():

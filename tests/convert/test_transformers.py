@@ -73,24 +73,28 @@ def test_a_next_token_is_read_from_those_before_it_and_its_own_z(name):
     assert not (found != before)[:, :5].any() and (found != before)[:, 5:].flatten(1).any(1).all()
 
 
+@torch.no_grad()
+def losses(model, x, y):
+    """Each block's loss at the same noise every time."""
+    return [sum(float(model.loss(b, x, y, seed=9, step=s).loss) for s in range(8)) for b in range(2)]
+
+
 @ALL
-@pytest.mark.parametrize("shared", ["shared", "per_block"])
-@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize(("shared", "offload"), [("shared", "disk"), ("per_block", "cpu")])
 def test_blocks_learn_and_files_give_them_back(name, shared, offload, tmp_path):
     net, (x, y) = tiny.network(name), tiny.batch(name)
     before = copy.deepcopy(net.state_dict())
     model = tiny.convert(net, shared=shared)
     trainer = db.Trainer(model, lr=1e-2, device="cpu", offload=offload, folder=tmp_path / "wait", visit=1, seed=0)
-    losses = {0: [], 1: []}
+    first = losses(model, x, y)
     for _ in range(24):
-        output = trainer.step(x, y)
-        losses[output.block].append(float(output.loss))
-    assert all(sum(own[-4:]) < 0.9 * sum(own[:4]) for own in losses.values()), losses
+        trainer.step(x, y)
+    assert all(after < 0.9 * start for after, start in zip(losses(model, x, y), first, strict=True))
     assert all(torch.equal(t, before[key]) for key, t in net.state_dict().items()), "the user's network stays"
     model.eval().save_pretrained(tmp_path / "model")
-    again = db.load(tmp_path / "model")
-    found = model(x)
-    assert torch.equal(found, again(x)) and found.shape == (*y.shape, *found.shape[y.dim() :])
+    again, found = db.load(tmp_path / "model"), model(x)
+    assert torch.equal(found, again(x))
+    assert found.shape == (*y.shape, tiny.VOCAB if y.dim() > 1 else tiny.LABELS)
 
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "ModernBertForMaskedLM", "LlamaForCausalLM"])
@@ -132,15 +136,16 @@ def test_tied_embeddings_stay_tied_and_are_counted_once(name):
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForSequenceClassification"])
+@pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
 def test_gradient_checkpointing_stays_on_and_changes_no_gradient(name):
     net, (x, y) = tiny.network(name), tiny.batch(name)
     gradients = []
     for on in (False, True):
         if on:
             net.gradient_checkpointing_enable()
+        torch.manual_seed(1)  # of the new parts, then of dropout
         model = tiny.convert(net, shared="frozen").train()
         assert model.blocks[1].layers[0].layer.layer.gradient_checkpointing is on
-        torch.manual_seed(1)  # of dropout
         model.loss(1, x, y, seed=0, step=0).loss.backward()
         gradients.append([p.grad for p in model.blocks[1].parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
@@ -150,8 +155,8 @@ def test_dropout_works_in_training_alone():
     net, (x, y) = tiny.network("GPT2LMHeadModel"), tiny.batch("GPT2LMHeadModel")
     model = tiny.convert(net)
     assert not model.training, "as the network was"
-    losses = [[float(m.loss(0, x, y, seed=0, step=0).loss) for _ in range(2)] for m in (model, model.train())]
-    assert losses[0][0] == losses[0][1] and losses[1][0] != losses[1][1]
+    assert losses(model, x, y) == losses(model, x, y)
+    assert losses(model.train(), x, y) != losses(model, x, y)
 
 
 def test_frozen_weights_stay_frozen():
@@ -167,11 +172,11 @@ def test_texts_are_continued_token_by_token():
     trainer = db.Trainer(model, lr=1e-2, device="cpu", seed=0)
     for _ in range(60):
         trainer.step(x, y)
-    text = x[:4, :3]
+    text = x[:8, :3]
     for _ in range(4):
         model.target.shape = (text.shape[1], 16)
         text = torch.cat([text, db.sample(model, text, steps=4, sampler="euler")[:, -1:]], 1)
-    assert (text[:, 3:] == y[:4, 2:6]).float().mean() > 0.8, text
+    assert (text[:, 3:] == y[:8, 2:6]).float().mean() > 0.8, text
 
 
 def test_its_options_are_taken():
@@ -179,7 +184,9 @@ def test_its_options_are_taken():
     model = tiny.convert(net, (1, 3), shared="per_block", overlap=0.1, cond=6, context=0.25)
     assert (model.shared, model.partition.overlap, model.context) == ("per_block", 0.1, 0.25)
     assert model.partition.layers == (1, 3) and model.blocks[1].layers[0].layer.linear.in_features == 6
-    contexts = {name: tiny.convert(tiny.network(name)).context for name in (tiny.IMAGE[0], tiny.MASKED[0], tiny.CAUSAL[0])}
+    contexts = {
+        name: tiny.convert(tiny.network(name)).context for name in (tiny.IMAGE[0], tiny.MASKED[0], tiny.CAUSAL[0])
+    }
     assert list(contexts.values()) == [0.5, 0.0, 0.9]
 
 

@@ -38,8 +38,8 @@ def layers_name(network: nn.Module, family: Family) -> str:
         except AttributeError:
             continue
     raise ValueError(
-        f"{type(network).__name__} has no layers at {' or '.join(family.layers)}: use from_layers(layers, stem=, head=, "
-        "target=, blocks=), or @register(Class) a converter of its own"
+        f"{type(network).__name__} has no layers at {' or '.join(family.layers)}: use from_layers(layers, stem=, "
+        "head=, target=, blocks=), or @register(Class) a converter of its own"
     )
 
 
@@ -50,12 +50,16 @@ def _check_parts(network: nn.Module, family: Family) -> None:
         try:
             network.get_submodule(name)
         except AttributeError:
-            raise ValueError(f"{type(network).__name__} has no {name}: convert a network as transformers makes it") from None
+            raise ValueError(
+                f"{type(network).__name__} has no {name}: convert a network as transformers makes it"
+            ) from None
 
 
 def _check_weights(network: Any, name: str) -> None:
     if getattr(network, "is_quantized", False):
-        raise ValueError(f"this {name} is quantized, and quantized weights aren't trained: load it without quantization")
+        raise ValueError(
+            f"this {name} is quantized, and quantized weights aren't trained: load it without quantization"
+        )
     weights = dict(network.named_parameters())
     absent = next((n for n, p in weights.items() if p.is_meta), None)
     if absent is not None:

@@ -28,7 +28,8 @@ class ImageEmbedding(nn.Module):
         super().__init__()
         self.embeddings = network.get_submodule(family.embeddings)
         self.kinds = ["full_attention"] * network.config.num_hidden_layers
-        self.config = network.config
+        self.channels, self.any_size = network.config.num_channels, family.any_size
+        self.size, self.patch = _pair(network.config.image_size), _pair(network.config.patch_size)
 
     def forward(self, x: Tensor) -> Tokens:
         h = self.embeddings(x.to(self.embeddings.cls_token.dtype))
@@ -36,17 +37,17 @@ class ImageEmbedding(nn.Module):
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError unless `x` is a batch of images of a size that the network takes."""
-        size, patch = (pair if isinstance(pair, (list, tuple)) else (pair, pair)
-                       for pair in (self.config.image_size, self.config.patch_size))  # fmt: skip
-        channels = self.config.num_channels
-        if x.dim() != 4 or x.shape[1] != channels or not x.is_floating_point():
-            raise ValueError(f"x must be floating images (B, {channels}, H, W), got {tuple(x.shape)} {x.dtype}")
+        if x.dim() != 4 or x.shape[1] != self.channels or not x.is_floating_point():
+            raise ValueError(f"x must be floating images (B, {self.channels}, H, W), got {tuple(x.shape)} {x.dtype}")
         height, width = x.shape[2:]
-        if self.config.model_type == "dinov2":  # interpolates its positions
-            if height % patch[0] or width % patch[1]:
-                raise ValueError(f"images of {height}x{width} don't split into patches of {patch[0]}x{patch[1]}")
-        elif (height, width) != tuple(size):
-            raise ValueError(f"images must be {size[0]}x{size[1]}, got {height}x{width}: resize them, or the network")
+        if self.any_size and (height % self.patch[0] or width % self.patch[1]):
+            raise ValueError(f"{height}x{width} images don't split into patches of {self.patch[0]}x{self.patch[1]}")
+        if not self.any_size and (height, width) != self.size:
+            raise ValueError(f"images must be {self.size[0]}x{self.size[1]}, got {height}x{width}: resize them")
+
+
+def _pair(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class TokenEmbedding(nn.Module):
@@ -63,7 +64,8 @@ class TokenEmbedding(nn.Module):
         every = "sliding_attention" if self.window else "full_attention"
         self.kinds = list(getattr(config, "layer_types", None) or [every] * config.num_hidden_layers)
         self.limit = None if family.rotary else config.max_position_embeddings
-        self.vocab_size, self.padding = config.vocab_size, config.pad_token_id
+        self.vocab_size, self.padding = config.vocab_size, padding_of(config)
+        self.hides_padding = family.kind == "texts"  # elsewhere it is refused
         self.additive = config._attn_implementation == "eager"  # which adds masks to its scores
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ class TokenEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tokens:
         """Return tokens that attend to all others but padding."""
         h, places = self.embed(ids), torch.arange(ids.shape[1], device=ids.device)
-        real = None if self.padding is None else ids != self.padding
+        real = ids != self.padding if self.hides_padding and self.padding is not None else None
 
         def visible(window: int | None) -> Tensor:
             far = (places[:, None] - places).abs()
@@ -118,6 +120,13 @@ class TokenEmbedding(nn.Module):
             raise ValueError(
                 f"{tokens.shape[1]} tokens are more than the network's {self.limit} position embeddings: cut them"
             )
+
+
+def padding_of(config: Any) -> int | None:
+    """Return the id of padding; None if there is none, or if it also begins or ends texts."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    padding: int | None = config.pad_token_id
+    return None if padding in (*ends, config.bos_token_id) else padding
 
 
 def check_windows(tokens: Tensor, padding: int | None) -> None:

@@ -19,6 +19,7 @@ class Family:
         positions: Position embeddings that aren't part of `embeddings`, and the dropout behind them.
         rotary: Module that computes rotary angles.
         rotary_by_type: Its angles depend on the layer's kind of attention.
+        any_size: Images may have other sizes than the config's; positions are interpolated.
     """
 
     kind: str
@@ -30,11 +31,12 @@ class Family:
     positions: tuple[str, ...] = ()
     rotary: str | None = None
     rotary_by_type: bool = False
+    any_size: bool = False
 
 
-def _vision(name: str, pool: str) -> Family:
-    layers = (f"{name}.layers", f"{name}.encoder.layer")
-    return Family("images", f"{name}.embeddings", layers, (f"{name}.layernorm",), ("classifier",), pool)
+def _vision(name: str, pool: str, *, any_size: bool = False) -> Family:
+    layers, norm = (f"{name}.layers", f"{name}.encoder.layer"), (f"{name}.layernorm",)
+    return Family("images", f"{name}.embeddings", layers, norm, ("classifier",), pool, any_size=any_size)
 
 
 def _bert(kind: str, before: tuple[str, ...], after: tuple[str, ...]) -> Family:
@@ -61,7 +63,7 @@ FAMILIES = {
     for module, name, family in (
         ("vit", "ViTForImageClassification", _vision("vit", "first")),
         ("deit", "DeiTForImageClassification", _vision("deit", "first")),
-        ("dinov2", "Dinov2ForImageClassification", _vision("dinov2", "first and mean")),
+        ("dinov2", "Dinov2ForImageClassification", _vision("dinov2", "first and mean", any_size=True)),
         ("bert", "BertForSequenceClassification", _bert("texts", ("bert.pooler",), ("dropout", "classifier"))),
         ("bert", "BertForMaskedLM", _bert("masked", ("cls.predictions.transform",), ("cls.predictions.decoder",))),
         (

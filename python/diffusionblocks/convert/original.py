@@ -65,11 +65,15 @@ def _network_of(model: DiffusionBlocks, chosen: list[int]) -> Any:
     """Return an untrained network as deep as the chosen blocks."""
     assert model.origin is not None
     described = model.origin["network"]
-    config, counts = dict(described["config"]), model.partition.layers
+    stages = ("stage_names", "out_features", "out_indices")  # of backbones; they name layers, and follow from the depth
+    config = {name: value for name, value in described["config"].items() if name not in stages}
+    counts = model.partition.layers
     first = sum(counts[: chosen[0]])
     depth = sum(counts[b] for b in chosen)
     if first and config.get("scale_attn_by_inverse_layer_idx"):
-        raise ValueError("scale_attn_by_inverse_layer_idx=True scales layers by their place: block 0 alone is a network")
+        raise ValueError(
+            "scale_attn_by_inverse_layer_idx=True scales layers by their place: block 0 alone is a network"
+        )
     for name in ("num_hidden_layers", "n_layer"):
         if name in config:
             config[name] = depth

@@ -76,7 +76,7 @@ def convert(network: nn.Module, blocks: int | Sequence[int], **options: Any) -> 
         blocks: How many blocks, or the layers of each.
         options: The converter's own, e.g. shared="per_block", overlap=0.05, cond=0.
 
-    Raises: TypeError if the class isn't known; ValueError if the network doesn't fit, e.g. has fewer layers than blocks.
+    Raises: TypeError if the class isn't known; ValueError if the network or an option doesn't fit.
     """
     names = [_name(kind) for kind in type(network).__mro__]
     for name in names:

@@ -103,7 +103,7 @@ class CausalStem(nn.Module):
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tokens, Tensor | None]:
         if x.shape[1] != z.shape[1]:
             raise ValueError(
-                f"x has {x.shape[1]} tokens, y or z {z.shape[1]}: y holds the token after each of x's, and for sampling "
+                f"x has {x.shape[1]} tokens, y or z {z.shape[1]}: y holds the token after each of x's, and to sample "
                 f"model.target.shape must be ({x.shape[1]}, {z.shape[2]})"
             )
         if self.z is None or self.noise is None:

@@ -22,14 +22,14 @@ from ..targets.labels import LabelTarget
 from ..targets.tokens import TokenTarget
 from .checks import check_network, layers_name
 from .conditioning import Conditioned, NoiseEmbedding
-from .embedding import Head, ImageEmbedding, Layer, TokenEmbedding
+from .embedding import Head, ImageEmbedding, Layer, TokenEmbedding, padding_of
 from .families import FAMILIES, Family
 from .layers import CONTEXT, partition_for
 from .registry import Converter
 from .stems import CausalStem, ConditionedNoisy, LabelStem, MaskedStem, WindowTarget, z_projection
 
 CODE_DIM = 128  # of a vocabulary's codebook, at most: enough to tell 100,000 tokens apart
-CODE_ROWS = 1024  # of a codebook that the noise is laid out by: with more, its range moves by ln K only
+CODE_ROWS = 256  # of a codebook that the noise is laid out by: K rows move its range by the root of ln K only
 CAUSAL_CONTEXT = 0.9  # at the highest noise the loss is the ordinary cross-entropy (docs/method.md)
 
 
@@ -90,7 +90,7 @@ def convert_transformers(
 def _target(network: Any, family: Family) -> Target:
     config = network.config
     if family.kind == "masked":
-        return WindowTarget(config.vocab_size, config.pad_token_id)
+        return WindowTarget(config.vocab_size, padding_of(config))
     if family.kind == "causal":
         return TokenTarget(spread_codebook(config.vocab_size, min(config.hidden_size, CODE_DIM)))
     return LabelTarget(config.num_labels, config.hidden_size)
