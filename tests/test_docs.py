@@ -18,7 +18,10 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 REPOSITORY = r"https://(?:github\.com|raw\.githubusercontent\.com)/diffusionblocks/diffusionblocks/(?:blob/)?main/"
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]+)?\)")
-FETCHED = {"guides/own-model.md": "transformers", "index.md": "sklearn", "README.md": "sklearn"}  # what pages import
+FETCHED = {  # what pages import
+    "guides/own-model.md": "transformers", "guides/transformers.md": "transformers", "index.md": "sklearn",
+    "README.md": "sklearn",
+}  # fmt: skip
 
 
 def examples(page: Path) -> list[tuple[int, str]]:
