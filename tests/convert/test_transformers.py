@@ -10,6 +10,7 @@ import torch
 import diffusionblocks as db
 import tiny_transformers as tiny
 from diffusionblocks.convert.conditioning import Conditioned
+from diffusionblocks.noise.information import closed_form_density
 
 ALL = pytest.mark.parametrize("name", tiny.CLASSES)
 
@@ -190,6 +191,34 @@ def test_its_options_are_taken():
     assert list(contexts.values()) == [0.5, 0.0, 0.9]
 
 
-def test_a_large_vocabulary_is_laid_out_quickly():
-    model = tiny.convert(tiny.network("LlamaForCausalLM", vocab_size=30000))
-    assert model.target.table.shape == (30000, 16) and model.partition.sigma_max > model.partition.sigma_min
+@pytest.mark.parametrize(
+    ("name", "asked_of_x"), [(tiny.IMAGE[0], True), (tiny.MASKED[0], False), (tiny.CAUSAL[0], True)]
+)
+def test_without_conditioning_labels_and_next_tokens_are_read_from_x_by_all_blocks(name, asked_of_x):
+    model, (x, y) = tiny.convert(tiny.network(name), cond=0), tiny.batch(name)
+    assert model.ensemble is asked_of_x and model.sees_z is not asked_of_x
+    if asked_of_x:
+        z = torch.zeros(len(x), *model.target.sample_shape(y))
+        found = model.eval().denoise(x, z, model.partition.sigma_max).raw
+        torch.testing.assert_close(found.softmax(-1), model.logits(x).softmax(-1))
+
+
+@torch.no_grad()
+def test_the_clean_stream_has_no_noise_level():
+    model = tiny.convert(tiny.network("LlamaForCausalLM"))
+    layer = model.blocks[0].layers[0]
+    layer.layer.linear.weight.normal_(0, 0.1)
+    layer.layer.linear.bias.normal_(0, 0.1)
+    x, _ = tiny.batch("LlamaForCausalLM")
+    tokens, cond = model.stem_head.stem(x, torch.zeros(8, 8, 16), torch.zeros(8, 8))
+    clean, noisy = layer(tokens, cond).h.chunk(2, 1)
+    plain = layer.layer.layer(tokens.h, **tokens.arguments["full_attention"])
+    torch.testing.assert_close(clean, plain[:, :8], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(noisy, plain[:, 8:], atol=1e-2)
+
+
+def test_a_large_vocabulary_has_a_narrow_codebook_and_is_laid_out_by_some_of_it():
+    net = tiny.network("LlamaForCausalLM", layers=1, vocab_size=30000, hidden_size=160)
+    model = tiny.convert(net, 1)
+    assert model.target.table.shape == (30000, 128)
+    assert model.partition.density == closed_form_density(model.target.table[:256])
