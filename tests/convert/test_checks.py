@@ -21,6 +21,10 @@ def without_layers(net):
     net.vit.layers = nn.ModuleList()
 
 
+def two_layers(net):
+    net.vit.layers = net.vit.layers[:2]
+
+
 def without_norm(net):
     del net.vit.layernorm
 
@@ -60,6 +64,7 @@ def reentrant(net):
 @pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
 @pytest.mark.parametrize(("name", "change", "words"), [
     (VIT, without_layers, "has no layers at vit.layers or vit.encoder.layer: use from_layers"),
+    (VIT, two_layers, "has 2 layers, its config says num_hidden_layers=4"),
     (VIT, without_norm, "has no vit.layernorm"),
     (VIT, halved, "weights of float16 and float32: make them one"),
     (VIT, another_head, "must be a torch.nn.Linear to config.num_labels=5 logits"),

@@ -43,8 +43,13 @@ def layers_name(network: nn.Module, family: Family) -> str:
     )
 
 
-def _check_parts(network: nn.Module, family: Family) -> None:
-    layers_name(network, family)
+def _check_parts(network: Any, family: Family) -> None:
+    layers, depth = network.get_submodule(layers_name(network, family)), network.config.num_hidden_layers
+    if len(layers) != depth:
+        raise ValueError(
+            f"{type(network).__name__} has {len(layers)} layers, its config says num_hidden_layers={depth}: correct the "
+            "config, which the network is built from again"
+        )
     names = [family.embeddings, *family.positions, *family.before, *family.after, family.rotary]
     for name in filter(None, names):
         try:

@@ -35,7 +35,7 @@ def from_layers(
     dim: int | None = None,
     cond: int | None = None,
 ) -> DiffusionBlocks:
-    """Return a network as denoising blocks; its modules are used in place.
+    """Return a network as denoising blocks; its modules are used in place, but for copies that `shared` asks for.
 
     Args:
         layers: Residual layers in order, layer(h) -> h or layer(h, cond) -> h. Plain ones get AdaLN conditioning around
