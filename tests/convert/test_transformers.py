@@ -156,6 +156,15 @@ def test_gradient_checkpointing_stays_on_and_changes_no_gradient(name):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
+def test_checkpointed_layers_change_no_loss():
+    found = []
+    for checkpoint_layers in (False, True):
+        model, (x, y) = tiny.convert(tiny.network("Qwen3ForCausalLM")), tiny.batch("Qwen3ForCausalLM")
+        trainer = db.Trainer(model, lr=1e-2, device="cpu", checkpoint_layers=checkpoint_layers, visit=1, seed=0)
+        found.append([float(trainer.step(x, y).loss) for _ in range(6)])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_dropout_works_in_training_alone():
     net, (x, y) = tiny.network("GPT2LMHeadModel"), tiny.batch("GPT2LMHeadModel")
     model = tiny.convert(net)

@@ -47,8 +47,8 @@ def _check_parts(network: Any, family: Family) -> None:
     layers, depth = network.get_submodule(layers_name(network, family)), network.config.num_hidden_layers
     if len(layers) != depth:
         raise ValueError(
-            f"{type(network).__name__} has {len(layers)} layers, its config says num_hidden_layers={depth}: correct the "
-            "config, which the network is built from again"
+            f"{type(network).__name__} has {len(layers)} layers, its config says num_hidden_layers={depth}: correct "
+            "it, for the network is built from it again"
         )
     names = [family.embeddings, *family.positions, *family.before, *family.after, family.rotary]
     for name in filter(None, names):

@@ -22,9 +22,10 @@ def to_original(model: DiffusionBlocks, block: int | None = None) -> nn.Module:
 
     Args:
         model: From `convert` with one of transformers' networks and cond=0.
-        block: A network of this block's layers alone, whose logits are model.logits(x, block); of a masked language
-            model, the block's denoiser. With averages, of model.averages(). None: all layers. If there are several blocks, these were never trained to
-            follow each other: a start for training end to end, and a warning says so.
+        block: A network of this block's layers alone, whose logits are model.logits(x, block) (with averages, under
+            model.averages()); of a masked language model, the block's denoiser. None: all layers. If there are several
+            blocks, these were never trained to follow each other: a start for training end to end, and a warning says
+            so.
 
     Returns:
         On the CPU, in evaluation mode.

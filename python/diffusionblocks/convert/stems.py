@@ -25,6 +25,8 @@ def z_projection(z_dim: int, dim: int) -> nn.Linear:
 class LabelStem(nn.Module):
     """x -> tokens; z (B, d) is added to the first one."""
 
+    takes_float32 = True
+
     def __init__(self, embedding: ImageEmbedding | TokenEmbedding, z: nn.Linear | None, noise: NoiseEmbedding | None):
         super().__init__()
         self.embedding, self.z, self.noise = embedding, z, noise
@@ -52,6 +54,8 @@ class LabelStem(nn.Module):
 
 class MaskedStem(nn.Module):
     """Nothing (B, 0) and tokens with masks z (B, N) -> tokens. mask_token_id: the network's own mask."""
+
+    takes_float32 = True
 
     def __init__(self, embedding: TokenEmbedding, mask_token_id: int, noise: NoiseEmbedding | None):
         super().__init__()
@@ -86,6 +90,8 @@ class CausalStem(nn.Module):
     Noisy token i is x_i's embedding plus a little of z_i, at x_i's position. It attends to the clean tokens before
     that and to itself; clean tokens attend as ever. So without z it computes what x_i computes in the network itself.
     """
+
+    takes_float32 = True
 
     def __init__(self, embedding: TokenEmbedding, z: nn.Linear | None, noise: NoiseEmbedding | None):
         super().__init__()
