@@ -119,7 +119,7 @@ LABELS = torch.zeros(2, dtype=torch.int64)
     (VIT, {}, IMAGE[:, :, :4], LABELS, "images must be 8x8, got 4x8"),
     (VIT, {}, IMAGE[:, :1], LABELS, r"floating images \(B, 3, H, W\), got \(2, 1, 8, 8\)"),
     (VIT, {}, IMAGE.to(torch.uint8), LABELS, "floating images"),
-    ("Dinov2ForImageClassification", {}, IMAGE[:, :, :6], LABELS, "6x8 don't split into patches of 4x4"),
+    ("Dinov2ForImageClassification", {}, IMAGE[:, :, :6], LABELS, "6x8 images don't split into patches of 4x4"),
     (BERT, {}, TOKENS.float(), LABELS, "int64 tokens"),
     (BERT, {}, TOKENS + tiny.VOCAB, LABELS, "x's tokens must be in"),
     (BERT, {}, TOKENS.repeat(1, 2), LABELS, "16 tokens are more than the network's 12 position embeddings"),

@@ -193,6 +193,14 @@ def test_texts_are_continued_token_by_token():
     assert (text[:, 3:] == y[:8, 2:6]).float().mean() > 0.8, text
 
 
+def test_the_way_of_attention_is_kept_in_files(tmp_path):
+    model = tiny.convert(tiny.network("BertForMaskedLM", layers=2, attn_implementation="eager"))
+    model.save_pretrained(tmp_path)
+    again = db.load(tmp_path)
+    assert again.stem_head.stem.embedding.additive
+    assert again.blocks[0].layers[0].layer.layer.attention.self.config._attn_implementation == "eager"
+
+
 def test_its_options_are_taken():
     net = tiny.network("ViTForImageClassification")
     model = tiny.convert(net, (1, 3), shared="per_block", overlap=0.1, cond=6, context=0.25)
