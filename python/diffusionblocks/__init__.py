@@ -20,6 +20,7 @@ from .targets.masked import MaskedTarget
 from .targets.tokens import TokenTarget
 from .training.config import TrainerConfig
 from .training.finite import NonFiniteLoss
+from .training.merge import merge
 from .training.optimizer import BlockAdamW
 from .training.plan import Plan, plan
 from .training.trainer import StepOutput, Trainer
@@ -56,6 +57,7 @@ __all__ = [
     "heun",
     "load",
     "make_partition",
+    "merge",
     "plan",
     "register",
     "sample",

@@ -48,6 +48,10 @@ class TrainerConfig:
     warns if it can't be, False never. The bits are the same."""
     checkpoint_layers: bool = False
     """Keep each layer's input alone for the backward pass and run the layer once more there."""
+    adapt: bool = True
+    """Cut the noise anew as its information is measured; False: the partition stays (other densities never adapt)."""
+    train_blocks: tuple[int, ...] | None = None
+    """Train these blocks alone, others elsewhere, bit for bit as one trainer would train all: `merge` joins them."""
     offload: Literal["cpu", "disk", "auto"] | None = None
     """Where waiting blocks are: in host memory, on disk, or (None) on the device; auto: disk if that is the CPU."""
     folder: Path | None = None
@@ -90,8 +94,17 @@ class TrainerConfig:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if not 0 <= self.branch < 1:
             raise ValueError(f"branch must be a share of the steps in [0, 1), got {self.branch}")
+        if self.train_blocks is not None:
+            self._check_train_blocks()
         if self.total_steps is None and (self.branch or 0 < self.warmup < 1):
             raise ValueError("branch, and warmup as a share, are shares of all steps: set steps, too")
+
+    def _check_train_blocks(self) -> None:
+        blocks = self.train_blocks
+        if not isinstance(blocks, tuple) or not blocks or len(set(blocks)) < len(blocks):
+            raise ValueError(f"train_blocks must be a tuple of different blocks, e.g. (0, 2), got {blocks!r}")
+        if self.branch:
+            raise ValueError("train_blocks with branch: all blocks begin as copies of one trunk, so set branch=0")
 
     @property
     def log_to(self) -> Path | None:

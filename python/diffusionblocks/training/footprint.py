@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..blocks import DiffusionBlocks
 from ..checkpoint.layout import Layout
 from ..denoiser import StemHead
-from ..noise.density import Tabulated
 from ..noise.partition import Partition
 from ..offload.memory import CATEGORIES, Usage
 from ..offload.part import Part, common_tensors, usage_of
@@ -24,6 +23,7 @@ from .activations import saving
 from .config import TrainerConfig
 from .optimizer import MakeOptimizer, optimizer_of
 from .precision import autocast, to_bfloat16
+from .schedule import adaptive_density
 
 
 class Unread(TorchDispatchMode):
@@ -167,7 +167,7 @@ class FakeNetwork:
         with autocast(self.device, self.config.precision), saving(model, block, self.config, count=True) as saved:
             loss = model.loss_at(
                 block, self.x, self.y, sigma, seed=0, step=0,
-                weight=1 / self.config.accumulate, error=isinstance(self.model.partition.density, Tabulated),
+                weight=1 / self.config.accumulate, error=adaptive_density(self.model, self.config) is not None,
             )  # fmt: skip
         return loss.loss, saved.bytes if saved else 0
 

@@ -7,7 +7,10 @@ import math
 
 import torch
 
+from ..blocks import DiffusionBlocks
+from ..noise.density import Tabulated
 from ..noise.rng import stream
+from .config import TrainerConfig
 
 
 def turn(visit: int, blocks: int, *, seed: int) -> int:
@@ -20,6 +23,35 @@ def _order(round_: int, blocks: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(stream(seed, "round", round_))
     order: list[int] = torch.randperm(blocks, generator=generator).tolist()
     return order
+
+
+def adaptive_density(model: DiffusionBlocks, config: TrainerConfig) -> Tabulated | None:
+    """Return the density that training adapts to what it measures; None if it adapts none."""
+    density = model.partition.density
+    return density if config.adapt and isinstance(density, Tabulated) else None
+
+
+def own_blocks(model: DiffusionBlocks, config: TrainerConfig) -> frozenset[int]:
+    """Return the blocks that a trainer trains: all, or those of `train_blocks`.
+
+    Raises: ValueError if blocks that are trained elsewhere would have a say in these.
+    """
+    every = range(len(model.blocks))
+    if config.train_blocks is None:
+        return frozenset(every)
+    if unknown := sorted(set(config.train_blocks) - set(every)):
+        raise ValueError(f"train_blocks: there is no block {unknown[0]!r}; this model has 0 to {len(every) - 1}")
+    if model.shared == "shared" and any(p.requires_grad for p in model.parts()["shared"].parameters()):
+        raise ValueError(
+            "train_blocks needs blocks that share nothing they train: build the model with shared='per_block' or "
+            "shared='frozen', or train all blocks in one process"
+        )
+    if adaptive_density(model, config):
+        raise ValueError(
+            "train_blocks with a partition that adapts to what all blocks measure: set adapt=False, which keeps it, "
+            "or build the model with a density measured before, and adapt=False"
+        )
+    return frozenset(config.train_blocks)
 
 
 def learning_rate(step: int, *, steps: int | None, peak: float, warmup: int) -> float:

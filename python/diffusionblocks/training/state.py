@@ -14,15 +14,18 @@ from ..blocks import DiffusionBlocks
 from ..checkpoint import files
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.layout import Layout
+from ..checkpoint.manifest import digest
 from ..noise.density import Tabulated
 from ..noise.information import InformationMeter
 from ..noise.partition import Partition
 from ..offload.offloader import Offloader
 from ..offload.part import Part
+from .schedule import adaptive_density
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
+RECIPE = ("lr", "total_steps", "warmup", "weight_decay", "clip", "ema")  # and FIXED: for blocks of one model
 FIXED = (
     "seed",
     "visit",
@@ -42,7 +45,13 @@ def save(trainer: Trainer, folder: Path, extra: dict[str, Any]) -> None:
             f"save: {done} of a step's {trainer.config.accumulate} batches are done, and their gradients are in no "
             "checkpoint: save after a step whose output has a grad_norm"
         )
-    written = trainer.changed if trainer.saved == (folder, _files(folder)) else set(offloader.parts)
+    before = _files(folder)
+    if others := {part for part in before or () if part.startswith("block_")} - trainer.own_parts:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(sorted(others))}, which this trainer doesn't train and its checkpoint would "
+            "lose: save to another folder"
+        )
+    written = trainer.changed if trainer.saved == (folder, before) else trainer.own_parts
     parts: dict[str, Any] = {part: lambda part=part: offloader.source(part) for part in written}
     if trainer.meter:
         prior = {name: torch.tensor(v, dtype=torch.float64) for name, v in vars(trainer.meter.prior).items()}
@@ -51,13 +60,14 @@ def save(trainer: Trainer, folder: Path, extra: dict[str, Any]) -> None:
         "step": trainer.steps_done,
         "batches": trainer.batches_done,
         "settings": _settings(trainer),
-        "scalars": {name: part.scalars() for name, part in offloader.parts.items()},
+        "recipe": _recipe(trainer),
+        "scalars": {name: offloader.parts[name].scalars() for name in sorted(trainer.own_parts)},
         "partition": trainer.model.partition.to_dict(),
         "shape": None if trainer.model.target.shape is None else list(trainer.model.target.shape),
         "positions": {"loader": loader.state_dict()} if hasattr(loader, "state_dict") else trainer.positions,
         "extra": extra,
     }
-    manifest = files.save(folder, parts, state, keep=set(offloader.parts) - parts.keys())
+    manifest = files.save(folder, parts, state, keep=trainer.own_parts - parts.keys())
     trainer.changed.clear()
     trainer.saved = folder, manifest.parts
 
@@ -68,13 +78,12 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
     manifest = files.read_state(folder)
     state = manifest.state
     _check_settings(state.get("settings", {}), _settings(trainer), folder)
-    missing = set(trainer.offloader.parts) - manifest.parts.keys()
-    if missing:
-        raise CheckpointError(f"{folder} has no {', '.join(sorted(missing))}: it is of a model with fewer blocks")
-    found = files.inspect_parts(folder, manifest, trainer.offloader.parts)
-    for name, part in trainer.offloader.parts.items():  # all before the first is replaced: nothing is half loaded
-        _check_part(part, found[name].layout, f"{folder}: {name}")
-    for name in trainer.offloader.parts:
+    _check_blocks(trainer, manifest, folder)
+    here = [name for name in trainer.offloader.parts if name in manifest.parts]
+    found = files.inspect_parts(folder, manifest, here)
+    for name in here:  # all before the first is replaced: nothing is half loaded
+        _check_part(trainer.offloader.parts[name], found[name].layout, f"{folder}: {name}")
+    for name in here:
         if not trainer.offloader.adopt(name, found[name]):
             _load(trainer.offloader, name, files.load_part(folder, name, manifest=manifest), folder)
         trainer.offloader.parts[name].take_scalars(state["scalars"].get(name, {}))
@@ -87,6 +96,17 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
     trainer.saved = folder, manifest.parts
     extra: dict[str, Any] = state["extra"]
     return extra
+
+
+def _check_blocks(trainer: Trainer, manifest: files.Manifest, folder: Path) -> None:
+    """Raise CheckpointError unless a checkpoint has all that a trainer trains."""
+    if not (missing := trainer.own_parts - manifest.parts.keys()):
+        return
+    saved = len(manifest.state["partition"]["layers"])
+    why = f"it is of a model of {saved} blocks, this one has {len(trainer.model.blocks)}"
+    if saved == len(trainer.model.blocks):
+        why = "other machines train that; merge their folders with this one, or set train_blocks to what it holds"
+    raise CheckpointError(f"{folder} has no {', '.join(sorted(missing))}: {why}")
 
 
 def _meter(folder: Path, manifest: files.Manifest, device: torch.device) -> InformationMeter:
@@ -131,10 +151,27 @@ def _load(offloader: Offloader, part: str, tensors: dict[str, Tensor], folder: P
         raise CheckpointError(f"{folder}: {part}: {error}") from error
 
 
+def _recipe(trainer: Trainer) -> dict[str, Any]:
+    """Return all that two trainers must have in common to train blocks of one model."""
+    config = dataclasses.asdict(trainer.config) | {"total_steps": trainer.config.total_steps}
+    shapes = {
+        f"{name}/{key}": [list(t.shape), str(t.dtype)]
+        for name, part in trainer.offloader.parts.items()
+        for key, t in part.tensors().items()
+        if key.startswith("weight/")
+    }
+    values = {name: config[name] for name in RECIPE}
+    return values | {"shared": trainer.model.shared, "context": trainer.model.context, "network": digest(shapes)}
+
+
 def _settings(trainer: Trainer) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(trainer.config), default=str))
     kinds = sorted({type(optimizer).__name__ for optimizer in trainer.optimizers.values()})
-    return {name: values[name] for name in FIXED} | {"optimizer": " ".join(kinds), "averages": trainer.config.ema > 0}
+    return {name: values[name] for name in FIXED} | {
+        "optimizer": " ".join(kinds),
+        "averages": trainer.config.ema > 0,
+        "adapts": adaptive_density(trainer.model, trainer.config) is not None,
+    }
 
 
 def _check_settings(saved: dict[str, Any], own: dict[str, Any], folder: Path) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..blocks import DiffusionBlocks
 from ..denoiser import BlockLoss
-from ..noise.density import Tabulated
 from ..noise.information import InformationMeter
 from ..noise.rng import stream
 from ..offload.memory import Usage, allocated, reset_peak
@@ -30,7 +29,7 @@ from .log import loggers, row
 from .optimizer import MakeOptimizer, adamw_of, optimizer_of
 from .precision import autocast, seeded, stored
 from .progress import Progress
-from .schedule import learning_rate, turn
+from .schedule import adaptive_density, learning_rate, own_blocks, turn
 from .step import Batch, Work
 
 
@@ -86,10 +85,13 @@ class Trainer:
         check_free(model)
         self.model, self.callbacks = model, [*callbacks, *loggers(self.config)]
         self.steps_done, self.batches_done = 0, 0
+        self.own = own_blocks(model, self.config)
+        self.own_parts = {"shared", *(f"block_{b}" for b in self.own)}
         with stored(model, self.config.precision):
+            modules = {part: module for part, module in model.parts().items() if part in self.own_parts}
             self.optimizers = {
                 part: made
-                for part, module in model.parts().items()
+                for part, module in modules.items()
                 if (made := optimizer_of(module, optimizer or adamw_of(self.config, part), self.config.ema)) is not None
             }
         self._peaks = {o: [g["lr"] for g in o.param_groups] for o in self.optimizers.values()}
@@ -104,9 +106,9 @@ class Trainer:
         )
         for part in self.offloader.parts.values():
             part.wide = self.config.precision == "bfloat16"
-        density = model.partition.density
-        self.meter = InformationMeter(density, device=self.device) if isinstance(density, Tabulated) else None
-        self.changed = set(self.offloader.parts)  # since `saved`: the last checkpoint's folder and files
+        density = adaptive_density(model, self.config)
+        self.meter = InformationMeter(density, device=self.device) if density else None
+        self.changed = set(self.own_parts)  # since `saved`: the last checkpoint's folder and files
         self.saved: tuple[Path, Any] = Path(), None
         self.watch = FiniteWatch(self.device, model.target.level)
         self.loader: Any = None  # of the last fit
@@ -131,7 +133,8 @@ class Trainer:
     def step(self, x: Tensor, y: Tensor) -> StepOutput:
         """Train the block whose turn it is on one batch.
 
-        With accumulate > 1 weights move at every accumulate-th call. Nothing is read from the device.
+        With accumulate > 1 weights move at every accumulate-th call. Nothing is read from the device. A block that is
+        trained elsewhere (`train_blocks`) takes its batches without work, and its loss is NaN.
 
         Args:
             x: Conditioning, (B, ...). y: targets, (B, ...). From any device.
@@ -139,6 +142,8 @@ class Trainer:
         Raises: ValueError if the batch doesn't fit the model; RuntimeError within averages() or after release().
         """
         self.offloader.check_in_charge("step")
+        if self.block not in self.own:
+            return self._pass()
         if not self.model.training:
             self.model.train()  # sampling came between two batches
         if self.batches_done % self.config.accumulate == 0:
@@ -156,6 +161,17 @@ class Trainer:
         output = StepOutput(block, work.loss.per_sample.mean(), work.norm)
         if work.norm is not None:
             self._call("on_step_end", output)
+        return output
+
+    def _pass(self) -> StepOutput:
+        """Count a batch of a block that is trained elsewhere."""
+        block, nan = self.block, torch.tensor(float("nan"))
+        self.batches_done += 1
+        if self.batches_done % self.config.accumulate:
+            return StepOutput(block, nan, None)
+        self.steps_done += 1
+        output = StepOutput(block, nan, nan)
+        self._call("on_step_end", output)
         return output
 
     def choose(self, y: Tensor) -> tuple[int, Tensor]:
@@ -180,6 +196,8 @@ class Trainer:
             self.model.activate(self.block)
             self._call("on_block_start", self.block)
             following = (step // config.visit + 1) * config.visit
+            while self._block_at(following) not in self.own:
+                following += config.visit
             if config.total_steps is None or following < config.total_steps:
                 self.offloader.prefetch(self._block_at(following))
         self._losses.clear()
@@ -250,7 +268,11 @@ class Trainer:
             self.callbacks += [bar] if bar else []
             try:
                 while self.steps_done < end:
-                    self.step(*pair(batch, next(batches)))
+                    data = next(batches)
+                    if self.block in self.own:
+                        self.step(*pair(batch, data))
+                    else:
+                        self._pass()
             finally:
                 self.callbacks = [c for c in self.callbacks if c is not bar]
         self.check()

@@ -1,0 +1,143 @@
+"""Merging: what doesn't belong together is refused by name, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import diffusionblocks as db
+import small
+from diffusionblocks.checkpoint.files import CheckpointError
+
+
+def save(folder, *blocks, steps=6, model=None, extra=None, loader=None, **settings):
+    settings = {"visit": 1, "adapt": False, "ema": 0.9, **settings}
+    model = small.model(blocks=3, layers=3, shared="per_block") if model is None else model
+    trainer = db.Trainer(model, train_blocks=blocks, device="cpu", **settings)
+    trainer.fit(loader or small.Loader(), steps=steps, progress=False)
+    trainer.save(folder, extra=extra)
+    return folder
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir()) if folder.exists() else None
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    root = tmp_path_factory.mktemp("parts")
+    return save(root / "a", 0, 2), save(root / "b", 1)
+
+
+def test_files_are_links(tmp_path, parts):
+    db.merge(parts, tmp_path / "c")
+    inodes = {p.stat().st_ino for folder in parts for p in folder.glob("*.safetensors")}
+    merged = list((tmp_path / "c").glob("*.safetensors"))
+    assert len(merged) == 4 and all(p.stat().st_ino in inodes for p in merged)
+
+
+def test_a_merge_outlives_its_folders(tmp_path, parts):
+    copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in parts]
+    db.merge(copies, tmp_path / "c")
+    for folder in copies:
+        shutil.rmtree(folder)
+    whole = db.Trainer(small.model(blocks=3, layers=3, shared="per_block"), visit=1, adapt=False, ema=0.9, device="cpu")
+    whole.load(tmp_path / "c")
+    assert whole.steps_done == 6
+
+
+OTHERS = {
+    "twice": (dict(blocks=(0, 1)), "both trained block_0: leave one of them out"),
+    "missing": (dict(blocks=(), out_of=("a",)), "none has block_1 of the model's 3 blocks"),
+    "step": (dict(blocks=(1,), steps=5), "is at step 6, .*other at step 5: train .*other on to step 6"),
+    "seed": (dict(blocks=(1,), seed=1), "differ in their settings: seed 0 and 1"),
+    "lr": (dict(blocks=(1,), lr=0.5), "differ in their recipe: lr 0.001 and 0.5"),
+    "data": (dict(blocks=(1,), loader=[small.batch()]), "in their positions: loader .*same batches"),
+    "extra": (dict(blocks=(1,), extra={"data": "other"}), "differ in their extra: data None and 'other'"),
+    "codebook": (dict(blocks=(1,), target=db.LabelTarget(3, 8, table=3 * torch.eye(3, 8))), "target.table.*same seed"),
+    "network": (dict(blocks=(1,), layers=4), "differ in their (recipe: network|partition: layers)"),
+    "overlap": (dict(blocks=(1,), overlap=0.2), "differ in their partition: overlap 0.05 and 0.2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_does_not_belong_together_is_refused(tmp_path, parts, name):
+    options, message = OTHERS[name]
+    options = dict(options)
+    blocks, given = options.pop("blocks"), {k: options.pop(k) for k in ("layers", "overlap", "target") if k in options}
+    folders = [parts[0]]
+    if not options.pop("out_of", None):
+        folders.append(save(tmp_path / "other", *blocks, model=model(**given), **options))
+    with pytest.raises(CheckpointError, match=message):
+        db.merge(folders, tmp_path / "c")
+    assert files(tmp_path / "c") is None
+
+
+def model(layers=3, target=None, overlap=0.05):
+    made = small.model(blocks=3, layers=layers, shared="per_block", overlap=overlap)
+    if target is not None:
+        made.target.table.copy_(target.table)
+    return made
+
+
+def test_a_half_copied_folder_is_refused(tmp_path, parts):
+    for name, message in {
+        "block_1": "is missing",
+        "shared": "is truncated",
+        "manifest": "manifest.json is missing",
+    }.items():
+        half = shutil.copytree(parts[1], tmp_path / f"half-{name}")
+        (path,) = half.glob(f"{name}*")
+        path.unlink() if name != "shared" else path.write_bytes(path.read_bytes()[:-9])
+        # the shared part is taken from the first folder: it must be whole in the one that counts
+        folders = (half, parts[0]) if name == "shared" else (parts[0], half)
+        with pytest.raises(CheckpointError, match=message):
+            db.merge(folders, tmp_path / "c")
+        assert files(tmp_path / "c") is None
+
+
+def test_a_damaged_file_is_refused(tmp_path, parts):
+    bad = shutil.copytree(parts[1], tmp_path / "bad")
+    (path,) = bad.glob("block_1*")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is corrupt"):
+        db.merge((parts[0], bad), tmp_path / "c")
+    assert files(tmp_path / "c") is None
+
+
+def test_nothing_is_overwritten(tmp_path, parts):
+    before = files(parts[0])
+    with pytest.raises(CheckpointError, match="holds something already: give a new folder"):
+        db.merge(parts, parts[0])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds something already"):
+        db.merge(parts, tmp_path / "file")
+    assert files(parts[0]) == before and (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_same_folder_twice_none_and_another_version_are_refused(tmp_path, parts):
+    with pytest.raises(CheckpointError, match="is given twice"):
+        db.merge([parts[0], parts[0] / ".." / parts[0].name], tmp_path / "c")
+    with pytest.raises(CheckpointError, match="no folders"):
+        db.merge([], tmp_path / "c")
+    old = shutil.copytree(parts[1], tmp_path / "old")
+    record = json.loads((old / "manifest.json").read_text())
+    record["package_version"] = "0.0.1"
+    from diffusionblocks.checkpoint.manifest import digest
+
+    record["sha256"] = digest({k: v for k, v in record.items() if k != "sha256"})
+    (old / "manifest.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=r"by 0\.0\.1: train all blocks with one version"):
+        db.merge([parts[0], old], tmp_path / "c")
+
+
+def test_an_extra_of_ones_own(tmp_path, parts):
+    other = save(tmp_path / "b", 1, extra={"seconds": 3})
+    db.merge([parts[0], other], tmp_path / "c", extra={"seconds": 5})
+    whole = db.Trainer(model(), visit=1, adapt=False, ema=0.9, device="cpu")
+    assert whole.load(tmp_path / "c") == {"seconds": 5}
