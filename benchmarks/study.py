@@ -29,7 +29,7 @@ from diffusionblocks.experiments.config import TrainConfig, to_dict
 from diffusionblocks.experiments.presets import RUNS
 from diffusionblocks.experiments.run_folder import machine
 from diffusionblocks.experiments.tasks import Task, task_of
-from diffusionblocks.experiments.tasks.base import Loader
+from diffusionblocks.experiments.tasks.base import Addresses
 from diffusionblocks.experiments.tasks.causal_lm import WRITTEN, CausalLMTask
 from diffusionblocks.training.optimizer import MakeOptimizer
 from diffusionblocks.training.trainer import Trainer
@@ -58,7 +58,7 @@ def block_wise(task: Task, optimizer: MakeOptimizer | None = None) -> Row:
         else:  # its state may be more than plain tensors, so nothing waits elsewhere
             trainer = Trainer(task.model(), replace(task.config, offload=None), optimizer=optimizer)
         trainer.callbacks.append(log)
-        trainer.fit(Loader(task.batches(trainer.device)), progress=False)
+        trainer.fit(Addresses(), batch=task.batches(trainer.device).batch, progress=False)
         seconds = time.perf_counter() - began
         scores = {split: commands.evaluate(task, trainer, split) for split in ("val", "test")}
         scores["test"] |= texts(task, trainer, Path(folder))
@@ -152,7 +152,7 @@ def averaged(task: Task, rows: baselines.Rows) -> torch.nn.Module:
     config, network = task.config, task.network()
     settings = baselines.settings_of(config, CPU, steps=config.steps, lr=config.lr, warmup=config.warmup)
     trainer = Trainer(baselines.Ordinary(network), settings, callbacks=[rows])
-    trainer.fit(Loader(task.batches(CPU)), progress=False)
+    trainer.fit(Addresses(), batch=task.batches(CPU).batch, progress=False)
     with trainer.averages():
         prefix = "blocks.0.layers.0."
         weights = {k.removeprefix(prefix): t for k, t in trainer.model.state_dict().items() if k.startswith(prefix)}

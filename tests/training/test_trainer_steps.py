@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from diffusionblocks.experiments.tasks.base import Loader
+from diffusionblocks.experiments.tasks.base import Addresses
 from diffusionblocks.training.branch import branch
 from diffusionblocks.training.finite import NonFiniteLoss
 from diffusionblocks.training.schedule import turn
@@ -27,7 +27,7 @@ class Rows(list):
 def run(trainer, batches=None):
     rows = Rows()
     trainer.callbacks.append(rows)
-    trainer.fit(Loader(batches or tiny.RandomBatches()), progress=False)
+    trainer.fit(Addresses(), batch=(batches or tiny.RandomBatches()).batch, progress=False)
     return rows
 
 

@@ -22,6 +22,7 @@ from . import commands
 from . import export as exporting
 from .config import TrainConfig
 from .interrupts import Stopped
+from .merge import merge_runs
 from .parsing import parse, presets_of
 from .plan import plan_of
 from .plotting import plots
@@ -181,6 +182,19 @@ def export(folder: Folder, to: Path) -> None:
     print(to)
 
 
+def merge(folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path) -> None:
+    """Join the folders of runs that each trained some of the blocks (`--train-blocks`); no block's file is copied.
+
+    Args:
+        folders: The runs' folders, or checkpoints that a Trainer saved.
+        out: The folder to write, which must hold nothing.
+    """
+    if merge_runs(folders, out):
+        print(f"{out}; evaluate it, and train what is left, by: dblocks resume {out}")
+    else:
+        print(out)
+
+
 def show_plan(
     config: Annotated[Run, tyro.conf.arg(name="")], memory: str | None = None, host_memory: str | None = None
 ) -> None:
@@ -207,6 +221,10 @@ def show_plan(
 
 def report(config: TrainConfig, summary: dict[str, Any]) -> None:
     """Print a run's table."""
+    if config.train_blocks is not None:
+        blocks = ", ".join(map(str, config.train_blocks))
+        print(f"trained blocks {blocks}; join them with the others by: dblocks merge {config.out} OTHERS --out NEW")
+        return
     metric = task_of(config).metric
     table = Table("training", f"test {metric.label}", "val", "seconds", "memory", "plan", title=str(config.out))
     for name, result in summary["results"].items():
@@ -262,6 +280,7 @@ def main() -> None:
         "predict": predict,
         "plot": plot,
         "export": export,
+        "merge": merge,
         "plan": show_plan,
     }
     try:

@@ -44,7 +44,7 @@ from .run_folder import (
     write,
 )  # fmt: skip
 from .tasks import Task, task_of
-from .tasks.base import Loader, Row
+from .tasks.base import Addresses, Row
 from .threads import spare_threads
 
 OTHERS = {"forward-forward": forward_forward, "noprop": noprop}  # train without backpropagation through all layers
@@ -119,7 +119,10 @@ def _changed(config: TrainConfig, changes: Row) -> TrainConfig:
 
 
 def carry_on(task: Task) -> Row:
-    """Train what is not trained yet, block-wise and the baselines; then summary and pictures."""
+    """Train what is not trained yet, block-wise and the baselines; then summary and pictures.
+
+    Of a run of some blocks alone, only those: return nothing.
+    """
     config = task.config
     trainer, seconds = open_trainer(task)
     log = config.out / "metrics.jsonl"
@@ -127,6 +130,10 @@ def carry_on(task: Task) -> Row:
     finished = [name for name in names if result_file(config, name).exists()]
     trim_metrics(log, trainer.steps_done, finished)
     with log.open("a") as lines, Interrupts().watched() as interrupts:
+        if config.train_blocks is not None:
+            _train(task, trainer, RunLog("block-wise", lines, config, interrupts, seconds))
+            shutil.rmtree(config.out / "waiting", ignore_errors=True)
+            return {}
         for name in (n for n in names if n not in finished):
             run = RunLog(name, lines, config, interrupts, seconds if name == "block-wise" else 0.0)
             row = _block_wise(task, trainer, run) if name == "block-wise" else _baseline(name, task, run)
@@ -166,6 +173,8 @@ def open_run(folder: Path) -> tuple[Task, DiffusionBlocks]:
     if is_exported(folder):
         return open_exported(folder)
     task = task_of(read_config(folder), read_facts(folder))
+    if task.config.train_blocks is not None:
+        raise CheckpointError(f"{folder} trains some blocks alone: join it with the others' folders by `dblocks merge`")
     model, device = task.model(), pick_device(task.config.device)
     spare_threads(model, device)
     if not (folder / "checkpoint" / files.MANIFEST).exists():
@@ -206,12 +215,17 @@ class RunLog:
             raise Stopped(self.interrupts.number, self.saves)
 
 
-def _block_wise(task: Task, trainer: Trainer, log: RunLog) -> Row:
+def _train(task: Task, trainer: Trainer, log: RunLog) -> None:
     config = task.config
     with Progress(config.total_steps, "block-wise") as bar:
         others = named([name for name in config.loggers if name != "jsonl"], config.log_to)
         trainer.callbacks += [log, bar, *others]
-        trainer.fit(Loader(task.batches(trainer.device)), progress=False)
+        trainer.fit(Addresses(), batch=task.batches(trainer.device).batch, progress=False)
+
+
+def _block_wise(task: Task, trainer: Trainer, log: RunLog) -> Row:
+    config = task.config
+    _train(task, trainer, log)
     return {
         "seconds": log.seconds(),
         "memory": peak_memory(config),

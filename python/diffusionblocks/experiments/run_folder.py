@@ -23,7 +23,7 @@ from .data.text import EMBEDDED
 
 # Settings that don't decide the weights: places, evaluation, and how a run is watched.
 FREE = (
-    "out", "data_folder", "resize",  # of data: their digests are compared
+    "out", "train_blocks", "data_folder", "resize",  # of data: their digests are compared
     "text", "device", "offload", "folder", "compile", "capture", "checkpoint_layers", "checkpoint_every", "baseline",
     "sampling_steps",
     "guidance", "sampler", "draws", "evaluated", "levels", "log_every", "log_folder", "loggers", "checkpoint_minutes",

@@ -10,7 +10,7 @@ import torch
 import tiny
 from diffusionblocks.experiments.metrics import classification
 from diffusionblocks.experiments.metrics.classification import evaluate, score, trajectory
-from diffusionblocks.experiments.tasks.base import Loader
+from diffusionblocks.experiments.tasks.base import Addresses
 from diffusionblocks.noise.partition import step_levels
 from diffusionblocks.sampling.sampler import Sampler
 
@@ -19,7 +19,7 @@ from diffusionblocks.sampling.sampler import Sampler
 def trained(tmp_path_factory):
     config = tiny.config(tmp_path_factory.mktemp("trained"), steps=120, visit=20, lr=1e-2, batch_size=64)
     trainer = tiny.trainer(config)
-    trainer.fit(Loader(tiny.RandomBatches(64)), progress=False)
+    trainer.fit(Addresses(), batch=tiny.RandomBatches(64).batch, progress=False)
     return trainer
 
 

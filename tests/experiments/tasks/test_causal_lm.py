@@ -13,7 +13,7 @@ from diffusionblocks.experiments.metrics.bound import bound
 from diffusionblocks.experiments.metrics.language import TextOptions, estimates
 from diffusionblocks.experiments.models.causal_lm import CausalLMConfig
 from diffusionblocks.experiments.models.generation import Generator
-from diffusionblocks.experiments.tasks.base import Loader
+from diffusionblocks.experiments.tasks.base import Addresses
 from diffusionblocks.experiments.tasks.causal_lm import CausalLMTask
 from diffusionblocks.noise.information import information_bound
 from diffusionblocks.noise.partition import step_levels
@@ -197,7 +197,7 @@ def test_it_learns_a_rhyme_and_writes_it(model, rhyme, tmp_path):
     )
     task = CausalLMTask(replace(settings, folder=tmp_path / "waiting"))
     trainer = task.trainer(task.model(), task.config)
-    trainer.fit(Loader(task.batches(torch.device("cpu"))), progress=False)
+    trainer.fit(Addresses(), batch=task.batches(torch.device("cpu")).batch, progress=False)
     with trainer.averages():
         found = task.evaluate(trainer.model, "test")
         files = task.sample(

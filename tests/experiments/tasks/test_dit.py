@@ -12,7 +12,7 @@ from diffusionblocks.experiments.config import from_yaml, to_yaml
 from diffusionblocks.experiments.data.batches import prepare
 from diffusionblocks.experiments.metrics.bound import held_out_loss
 from diffusionblocks.experiments.models.dit import DiTConfig, DiTHead, DiTStem, patchify, unpatchify
-from diffusionblocks.experiments.tasks.base import Loader
+from diffusionblocks.experiments.tasks.base import Addresses
 from diffusionblocks.experiments.tasks.dit import DiTTask, repeated
 from diffusionblocks.noise.partition import step_levels
 from diffusionblocks.sampling.samplers import guided
@@ -160,7 +160,7 @@ def test_training_makes_it_better(tmp_path):
             return held_out_loss(trainer.model, real.labels, y, count=8)["loss"]
 
     before = loss()
-    trainer.fit(Loader(task.batches(CPU)), progress=False)
+    trainer.fit(Addresses(), batch=task.batches(CPU).batch, progress=False)
     assert loss() < 0.6 * before
 
 

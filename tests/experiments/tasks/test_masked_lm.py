@@ -17,7 +17,7 @@ from diffusionblocks.experiments.config import from_yaml, to_yaml
 from diffusionblocks.experiments.metrics.masked_diffusion import bound, generate, masked_entropy, unigram_bits
 from diffusionblocks.experiments.models.masked_lm import MaskedLMConfig
 from diffusionblocks.experiments.plan import plan_of
-from diffusionblocks.experiments.tasks.base import Loader
+from diffusionblocks.experiments.tasks.base import Addresses
 from diffusionblocks.experiments.tasks.masked_lm import MASK, MaskedLMRun, MaskedLMTask
 from diffusionblocks.noise import mask_schedule as masking
 from diffusionblocks.noise.density import Uniform
@@ -155,7 +155,7 @@ def make_task(folder, **changes) -> MaskedLMTask:
 def trained(folder):
     task = make_task(folder, steps=150)
     trainer, _ = commands.open_trainer(task)
-    trainer.fit(Loader(task.batches(CPU)), progress=False)
+    trainer.fit(Addresses(), batch=task.batches(CPU).batch, progress=False)
     return task, trainer
 
 
@@ -265,7 +265,7 @@ def test_a_frozen_stem_and_head_let_the_blocks_learn(folder):
 def test_the_plan_holds(folder):
     task = make_task(folder, steps=10, batch_size=64, log_every=1, log_folder=folder / "log")
     trainer, _ = commands.open_trainer(MaskedLMTask(replace(task.config, out=folder / "planned")))
-    trainer.fit(Loader(task.batches(CPU)), progress=False)
+    trainer.fit(Addresses(), batch=task.batches(CPU).batch, progress=False)
     rows = map(json.loads, (folder / "log" / "metrics.jsonl").read_text().splitlines())
     measured = max(row["bytes"]["activations"] for row in rows)
     assert measured == pytest.approx(plan_of(task).rows[3].by_category["activations"], rel=0.05)

@@ -12,7 +12,7 @@ from diffusionblocks.experiments import commands
 from diffusionblocks.experiments.data.puzzles import Sums
 from diffusionblocks.experiments.models.recurrent import Recurrent, RecurrentConfig, drawn_passes, layer_evaluations
 from diffusionblocks.experiments.plan import plan_of
-from diffusionblocks.experiments.tasks.base import Loader
+from diffusionblocks.experiments.tasks.base import Addresses
 from diffusionblocks.experiments.tasks.recurrent import Beliefs, RecurrentRun, RecurrentTask, solved
 from diffusionblocks.targets.base import Output
 from diffusionblocks.targets.labels import spread_codebook
@@ -192,7 +192,7 @@ def test_a_trajectory_passes_each_answer_on_to_the_next(monkeypatch):
 def test_a_plan_has_one_block_and_holds(tmp_path):
     task = make_task(out=tmp_path, log_folder=tmp_path)
     trainer, _ = commands.open_trainer(task)
-    trainer.fit(Loader(task.batches(CPU)), progress=False)
+    trainer.fit(Addresses(), batch=task.batches(CPU).batch, progress=False)
     plan = plan_of(task)
     assert list(plan.rows) == list(plan.waiting) == [1], "one core denoises at every level"
     planned = plan.rows[1].by_category

@@ -22,7 +22,7 @@ from ...training.finite import NonFiniteLoss
 from ...training.progress import Progress, stage
 from ...training.trainer import Trainer
 from ..config import TrainConfig
-from ..tasks.base import Batches, Loader, Row, Task
+from ..tasks.base import Addresses, Batches, Row, Task
 
 Score = Callable[[str], Row]  # a split's scores
 
@@ -212,7 +212,7 @@ def train(
     with Progress(settings.total_steps or 0, named) as bar:
         trainer, began = Trainer(model, settings, callbacks=[rows, *callbacks, bar]), time.perf_counter()
         try:
-            trainer.fit(Loader(batches), progress=False)
+            trainer.fit(Addresses(), batch=batches.batch, progress=False)
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"{name}: {error}") from error
     seconds = time.perf_counter() - began

@@ -26,16 +26,17 @@ class Batches(Protocol):
     def batch(self, step: int) -> tuple[Tensor, Tensor]: ...
 
 
-class Loader:
-    """Batches in order, as `Trainer.fit` iterates them; the position is its state."""
+class Addresses:
+    """Numbers of batches in order, of which `Trainer.fit` makes the batches that it trains on; the position is its
+    state."""
 
-    def __init__(self, batches: Batches):
-        self.batches, self.position = batches, 0
+    def __init__(self) -> None:
+        self.position = 0
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[int]:
         while True:
             self.position += 1
-            yield self.batches.batch(self.position - 1)
+            yield self.position - 1
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}

@@ -61,6 +61,8 @@ class ViTRun(TrainConfig):
         super().__post_init__()
         if self.accumulate > 1 and self.method.block_choice == "vote":
             raise ValueError(f"accumulate={self.accumulate} needs --switch block_choice: batches may vote differently")
+        if self.train_blocks is not None and self.method.block_choice == "vote":
+            raise ValueError("train_blocks needs --switch block_choice: batches choose their block by vote")
         others = {"forward-forward", "noprop"} & set(self.baseline)
         if others and (self.accumulate, self.precision) != (1, "float32"):
             raise ValueError(f"{' and '.join(sorted(others))} know no accumulate and no bfloat16: leave them out")
