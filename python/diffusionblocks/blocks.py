@@ -16,7 +16,7 @@ from .noise.density import NoiseDensity
 from .noise.partition import Partition, make_partition, step_levels
 from .noise.rng import stream
 from .offloadable import Offloadable
-from .targets.base import Output, Target
+from .targets.base import Noised, Output, Target
 from .targets.devices import on_host
 
 SHARING = ("shared", "per_block", "frozen")
@@ -164,10 +164,12 @@ class DiffusionBlocks(Offloadable):
         step: int | Tensor,
         weight: float = 1.0,
         error: bool = False,
+        rows: slice | None = None,
         key: Tensor | None = None,
     ) -> BlockLoss:
         """Return `loss` at given noise levels, without its checks.
 
+        rows: Take these samples alone, with the noise that they have in the whole batch.
         key, step: The noise's stream (by default that of `seed` and `block`) and its offset, as 0-dim int64 tensors
             on the device: a CUDA graph reads them anew.
         """
@@ -175,6 +177,8 @@ class DiffusionBlocks(Offloadable):
             self.target.shape = self.target.sample_shape(y)
         noise = stream(seed, "eps", block) if key is None else key
         noised = self.target.add_noise(y, sigma, seed=noise, offset=step)
+        if rows is not None:
+            x, y, sigma, noised = x[rows], y[rows], sigma[rows], Noised(*(t[rows] for t in noised))
         features = self.blocks[block](x, noised.scaled, noised.c_noise, self.stem_head)
         per_sample, wrong = self.target.loss(features, noised, y, sigma, weight=weight, error=error)
         unweighted = per_sample.detach() if weight == 1 else per_sample.detach() / weight

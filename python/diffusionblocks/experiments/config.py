@@ -62,6 +62,7 @@ class TrainConfig(TrainerConfig):
     """End-to-end warm-ups to choose from, at the best rate."""
     weight_decay: Suppress[float] = 0.01
     compile: Suppress[bool] = False
+    mesh: Suppress[tuple[int, int] | None] = None
     capture: Suppress[bool | None] = None
     pin: Suppress[bool] = True
     checkpoint_layers: Suppress[bool] = False

@@ -204,6 +204,8 @@ def _obstacle(trainer: Trainer, graphs: Graphs | None) -> str | None:
     """Return what of a trainer's settings forbids graphs."""
     if graphs is None:
         return f"the device is {trainer.device}"
+    if trainer.mesh.ranks > 1:
+        return "gradients are summed over processes"
     if trainer.config.accumulate > 1:
         return "accumulate > 1 makes a step of several batches"
     if trainer.config.checkpoint_layers:

@@ -52,6 +52,9 @@ class TrainerConfig:
     """Cut the noise anew as its information is measured; False: the partition stays (other densities never adapt)."""
     train_blocks: tuple[int, ...] | None = None
     """Train these blocks alone, others elsewhere, bit for bit as one trainer would train all: `merge` joins them."""
+    mesh: tuple[int, int] | None = None
+    """Under torchrun: groups of processes, each with its share of the blocks, and the processes of a group, which share
+    each batch. Every process is given the whole batch."""
     offload: Literal["cpu", "disk", "auto"] | None = None
     """Where waiting blocks are: in host memory, on disk, or (None) on the device; auto: disk if that is the CPU."""
     folder: Path | None = None
@@ -94,17 +97,13 @@ class TrainerConfig:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}")
         if not 0 <= self.branch < 1:
             raise ValueError(f"branch must be a share of the steps in [0, 1), got {self.branch}")
-        if self.train_blocks is not None:
-            self._check_train_blocks()
+        blocks, mesh = self.train_blocks, self.mesh
+        if blocks is not None and not (isinstance(blocks, tuple) and 0 < len(blocks) == len(set(blocks))):
+            raise ValueError(f"train_blocks must be a tuple of different blocks, e.g. (0, 2), got {blocks!r}")
+        if mesh is not None and not (isinstance(mesh, tuple) and len(mesh) == 2 and min(mesh) > 0):
+            raise ValueError(f"mesh must be two numbers, groups and processes of a group, e.g. (2, 4), got {mesh!r}")
         if self.total_steps is None and (self.branch or 0 < self.warmup < 1):
             raise ValueError("branch, and warmup as a share, are shares of all steps: set steps, too")
-
-    def _check_train_blocks(self) -> None:
-        blocks = self.train_blocks
-        if not isinstance(blocks, tuple) or not blocks or len(set(blocks)) < len(blocks):
-            raise ValueError(f"train_blocks must be a tuple of different blocks, e.g. (0, 2), got {blocks!r}")
-        if self.branch:
-            raise ValueError("train_blocks with branch: all blocks begin as copies of one trunk, so set branch=0")
 
     @property
     def log_to(self) -> Path | None:

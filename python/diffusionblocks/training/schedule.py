@@ -11,6 +11,7 @@ from ..blocks import DiffusionBlocks
 from ..noise.density import Tabulated
 from ..noise.rng import stream
 from .config import TrainerConfig
+from .mesh import Mesh, share
 
 
 def turn(visit: int, blocks: int, *, seed: int) -> int:
@@ -31,27 +32,35 @@ def adaptive_density(model: DiffusionBlocks, config: TrainerConfig) -> Tabulated
     return density if config.adapt and isinstance(density, Tabulated) else None
 
 
-def own_blocks(model: DiffusionBlocks, config: TrainerConfig) -> frozenset[int]:
-    """Return the blocks that a trainer trains: all, or those of `train_blocks`.
+def own_blocks(model: DiffusionBlocks, config: TrainerConfig, mesh: Mesh) -> frozenset[int]:
+    """Return the blocks that a trainer trains: all or those of `train_blocks`, and of these its group's.
 
-    Raises: ValueError if blocks that are trained elsewhere would have a say in these.
+    Raises: ValueError if what is done elsewhere would have a say in them.
     """
     every = range(len(model.blocks))
-    if config.train_blocks is None:
-        return frozenset(every)
-    if unknown := sorted(set(config.train_blocks) - set(every)):
+    given = every if config.train_blocks is None else config.train_blocks
+    if unknown := sorted(set(given) - set(every)):
         raise ValueError(f"train_blocks: there is no block {unknown[0]!r}; this model has 0 to {len(every) - 1}")
+    own = share(given, mesh.groups, mesh.group)
+    what = "train_blocks" if config.train_blocks is not None else "mesh"
+    if (len(own) < len(every) or mesh.ranks > 1) and adaptive_density(model, config):
+        raise ValueError(
+            f"{what} with a partition that adapts to all that is measured: set adapt=False, which keeps it, or build "
+            "the model with a density measured before, and adapt=False"
+        )
+    if len(own) < len(every):
+        _check_apart(model, config, what)
+    return frozenset(own)
+
+
+def _check_apart(model: DiffusionBlocks, config: TrainerConfig, what: str) -> None:
+    if config.branch:
+        raise ValueError(f"{what} with branch: all blocks begin as copies of one trunk, so set branch=0")
     if model.shared == "shared" and any(p.requires_grad for p in model.parts()["shared"].parameters()):
         raise ValueError(
-            "train_blocks needs blocks that share nothing they train: build the model with shared='per_block' or "
-            "shared='frozen', or train all blocks in one process"
+            f"{what} needs blocks that share nothing they train: build the model with shared='per_block' or "
+            "shared='frozen', or train all blocks in one group"
         )
-    if adaptive_density(model, config):
-        raise ValueError(
-            "train_blocks with a partition that adapts to what all blocks measure: set adapt=False, which keeps it, "
-            "or build the model with a density measured before, and adapt=False"
-        )
-    return frozenset(config.train_blocks)
 
 
 def learning_rate(step: int, *, steps: int | None, peak: float, warmup: int) -> float:

@@ -20,6 +20,8 @@ from ..noise.information import InformationMeter
 from ..noise.partition import Partition
 from ..offload.offloader import Offloader
 from ..offload.part import Part
+from .merge import join
+from .mesh import GROUP
 from .schedule import adaptive_density
 
 if TYPE_CHECKING:
@@ -38,13 +40,20 @@ FIXED = (
 
 def save(trainer: Trainer, folder: Path, extra: dict[str, Any]) -> None:
     """Write the parts that changed since the last save, and commit."""
-    offloader, loader = trainer.offloader, trainer.loader
+    offloader, loader, whole = trainer.offloader, trainer.loader, folder
+    folder = trainer.mesh.group_folder(folder)
     offloader.check_in_charge("save")
     if done := trainer.batches_done % trainer.config.accumulate:
         raise RuntimeError(
             f"save: {done} of a step's {trainer.config.accumulate} batches are done, and their gradients are in no "
             "checkpoint: save after a step whose output has a grad_norm"
         )
+    if not trainer.mesh.is_first:
+        return
+    if folder != whole and (whole / files.MANIFEST).exists():
+        raise CheckpointError(f"{whole} holds a checkpoint of one group: save to another folder")
+    if folder == whole and any(whole.glob(f"{GROUP}*")):
+        raise CheckpointError(f"{whole} holds checkpoints of groups: save to another folder")
     before = _files(folder)
     if others := {part for part in before or () if part.startswith("block_")} - trainer.own_parts:
         raise CheckpointError(
@@ -75,7 +84,7 @@ def save(trainer: Trainer, folder: Path, extra: dict[str, Any]) -> None:
 def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Bring a trainer to where `folder` was saved; returns the extra values."""
     trainer.offloader.check_in_charge("load")
-    manifest = files.read_state(folder)
+    folder, manifest = _find(trainer, folder)
     state = manifest.state
     _check_settings(state.get("settings", {}), _settings(trainer), folder)
     _check_blocks(trainer, manifest, folder)
@@ -96,6 +105,18 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
     trainer.saved = folder, manifest.parts
     extra: dict[str, Any] = state["extra"]
     return extra
+
+
+def _find(trainer: Trainer, folder: Path) -> tuple[Path, files.Manifest]:
+    """Return where a trainer's checkpoint is, and its manifest: its own group's, or that of groups joined."""
+    groups = sorted(folder.glob(f"{GROUP}*"))
+    if not groups or (folder / files.MANIFEST).exists():
+        return folder, files.read_state(folder)
+    found = {group: files.read_state(group) for group in groups}
+    for group, manifest in found.items():
+        if manifest.parts.keys() == trainer.own_parts:
+            return group, manifest
+    return folder, join(groups, extra=found[groups[0]].state["extra"])
 
 
 def _check_blocks(trainer: Trainer, manifest: files.Manifest, folder: Path) -> None:

@@ -80,10 +80,14 @@ def run(
 def _forward(trainer: Trainer, block: int, batch: Batch, numbers: Numbers, counted: bool) -> tuple[BlockLoss, int]:
     """Return the loss, and the bytes that it saves for the backward pass if they are counted."""
     model, config = trainer.model, trainer.config
+    ranks = trainer.mesh.ranks
+    options: dict[str, Any] = {} if numbers.key is None else {"key": numbers.key}
+    if ranks > 1:
+        options["rows"] = trainer.mesh.rows(len(batch.x))
     with autocast(trainer.device, config.precision), saving(model, block, config, count=counted) as saved:
         loss = model.loss_at(
-            block, *batch, seed=config.seed, step=numbers.offset, weight=1 / config.accumulate,
-            error=trainer.meter is not None, **({} if numbers.key is None else {"key": numbers.key}),
+            block, *batch, seed=config.seed, step=numbers.offset, weight=1 / (config.accumulate * ranks),
+            error=trainer.meter is not None, **options,
         )  # fmt: skip
     return loss, saved.bytes if saved else 0
 
@@ -91,7 +95,9 @@ def _forward(trainer: Trainer, block: int, batch: Batch, numbers: Numbers, count
 def _update(trainer: Trainer, block: int, numbers: Numbers, losses: Sequence[BlockLoss]) -> Tensor:
     active, given = trainer.active_optimizers(block), iter(numbers.rates or ())
     groups = [group for optimizer in active for group in optimizer.param_groups]
-    norm = dbkernels.total_norm([p.grad for group in groups for p in group["params"] if p.grad is not None])
+    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    trainer.mesh.sum(gradients)
+    norm = dbkernels.total_norm(gradients)
     for optimizer in active:
         rates = None if numbers.rates is None else [next(given) for _ in optimizer.param_groups]
         clipped_step(optimizer, norm, trainer.config.clip, rates)

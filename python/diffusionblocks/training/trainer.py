@@ -26,6 +26,7 @@ from .config import TrainerConfig, check_complete
 from .devices import pick_device
 from .finite import FiniteWatch
 from .log import loggers, row
+from .mesh import Mesh, local_device, open_mesh
 from .optimizer import MakeOptimizer, adamw_of, optimizer_of
 from .precision import autocast, seeded, stored
 from .progress import Progress
@@ -34,7 +35,8 @@ from .step import Batch, Work
 
 
 class StepOutput(NamedTuple):
-    """One batch's step: the block trained, its loss (0-dim, on the device, without gradient), and the gradients' norm
+    """One batch's step: the block trained, its loss (0-dim, on the device, without gradient; of a mesh, that of this
+    process's rows), and the gradients' norm
     before clipping, None where the batch was accumulated without an update."""
 
     block: int
@@ -83,9 +85,12 @@ class Trainer:
         self.device = pick_device(self.config.device)
         check_complete(self.config, self.device, optimizer)
         check_free(model)
-        self.model, self.callbacks = model, [*callbacks, *loggers(self.config)]
+        self.mesh = Mesh()
+        if self.config.mesh:
+            self.mesh, self.device = open_mesh(*self.config.mesh, self.device.type), local_device(self.device)
+        self.model, self.callbacks = model, [*callbacks, *(loggers(self.config) if self.mesh.is_first else [])]
         self.steps_done, self.batches_done = 0, 0
-        self.own = own_blocks(model, self.config)
+        self.own = own_blocks(model, self.config, self.mesh)
         self.own_parts = {"shared", *(f"block_{b}" for b in self.own)}
         with stored(model, self.config.precision):
             modules = {part: module for part, module in model.parts().items() if part in self.own_parts}
@@ -100,10 +105,11 @@ class Trainer:
             self.optimizers,
             device=self.device,
             offload=self.config.offload_from(self.device),
-            folder=self.config.folder,
+            folder=self.mesh.own_folder(self.config.folder),
             slots=self.config.slots,
             pin=self.config.pin,
         )
+        self.mesh.check_weights(self.offloader, self.own_parts)
         for part in self.offloader.parts.values():
             part.wide = self.config.precision == "bfloat16"
         density = adaptive_density(model, self.config)
@@ -153,7 +159,7 @@ class Trainer:
         self.model.activate(block)
         with autocast(self.device, self.config.precision):
             self.model.check(block, x, y)
-        with seeded(stream(self.config.seed, "layers", self.batches_done), self.device):
+        with seeded(stream(self.config.seed, "layers", self.batches_done, *self.mesh.draws), self.device):
             work = self._run(block, Batch(x, y, sigma), self._losses, counted=self._logs(self.steps_done))
         self.batches_done += 1
         if work.norm is not None:

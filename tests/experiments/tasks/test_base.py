@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import islice
 
 import pytest
-import torch
 
 import tiny
 from diffusionblocks.experiments.tasks import TASKS, task_of
