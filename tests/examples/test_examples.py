@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = {"train_own_network.py": "sklearn", "own_loop.py": "torch", "convert_vit.py": "transformers"}
+EXAMPLES = {
+    "train_own_network.py": "sklearn",
+    "own_loop.py": "torch",
+    "convert_vit.py": "transformers",
+    "ray_blocks.py": "ray",
+}
 
 
 def run(name: str, folder: Path, steps: int) -> str:
@@ -44,3 +49,7 @@ def test_own_loop_learns(tmp_path):
 
 def test_converted_vit_is_loaded(tmp_path):
     assert "same output: True" in run("convert_vit.py", tmp_path, steps=12)
+
+
+def test_blocks_of_ray_tasks_make_one_model(tmp_path):
+    assert accuracy(run("ray_blocks.py", tmp_path, steps=300)) > 60  # chance is 33 %
