@@ -63,6 +63,8 @@ class TrainConfig(TrainerConfig):
     weight_decay: Suppress[float] = 0.01
     compile: Suppress[bool] = False
     mesh: Suppress[tuple[int, int] | None] = None
+    train_blocks: Suppress[tuple[int, ...] | None] = None
+    adapt: Suppress[bool] = True
     capture: Suppress[bool | None] = None
     pin: Suppress[bool] = True
     checkpoint_layers: Suppress[bool] = False
