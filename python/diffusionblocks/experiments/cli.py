@@ -44,8 +44,8 @@ else:
 def train(config: Annotated[Run, tyro.conf.arg(name="")], overwrite: bool = False) -> None:
     """Train a preset block by block, and the baselines beside it; results and pictures go into the run folder.
 
-    `--config FILE.yaml` takes settings from a run's config.yaml or one like it; options override it. `--train-blocks 0 2
-    --shared per_block --no-adapt` trains these blocks alone, and `dblocks merge` joins them with others.
+    `--config FILE.yaml` takes settings from a run's config.yaml or one like it; options override it.
+    `--train-blocks 0 2 --shared per_block --no-adapt` trains these blocks alone; `dblocks merge` joins them.
 
     Args:
         config: The preset and its settings.

@@ -119,12 +119,28 @@ class Mesh:
         return f"rank {named} of group {self.group} (ranks {first} to {first + self.ranks - 1}) died or stopped"
 
 
-@functools.lru_cache(maxsize=1)
-def open_mesh(groups: int, ranks: int, device_type: str) -> Mesh:
-    """Join the ranks that torchrun started, and return this one's place: consecutive ranks form a group.
+def open_mesh(shape: tuple[int, int] | None, device: torch.device) -> tuple[Mesh, torch.device]:
+    """Join the ranks that torchrun started, and return this one's place and device: consecutive ranks form a group.
 
-    Raises: ValueError if there aren't groups x ranks of them, or torch.distributed is in use already.
+    Args:
+        shape: Groups, and ranks of a group; None for a process by itself.
+        device: Where to train; of GPUs each rank takes its own.
+
+    Raises: ValueError if there aren't as many ranks or GPUs, or torch.distributed is in use already.
     """
+    if shape is None:
+        return Mesh(), device
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU: start at most {torch.cuda.device_count()}")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    return _join(*shape, device.type), device
+
+
+@functools.lru_cache(maxsize=1)  # all trainers of a process use one mesh
+def _join(groups: int, ranks: int, device_type: str) -> Mesh:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != groups * ranks:
         raise ValueError(
@@ -135,8 +151,6 @@ def open_mesh(groups: int, ranks: int, device_type: str) -> Mesh:
         raise ValueError("mesh: torch.distributed is initialized already; leave that to the Trainer, or set mesh=None")
     number = int(os.environ.get("RANK", "0"))
     group, rank = divmod(number, ranks)
-    if device_type == "cuda":
-        torch.cuda.set_device(local_device(torch.device("cuda")))
     if ranks == 1:  # nobody to talk to
         return Mesh(groups, ranks, group, rank)
     store, _, _ = next(dist.rendezvous("env://", number, world, timeout=TIMEOUT))
@@ -145,16 +159,6 @@ def open_mesh(groups: int, ranks: int, device_type: str) -> Mesh:
     dist.init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=TIMEOUT)
     atexit.register(_close)
     return Mesh(groups, ranks, group, rank, own)
-
-
-def local_device(device: torch.device) -> torch.device:
-    """Return this process's own GPU. Raises: ValueError if there are more processes than GPUs."""
-    if device.type != "cuda":
-        return device
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if local >= torch.cuda.device_count():
-        raise ValueError(f"process {local} of this machine has no GPU: start at most {torch.cuda.device_count()}")
-    return torch.device("cuda", local)
 
 
 def share(blocks: Sequence[int], groups: int, group: int) -> list[int]:

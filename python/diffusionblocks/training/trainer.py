@@ -26,7 +26,7 @@ from .config import TrainerConfig, check_complete
 from .devices import pick_device
 from .finite import FiniteWatch
 from .log import loggers, row
-from .mesh import Mesh, local_device, open_mesh
+from .mesh import open_mesh
 from .optimizer import MakeOptimizer, adamw_of, optimizer_of
 from .precision import autocast, seeded, stored
 from .progress import Progress
@@ -35,9 +35,8 @@ from .step import Batch, Work
 
 
 class StepOutput(NamedTuple):
-    """One batch's step: the block trained, its loss (0-dim, on the device, without gradient; of a mesh, that of this
-    process's rows), and the gradients' norm
-    before clipping, None where the batch was accumulated without an update."""
+    """One batch's step: the block trained, its loss (0-dim, on the device, without gradient; in a mesh, of this
+    process's rows), and the gradients' norm before clipping, None where the batch was accumulated without an update."""
 
     block: int
     loss: Tensor
@@ -82,12 +81,9 @@ class Trainer:
             if optimizer is not None and name in settings:
                 raise ValueError(f"{name} and optimizer both set {what}: give it to the optimizer alone")
         self.config = TrainerConfig(**settings) if config is None else dataclasses.replace(config, **settings)
-        self.device = pick_device(self.config.device)
+        self.mesh, self.device = open_mesh(self.config.mesh, pick_device(self.config.device))
         check_complete(self.config, self.device, optimizer)
         check_free(model)
-        self.mesh = Mesh()
-        if self.config.mesh:
-            self.mesh, self.device = open_mesh(*self.config.mesh, self.device.type), local_device(self.device)
         self.model, self.callbacks = model, [*callbacks, *(loggers(self.config) if self.mesh.is_first else [])]
         self.steps_done, self.batches_done = 0, 0
         self.own = own_blocks(model, self.config, self.mesh)
@@ -173,11 +169,11 @@ class Trainer:
         """Count a batch of a block that is trained elsewhere."""
         block, nan = self.block, torch.tensor(float("nan"))
         self.batches_done += 1
-        if self.batches_done % self.config.accumulate:
-            return StepOutput(block, nan, None)
-        self.steps_done += 1
-        output = StepOutput(block, nan, nan)
-        self._call("on_step_end", output)
+        updates = self.batches_done % self.config.accumulate == 0
+        output = StepOutput(block, nan, nan if updates else None)
+        if updates:
+            self.steps_done += 1
+            self._call("on_step_end", output)
         return output
 
     def choose(self, y: Tensor) -> tuple[int, Tensor]:
