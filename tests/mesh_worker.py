@@ -17,6 +17,7 @@ import diffusionblocks as db
 import small
 
 STEPS = 12
+SETTINGS = {"shared": {"shared": "shared", "accumulate": 2, "kind": "images"}}
 
 
 def trainer(folder: Path, **settings) -> db.Trainer:
@@ -75,18 +76,22 @@ def run(folder: Path, scenario: str, groups: int, ranks: int) -> None:
     seen, norms = {"blocks": None, "error": None}, []
     try:
         with Bytes() as bytes_:
-            made = trainer(folder, mesh=(groups, ranks), seed=rank if scenario == "seeds" else 0)
+            made = trainer(
+                folder, mesh=(groups, ranks), seed=rank if scenario == "seeds" else 0, **SETTINGS.get(scenario, {})
+            )
+            kind = SETTINGS.get(scenario, {}).get("kind", "labels")
             seen |= {"blocks": sorted(made.own), "start": sum(bytes_.counts.values())}
             for step in range(STEPS):
                 if scenario == "death" and rank == groups * ranks - 1 and step == 5:
                     os._exit(9)
-                norms.append(float(made.step(*small.batch(step=step, size=8 if scenario != "uneven" else 9)).grad_norm))
+                if step == STEPS // 2:  # while all ranks of the group are there
+                    seen["connections"] = connections()
+                norms.append(made.step(*small.batch(kind, step, 8 if scenario != "uneven" else 9)).grad_norm)
         made.save(folder / "checkpoint", extra={"rank": rank})
         seen |= {
             "steps": made.steps_done,
-            "norms": [norm for norm in norms if norm == norm],
+            "norms": [float(norm) for norm in norms if norm is not None and not norm.isnan()],
             "bytes": dict(bytes_.counts),
-            "connections": connections(),
         }
         seen["groups"] = [len(g) for g in dist.distributed_c10d._world.pg_group_ranks.values()]
         gradients = [p.nbytes for b in made.own for p in made.model.blocks[b].parameters() if p.requires_grad]

@@ -42,7 +42,7 @@ def ranks(folder, scenario, groups, per_group, *, torchrun=False, timeout=240):
 def single(folder, steps, **settings):
     made = mesh_worker.trainer(folder, **settings)
     for step in range(steps):
-        made.step(*small.batch(step=step))
+        made.step(*small.batch(settings.get("kind", "labels"), step))
     return made
 
 
@@ -153,6 +153,17 @@ def test_bad_input_is_refused_on_every_rank(tmp_path, scenario, message):
     for rank in ranks(tmp_path, scenario, 1, 2)[0]:
         with pytest.raises(ValueError, match=message):
             raise ValueError(rank["error"])
+
+
+def test_one_group_is_data_parallel_training_of_what_blocks_share(tmp_path):
+    seen, _ = ranks(tmp_path, "shared", 1, 2)
+    assert [rank["error"] for rank in seen] == [None] * 2
+    settings = mesh_worker.SETTINGS["shared"]
+    back = mesh_worker.trainer(tmp_path / "back", **settings)
+    back.load(tmp_path / "checkpoint")
+    assert_close(
+        small.everything(back), small.everything(single(tmp_path / "one", mesh_worker.STEPS, **settings)), **CLOSE
+    )
 
 
 @pytest.mark.slow

@@ -85,6 +85,8 @@ class TrainConfig(TrainerConfig):
         super().__post_init__()
         check_at_least(self, 1, "blocks", "steps", "batch_size", "sampling_steps", "checkpoint_every")
         check_at_least(self, 0, "overlap")
+        if self.mesh is not None:
+            raise ValueError("mesh: the command trains in one process: use --train-blocks, or a Trainer of your own")
         if not self.checkpoint_minutes > 0:
             raise ValueError(f"checkpoint_minutes must be positive, got {self.checkpoint_minutes}")
         if self.blocks > self.model.layers:

@@ -109,7 +109,7 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
 
 def _find(trainer: Trainer, folder: Path) -> tuple[Path, files.Manifest]:
     """Return where a trainer's checkpoint is, and its manifest: its own group's, or that of groups joined."""
-    groups = sorted(folder.glob(f"{GROUP}*"))
+    groups = [path.parent for path in sorted(folder.glob(f"{GROUP}*/{files.MANIFEST}"))]
     if not groups or (folder / files.MANIFEST).exists():
         return folder, files.read_state(folder)
     found = {group: files.read_state(group) for group in groups}

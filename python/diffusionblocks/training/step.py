@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 import dbkernels
@@ -18,6 +19,15 @@ from .precision import autocast, generators_of
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+
+class StepOutput(NamedTuple):
+    """One batch's step: the block trained, its loss (0-dim, on the device, without gradient; in a mesh, of this
+    process's rows), and the gradients' norm before clipping, None where the batch was accumulated without an update."""
+
+    block: int
+    loss: Tensor
+    grad_norm: Tensor | None
 
 
 class Batch(NamedTuple):
@@ -75,6 +85,18 @@ def run(
         trainer.batches_done -= trainer.batches_done % trainer.config.accumulate
         raise
     return Work(loss, norm, usage)
+
+
+def pass_over(trainer: Trainer) -> StepOutput:
+    """Count a batch of a block that is trained elsewhere."""
+    nan = torch.tensor(float("nan"))
+    trainer.batches_done += 1
+    updates = trainer.batches_done % trainer.config.accumulate == 0
+    output = StepOutput(trainer.block, nan, nan if updates else None)
+    if updates:
+        trainer.steps_done += 1
+        trainer.call("on_step_end", output)
+    return output
 
 
 def _forward(trainer: Trainer, block: int, batch: Batch, numbers: Numbers, counted: bool) -> tuple[BlockLoss, int]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,16 +31,7 @@ from .optimizer import MakeOptimizer, adamw_of, optimizer_of
 from .precision import autocast, seeded, stored
 from .progress import Progress
 from .schedule import adaptive_density, learning_rate, own_blocks, turn
-from .step import Batch, Work
-
-
-class StepOutput(NamedTuple):
-    """One batch's step: the block trained, its loss (0-dim, on the device, without gradient; in a mesh, of this
-    process's rows), and the gradients' norm before clipping, None where the batch was accumulated without an update."""
-
-    block: int
-    loss: Tensor
-    grad_norm: Tensor | None
+from .step import Batch, StepOutput, Work, pass_over
 
 
 class Trainer:
@@ -145,7 +136,7 @@ class Trainer:
         """
         self.offloader.check_in_charge("step")
         if self.block not in self.own:
-            return self._pass()
+            return pass_over(self)
         if not self.model.training:
             self.model.train()  # sampling came between two batches
         if self.batches_done % self.config.accumulate == 0:
@@ -162,18 +153,7 @@ class Trainer:
             self._finish(block, work)
         output = StepOutput(block, work.loss.per_sample.mean(), work.norm)
         if work.norm is not None:
-            self._call("on_step_end", output)
-        return output
-
-    def _pass(self) -> StepOutput:
-        """Count a batch of a block that is trained elsewhere."""
-        block, nan = self.block, torch.tensor(float("nan"))
-        self.batches_done += 1
-        updates = self.batches_done % self.config.accumulate == 0
-        output = StepOutput(block, nan, nan if updates else None)
-        if updates:
-            self.steps_done += 1
-            self._call("on_step_end", output)
+            self.call("on_step_end", output)
         return output
 
     def choose(self, y: Tensor) -> tuple[int, Tensor]:
@@ -196,7 +176,7 @@ class Trainer:
         if step % config.visit == 0 or self.offloader.active is None:
             self.model.train()
             self.model.activate(self.block)
-            self._call("on_block_start", self.block)
+            self.call("on_block_start", self.block)
             following = (step // config.visit + 1) * config.visit
             while self._block_at(following) not in self.own:
                 following += config.visit
@@ -227,7 +207,7 @@ class Trainer:
             self.check()
             assert work.norm is not None
             if work.usage:
-                self._call("on_log", row(self, block, self._losses, work.norm, work.usage))
+                self.call("on_log", row(self, block, self._losses, work.norm, work.usage))
 
     def learning_rate_of(self, step: int, peak: float) -> float:
         """Return the learning rate of a step, on the way to and from `peak`."""
@@ -274,7 +254,7 @@ class Trainer:
                     if self.block in self.own:
                         self.step(*pair(batch, data))
                     else:
-                        self._pass()
+                        pass_over(self)
             finally:
                 self.callbacks = [c for c in self.callbacks if c is not bar]
         self.check()
@@ -288,7 +268,7 @@ class Trainer:
         """
         self.check()
         state.save(self, Path(folder).resolve(), extra or {})
-        self._call("on_save", Path(folder))
+        self.call("on_save", Path(folder))
 
     def load(self, folder: str | Path) -> dict[str, Any]:
         """Go on from a checkpoint, bit for bit as if training had never stopped; returns save's `extra`.
@@ -313,7 +293,8 @@ class Trainer:
     def _logs(self, step: int) -> bool:
         return step % self.config.log_every == self.config.log_every - 1 or step + 1 == self.config.total_steps
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a method of all callbacks that have it."""
         for callback in self.callbacks:
             if hasattr(callback, name):
                 getattr(callback, name)(self, *arguments)
