@@ -50,6 +50,18 @@ def test_a_merged_run_is_that_of_one_process(tmp_path, runs):
     )
 
 
+def test_parts_are_lengthened_before_they_are_merged(tmp_path):
+    for name, blocks in {"a": (0, 2), "b": (1,), "one": None}.items():
+        commands.start(tiny.config(tmp_path / name, train_blocks=blocks, steps=5, **SETTINGS))
+        commands.resume(tmp_path / name, steps=8, lr=1e-3)
+    merge_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    expected, found = (parts_of(tmp_path / name / "checkpoint") for name in ("one", "c"))
+    assert all(torch.equal(found[part][name], t) for part, tensors in expected.items() for name, t in tensors.items())
+    assert (tmp_path / "c" / "changes.jsonl").read_text() == (tmp_path / "one" / "changes.jsonl").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "c" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows) and rows
+
+
 def test_by_the_command(tmp_path, runs, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dblocks", "merge", *map(str, runs), "--out", str(tmp_path / "c")])
     cli.main()

@@ -83,6 +83,18 @@ def model(layers=3, target=None, overlap=0.05):
     return made
 
 
+def test_what_all_blocks_share_and_each_machine_changes_is_refused(tmp_path):
+    def counted():
+        torch.manual_seed(0)
+        stem = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8))
+        parts = dict(stem=stem, head=torch.nn.Linear(8, 3), target=db.LabelTarget(3, 8))
+        return db.from_layers([small.Residual(8) for _ in range(3)], blocks=3, shared="frozen", **parts)
+
+    folders = [save(tmp_path / str(block), block, model=counted()) for block in range(3)]
+    with pytest.raises(CheckpointError, match="running_mean"):
+        db.merge(folders, tmp_path / "c")
+
+
 def test_a_half_copied_folder_is_refused(tmp_path, parts):
     for name, message in {
         "block_1": "is missing",

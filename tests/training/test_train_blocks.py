@@ -82,6 +82,16 @@ def test_a_loop_of_ones_own_gives_every_batch_to_every_trainer(tmp_path):
     assert part.steps_done == 12
 
 
+def test_a_measured_density_is_taken_along(tmp_path):
+    pilot = fitted(tmp_path, adapt=True)
+    partition = pilot.model.partition
+    model = small.model(blocks=BLOCKS, layers=6, shared="per_block", density=partition.density)
+    assert model.partition == partition != small.model(blocks=BLOCKS, layers=6).partition
+    part = db.Trainer(model, train_blocks=(1,), adapt=False, device="cpu", visit=2)
+    part.fit(small.Loader(), steps=12, progress=False)
+    assert part.model.partition == partition
+
+
 def test_blocks_trained_elsewhere_cost_no_state_and_no_disk(tmp_path):
     part = fitted(tmp_path, (1,))
     assert part.optimizers.keys() == {"block_1"}
