@@ -124,6 +124,15 @@ def test_a_checkpoint_of_other_blocks_is_refused(tmp_path):
     trainer(tmp_path, (1,)).load(tmp_path / "a")
 
 
+def test_a_checkpoint_that_adapts_is_refused(tmp_path):
+    whole = fitted(tmp_path, adapt=True, steps=4)
+    whole.save(tmp_path / "a")
+    model = small.model(blocks=BLOCKS, layers=6, shared="per_block", density=db.LogNormal())
+    part = db.Trainer(model, train_blocks=(1,), visit=2, device="cpu")
+    with pytest.raises(CheckpointError, match="adapts its partition"):
+        part.load(tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -22,7 +22,6 @@ from ..offload.offloader import Offloader
 from ..offload.part import Part
 from .merge import join
 from .mesh import GROUP
-from .schedule import adaptive_density
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -35,6 +34,7 @@ FIXED = (
     "accumulate",
     "precision",
     "moments",
+    "adapt",
 )  # settings that a checkpoint can't go on without
 
 
@@ -121,6 +121,11 @@ def _find(trainer: Trainer, folder: Path) -> tuple[Path, files.Manifest]:
 
 def _check_blocks(trainer: Trainer, manifest: files.Manifest, folder: Path) -> None:
     """Raise CheckpointError unless a checkpoint has all that a trainer trains."""
+    if "noise" in manifest.parts and len(trainer.own) < len(trainer.model.blocks):
+        raise CheckpointError(
+            f"{folder} adapts its partition to what all blocks measure: train all of them here, or begin anew with its "
+            "density and adapt=False"
+        )
     if not (missing := trainer.own_parts - manifest.parts.keys()):
         return
     saved = len(manifest.state["partition"]["layers"])
@@ -188,11 +193,7 @@ def _recipe(trainer: Trainer) -> dict[str, Any]:
 def _settings(trainer: Trainer) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(trainer.config), default=str))
     kinds = sorted({type(optimizer).__name__ for optimizer in trainer.optimizers.values()})
-    return {name: values[name] for name in FIXED} | {
-        "optimizer": " ".join(kinds),
-        "averages": trainer.config.ema > 0,
-        "adapts": adaptive_density(trainer.model, trainer.config) is not None,
-    }
+    return {name: values[name] for name in FIXED} | {"optimizer": " ".join(kinds), "averages": trainer.config.ema > 0}
 
 
 def _check_settings(saved: dict[str, Any], own: dict[str, Any], folder: Path) -> None:
