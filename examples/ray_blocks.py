@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of all blocks together")
     parser.add_argument("--folder", type=Path, default=None, help="a folder that all machines see")
     arguments = parser.parse_args()
-    folder = arguments.folder or Path(tempfile.mkdtemp())
+    folder = (arguments.folder or Path(tempfile.mkdtemp())).absolute()  # tasks run in other folders
     ray.init(log_to_driver=False)
     parts = ray.get([train.remote(block, arguments.steps, folder / f"block{block}") for block in range(BLOCKS)])
     ray.shutdown()

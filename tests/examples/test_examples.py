@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,36 @@ def test_converted_vit_is_loaded(tmp_path):
 
 def test_blocks_of_ray_tasks_make_one_model(tmp_path):
     assert accuracy(run("ray_blocks.py", tmp_path, steps=300)) > 60  # chance is 33 %
+
+
+def tasks_of(mark: str) -> list[int]:
+    """Return the processes of Ray tasks that have `mark` in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            ours = mark.encode() in (folder / "environ").read_bytes()
+            if ours and (folder / "cmdline").read_bytes().startswith(b"ray::train"):
+                found.append(int(folder.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_ray_task_that_dies_goes_on_from_its_checkpoint(tmp_path):
+    pytest.importorskip("ray")
+    path, mark = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]), str(tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "examples" / "ray_blocks.py"), "--steps", "1500", "--folder", "out"],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TEST_OF": mark},
+    )  # fmt: skip
+    until = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("block*/manifest.json")) and time.monotonic() < until:
+        time.sleep(0.01)
+    killed = tasks_of(mark)
+    assert killed
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0 and accuracy(output) > 60
