@@ -190,10 +190,8 @@ def merge(folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path)
         folders: The runs' folders, or checkpoints that a Trainer saved.
         out: The folder to write, which must hold nothing.
     """
-    if merge_runs(folders, out):
-        print(f"{out}; evaluate it, and train what is left, by: dblocks resume {out}")
-    else:
-        print(out)
+    rest = f"; evaluate it, and train what is left, by: dblocks resume {out}"
+    print(f"{out}{rest if merge_runs(folders, out) else ''}")
 
 
 def show_plan(
