@@ -117,7 +117,7 @@ def test_plot_draws_again(folder, capsys):
 
 def test_plan_names_the_smallest_fit(capsys):
     dblocks("plan", "vit-digits", *TINY, "--memory", "24GiB")
-    assert "B = 1 fits in 24GiB" in capsys.readouterr().out
+    assert "24GiB: B = 1, all blocks on the device" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         dblocks("plan", "vit-digits", *TINY, "--memory", "1kB")
     assert stop.value.code == 1 and "nothing fits" in capsys.readouterr().out
