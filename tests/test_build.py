@@ -179,7 +179,7 @@ def test_without_a_compiler_it_installs_runs_and_says_so_once(checkout, tmp_path
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
         "    for _ in range(3): z = k.inject_noise(torch.zeros(4), 1.0, seed=1)\n"
-        "said = [w for w in seen if 'CPU library (not built)' in str(w.message)]\n"
+        "said = [w for w in seen if 'CPU library (not built' in str(w.message)]\n"
         "assert k.compiled() is None and len(said) == 1; print('once', k.__file__)"
     )
     assert f"once {tmp_path}" in python(["-c", code], PYTHONPATH=str(tmp_path))
