@@ -56,3 +56,16 @@ def test_a_model_half_trained_in_bfloat16_predicts_and_is_saved(tmp_path, offloa
         after = small.everything(trainer)
         assert all(torch.equal(t, before[name]) and t.dtype == before[name].dtype for name, t in after.items())
         trainer.step(x, y)
+
+
+@pytest.mark.parametrize("shared", ["shared", "frozen"])
+def test_a_model_that_was_half_stays_half_and_is_saved_as_it_computes(tmp_path, shared):
+    model, (x, y) = small.model(shared=shared).bfloat16(), small.batch()
+    trainer = db.Trainer(model, device="cpu", precision="bfloat16", visit=1, offload="cpu")
+    for _ in range(4):
+        trainer.step(x.bfloat16(), y)
+    with trainer.averages():
+        assert {p.dtype for p in model.blocks[trainer.offloader.active].parameters()} == {torch.bfloat16}
+    model.eval().save_pretrained(tmp_path / "model")
+    loaded = db.load(tmp_path / "model", small.model(shared=shared, seed=3).bfloat16()).eval()
+    assert torch.equal(loaded(x.bfloat16()), model(x.bfloat16()))

@@ -23,11 +23,12 @@ def to_bfloat16(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
 
 
 @contextlib.contextmanager
-def stored(model: nn.Module, precision: str) -> Iterator[None]:
-    """Store a model's weights as a precision asks for; an error within the context restores them."""
+def stored(model: nn.Module, precision: str) -> Iterator[bool]:
+    """Store a model's weights as a precision asks for; an error within the context restores them. Yields whether that
+    made any half: a model that was half before stays what it is."""
     before = to_bfloat16(model) if precision == "bfloat16" else []
     try:
-        yield
+        yield bool(before)
     except BaseException:
         for p, data in before:
             p.data = data

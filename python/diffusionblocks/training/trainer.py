@@ -79,7 +79,7 @@ class Trainer:
         self.steps_done, self.batches_done = 0, 0
         self.own = own_blocks(model, self.config, self.mesh)
         self.own_parts = {"shared", *(f"block_{b}" for b in self.own)}
-        with stored(model, self.config.precision):
+        with stored(model, self.config.precision) as narrowed:
             modules = {part: module for part, module in model.parts().items() if part in self.own_parts}
             self.optimizers = {
                 part: made
@@ -98,7 +98,7 @@ class Trainer:
         )
         self.mesh.check_weights(self.offloader, self.own_parts)
         for part in self.offloader.parts.values():
-            part.wide = self.config.precision == "bfloat16"
+            part.wide = narrowed
         density = adaptive_density(model, self.config)
         self.meter = InformationMeter(density, device=self.device) if density else None
         self.changed = set(self.own_parts)  # since `saved`: the last checkpoint's folder and files
