@@ -6,6 +6,7 @@ import copy
 import errno
 import gc
 import os
+import shutil
 
 import pytest
 import torch
@@ -258,6 +259,13 @@ def test_another_models_files_are_not_taken_for_ones_own(tmp_path):
     for call in (lambda: offloader.activate(1), lambda: offloader.tensors("block_1"), offloader.release):
         with pytest.raises(RuntimeError, match="another Offloader has written"):
             call()
+
+
+def test_a_folder_that_was_removed_is_named(tmp_path):
+    offloader, _ = scrambled(tmp_path)
+    shutil.rmtree(offloader.folder)
+    with pytest.raises(RuntimeError, match=r"waiting was removed, .* go on from a checkpoint"):
+        offloader.activate((offloader.active + 1) % 3)
 
 
 def test_a_folder_is_the_same_wherever_the_process_goes(tmp_path, monkeypatch):

@@ -96,7 +96,10 @@ class DiskStore:
         return (self.folder / OWNER).read_text() if (self.folder / OWNER).exists() else ""
 
     def _check_owner(self) -> None:
-        if self._owner() != self._name:
+        owner = self._owner()
+        if not owner:
+            raise RuntimeError(f"{self.folder} was removed, and the blocks that waited there: go on from a checkpoint")
+        if owner != self._name:
             raise RuntimeError(f"another Offloader has written to {self.folder} since: give each a folder of its own")
 
     def _path(self, name: str) -> Path:

@@ -76,7 +76,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        check_whole(self, 1, "visit", "accumulate", "log_every")
+        check_whole(self, 1, "visit", "accumulate", "log_every", "slots")
         check_whole(self, 0, "seed")
         check_at_least(self, 0, "weight_decay", "clip", "warmup")
         if self.steps is not None:
