@@ -29,7 +29,7 @@ def test_shares_become_steps(settings, warmup, trunk):
 
 
 FLOATS = [f.name for f in dataclasses.fields(TrainerConfig) if isinstance(f.default, float)]
-COUNTS = ["visit", "accumulate", "log_every", "steps"]
+COUNTS = ["visit", "accumulate", "log_every", "steps", "slots"]
 
 
 @pytest.mark.parametrize("name", FLOATS)
