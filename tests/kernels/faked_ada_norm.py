@@ -54,13 +54,17 @@ def check_launches(name, op, tensors, backward):
 
 
 def check_time(name, ours, eager, tensors):
-    """Compare this thread's time, since tests run in parallel. The aim is 1.2; the rest allows for noise."""
-    with torch.no_grad():
-        forward = fastest(lambda: ours(*tensors)), fastest(lambda: eager(*tensors))
-    whole = fastest(lambda: both(ours, tensors)), fastest(lambda: both(eager, tensors))
-    print(f"host time of {name}, us, ours / eager: forward {forward[0]:.1f} / {forward[1]:.1f}, "
-          f"forward and backward {whole[0]:.1f} / {whole[1]:.1f}")  # fmt: skip
-    assert forward[0] <= 1.5 * forward[1] and whole[0] <= 1.5 * whole[1], name
+    """Compare this thread's time, since tests run in parallel. The aim is 1.2; the rest, and two more tries, allow for
+    noise."""
+    for _ in range(3):
+        with torch.no_grad():
+            forward = fastest(lambda: ours(*tensors)), fastest(lambda: eager(*tensors))
+        whole = fastest(lambda: both(ours, tensors)), fastest(lambda: both(eager, tensors))
+        print(f"host time of {name}, us, ours / eager: forward {forward[0]:.1f} / {forward[1]:.1f}, "
+              f"forward and backward {whole[0]:.1f} / {whole[1]:.1f}")  # fmt: skip
+        if forward[0] <= 1.5 * forward[1] and whole[0] <= 1.5 * whole[1]:
+            return
+    raise AssertionError(name)
 
 
 torch.set_num_threads(1)
