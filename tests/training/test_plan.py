@@ -275,6 +275,9 @@ def test_bad_input_is_refused():
         db.plan(small.model(), small.batch(), device="mps")
     with pytest.raises(ValueError, match="precision"):
         db.plan(small.model(), small.batch(), precision="float16")
+    for given in ({"memory_bytes": "24GiB"}, {"memory_bytes": 1, "host_bytes": "1GiB"}):
+        with pytest.raises(TypeError, match=r"_bytes must be a number of bytes, got '.*GiB'"):
+            db.plan(small.model(), small.batch(), device="cpu").fit(**given)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,9 @@ class Plan:
         Args:
             memory_bytes: On the device. host_bytes: On the host, for waiting blocks; None: any number.
         """
+        for name, value in (("memory_bytes", memory_bytes), ("host_bytes", host_bytes or 0)):
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number of bytes, got {value!r}")
         places = [(None, 1), ("cpu", 2), ("cpu", 1), ("disk", 2), ("disk", 1)]
         if self.device.type == "cpu":  # there a block that waits in memory frees none
             places = [place for place in places if place[0] != "cpu"]

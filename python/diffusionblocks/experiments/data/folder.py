@@ -97,7 +97,9 @@ def read_image(path: Path, channels: int, size: int, resize: Resize | None = Non
     size."""
     _, width, height = _header(path)
     if resize is None and (width, height) != (size, size):
-        raise ValueError(f"{path} is {width}x{height}, not {size}x{size}; resize it first, or use --resize crop")
+        raise ValueError(
+            f"{path} is {width}x{height}, not {size}x{size}: resize it first; training resizes with --resize crop"
+        )
     try:
         with Image.open(path) as file:
             image = file.convert("L" if channels == 1 else "RGB")
