@@ -151,6 +151,14 @@ def test_two_slots_wait_for_nothing_that_was_read_ahead(tmp_path, monkeypatch):
     assert waited and not any(waited)
 
 
+def test_a_folder_is_the_same_wherever_the_process_goes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    offloader = db.Offloader(small.model(), device="cpu", offload="disk", folder="waiting")
+    monkeypatch.chdir("/")
+    offloader.activate(1)
+    assert (tmp_path / "waiting" / "block_1.safetensors").exists()
+
+
 class Killed(BaseException):
     """Ends the process at a point, as SIGKILL does."""
 

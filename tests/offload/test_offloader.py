@@ -268,14 +268,6 @@ def test_a_folder_that_was_removed_is_named(tmp_path):
         offloader.activate((offloader.active + 1) % 3)
 
 
-def test_a_folder_is_the_same_wherever_the_process_goes(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    offloader = db.Offloader(small.model(), device="cpu", offload="disk", folder="waiting")
-    monkeypatch.chdir("/")
-    offloader.activate(1)
-    assert (tmp_path / "waiting" / "block_1.safetensors").exists()
-
-
 def test_a_full_disk_costs_no_weights(tmp_path, monkeypatch):
     model, write, calls = small.model(blocks=3, layers=3), os.pwrite, []
 

@@ -130,17 +130,23 @@ def test_a_checkpoint_is_written_from_a_slot_or_linked_to_the_store(tmp_path, pl
     assert torch.equal(slots.get("block_1")["weight/w"], expected["block_1"]["weight/w"] + 1)
 
 
+def changed_slots(folder, count):
+    """Return slots on disk that all hold parts which differ from their files."""
+    slots, expected = slots_of("disk", folder, count)
+    for name in NAMES[:count]:
+        slots.bring(name)["weight/w"].add_(1)
+        slots.touch(name)
+        expected[name]["weight/w"] = expected[name]["weight/w"] + 1
+    return slots, expected
+
+
 def full(*_):
     raise OSError(errno.ENOSPC, "no space left on device")
 
 
 @counts
 def test_a_full_disk_keeps_the_part_in_its_slot(tmp_path, count, monkeypatch):
-    slots, expected = slots_of("disk", tmp_path, count)
-    for name in NAMES[:count]:
-        slots.bring(name)["weight/w"].add_(1)
-        slots.touch(name)
-        expected[name]["weight/w"] = expected[name]["weight/w"] + 1
+    slots, expected = changed_slots(tmp_path, count)
     write = os.pwrite
     for call in (lambda: slots.bring("block_3"), lambda: slots.retire("block_0"), lambda: slots.put("block_2", {})):
         monkeypatch.setattr(os, "pwrite", full)
@@ -174,11 +180,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_file_leaves_the_old_one(tmp_pat
 
 @counts
 def test_a_read_that_fails_loses_nothing(tmp_path, count, monkeypatch):
-    slots, expected = slots_of("disk", tmp_path, count)
-    for name in NAMES[:count]:
-        slots.bring(name)["weight/w"].add_(1)
-        slots.touch(name)
-        expected[name]["weight/w"] = expected[name]["weight/w"] + 1
+    slots, expected = changed_slots(tmp_path, count)
     read = os.preadv
 
     def failing(*args):

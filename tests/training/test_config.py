@@ -46,6 +46,13 @@ def test_counts_are_whole_and_positive(name, value):
         TrainerConfig(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["compile", "capture", "checkpoint_layers", "adapt", "pin"])
+@pytest.mark.parametrize("value", ["yes", 3])
+def test_a_switch_is_true_or_false(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be one of .*got {value!r}"):
+        TrainerConfig(**{name: value})
+
+
 @pytest.mark.parametrize(("settings", "words"), [
     (dict(lr=0.0), "lr must be positive"), (dict(weight_decay=-1), "weight_decay must be at least 0"),
     (dict(clip=-1.0), "clip must be at least 0"), (dict(seed=-1), "seed must be"), (dict(seed=0.5), "seed must be"),

@@ -85,6 +85,9 @@ class TrainerConfig:
         check_choice(self, "moments", "float32", "bfloat16")
         check_choice(self, "offload", None, "cpu", "disk", "auto")
         check_choice(self, "slots", 1, 2)
+        for name in ("compile", "checkpoint_layers", "adapt", "pin"):
+            check_choice(self, name, False, True)
+        check_choice(self, "capture", None, False, True)
         check_choice(self, "capture", None, False, True)
         if isinstance(self.loggers, str):
             object.__setattr__(self, "loggers", (self.loggers,))
