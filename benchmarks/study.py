@@ -17,9 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import forks
 import tables
 import torch
 import tyro
+from fork_arms import ARMS
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 from variants import COMPARED, EIGHT_BIT, STUDIES, choices
 
@@ -188,9 +190,9 @@ class Study:
 
     run: str = "vit-digits"
     study: str = "main"
-    """Which of the run's studies: main, blocks, partition, overlap, sharing, branch, capacity, moments (its 8-bit rows
-    need torchao; rows that it can't run are left out by --only); or "choice": every
-    learning rate and warm-up, to choose from on the validation split of seeds that no table uses."""
+    """Which of the run's studies: main, blocks, partition, overlap, sharing, branch, capacity, forks, moments (whose
+    8-bit rows need torchao; rows that can't be run are left out by --only); or "choice": every learning rate and
+    warm-up, to choose from on the validation split of seeds that no table uses."""
     folder: Path = tables.RESULTS
     """Its rows go to RUN_STUDY.jsonl there; from the default one, its tables to docs/results.md."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -199,6 +201,8 @@ class Study:
     part: str = "0/1"
     """This process's share of the work: i/n."""
     threads: int = 1
+    device: str = "cpu"
+    """Of the forks; all others train on the CPU."""
 
 
 def main(study: Study) -> None:
@@ -209,13 +213,16 @@ def main(study: Study) -> None:
         if (name, seed) in _done(rows):
             continue
         task = task_of(replace(config, seed=seed))
-        result = CONTROLS.get(name, block_wise)(task)
+        if study.study == "forks":
+            result = forks.fork(name.rpartition(": ")[2], task, study.folder / "bases", torch.device(study.device))
+        else:
+            result = CONTROLS.get(name, block_wise)(task)
         facts = {"variant": name, "seed": seed, "machine": machine(CPU), "config": to_dict(task.config)}
         row = {"architecture": base.architecture, **facts, **result}
         study.folder.mkdir(parents=True, exist_ok=True)
         with rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        key = task.metric.key
+        key = "loss" if study.study == "forks" else task.metric.key
         print(f"{name} seed {seed}: val {row['val'][key]:.4g} test {row['test'][key]:.4g}", flush=True)
         if study.folder.resolve() == tables.RESULTS:
             tables.renew()
@@ -232,6 +239,8 @@ def work(study: Study, base: TrainConfig) -> list[tuple[str, TrainConfig, int]]:
     if study.study == "main":
         compared = COMPARED.get(base.architecture, ("end-to-end",))
     configs = dict.fromkeys(compared, base) | every[study.study](base)
+    if study.study == "forks":
+        configs = {f"{name}: {arm}": config for name, config in configs.items() for arm in ARMS}
     chosen = [name for name in configs if not study.only or name in study.only]
     index, count = map(int, study.part.split("/"))
     return [(name, configs[name], seed) for seed in study.seeds for name in chosen][index::count]

@@ -133,11 +133,24 @@ def capacity(base: Any) -> Variants:
     return found
 
 
+def forks(base: Any) -> Variants:
+    """What is trained on from one network for all noise, of a width that the task fills and of one that it doesn't."""
+    found: Variants = {}
+    for blocks in (3, 2):
+        for dim in FORKED:
+            model = replace(base.model, dim=dim, heads=2, mlp=4 * dim, layers=2 * blocks)
+            longer: dict[str, Any] = {"steps": FORKED_AT, "lr": base.lr / 2}
+            longer |= {"draws": 0.5} if base.architecture == "dit" else {}
+            found[f"width {dim}, B={blocks}"] = base.in_blocks(blocks, model=model, split=(), **longer)
+    return found
+
+
 def recurrent(base: Any) -> Variants:
     """One pass a step, at a tenth of the ordinary network's compute and at all of it, where no haste is needed."""
     return {"a tenth": base, "equal compute": replace(base, share=1.0, lr=1e-3)}
 
 
+FORKED, FORKED_AT = (32, 64), 16_000  # widths, and steps of the bases
 EIGHT_BIT = "moments in 8 bits (torchao)"
 # With what an architecture is compared in its main study, if not with the end-to-end network alone.
 COMPARED = {
@@ -154,8 +167,16 @@ STUDIES: dict[str, dict[str, Callable[[Any], Variants]]] = {
         "sharing": sharing,
         "branch": branched,
         "moments": moments,
+        "forks": forks,
     },
-    "masked_lm": {"main": masked_lm, "sharing": sharing, "branch": branched, "capacity": capacity, "moments": moments},
+    "masked_lm": {
+        "main": masked_lm,
+        "sharing": sharing,
+        "branch": branched,
+        "capacity": capacity,
+        "moments": moments,
+        "forks": forks,
+    },
     "causal_lm": {"main": causal_lm, "sharing": sharing, "branch": branched},
     "recurrent": {"main": recurrent},
 }

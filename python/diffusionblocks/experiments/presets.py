@@ -50,6 +50,10 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
     ),
     "lm-text": ("text by characters, autoregressive: Python's help, embedded", CausalLMRun()),
     "mdlm-text": ("masked diffusion of text, by characters; minutes on two CPU cores", MaskedLMRun()),
+    "mdlm-king-james": (
+        "masked diffusion of the King James Bible, 4 MB, by characters",
+        MaskedLMRun(text="king-james", out=Path("runs/mdlm-king-james"), steps=12_000),
+    ),
     "recurrent-sums": ("running sums of 16 digits; minutes on two CPU cores", RecurrentRun()),
     "recurrent-mazes": (
         "where water flows, 6x6 cells",

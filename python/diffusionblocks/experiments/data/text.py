@@ -80,12 +80,13 @@ def load(source: str, *, vocab_size: int) -> TextData:
     """Load a text, shuffle its documents, hold out the end for validation and test, and encode it.
 
     Args:
-        source: "topics" (Python's help, 465 kB, part of the standard library); a text file or a folder of .txt files;
-            or "hub:NAME", the column "text" of a hub dataset or of a local copy.
+        source: "topics" (Python's help, 465 kB, part of the standard library); "king-james" (the Bible, 4 MB, of
+            Debian's package bible-kjv); a text file or a folder of .txt files; or "hub:NAME", the column "text" of a
+            hub dataset or of a local copy.
         vocab_size: vocabulary size: the most frequent characters of the training split, and one token for all others.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or program of Debian's.
         ValueError: the text isn't UTF-8, too short to hold any out, or more than a tenth of a text of one's own is
             beyond the alphabet.
 
@@ -128,6 +129,10 @@ def load_documents(source: str) -> list[str]:
         from pydoc_data.topics import topics
 
         return [topics[name] for name in sorted(topics)]
+    if source == "king-james":
+        from .king_james import chapters
+
+        return chapters()
     if source.startswith("hub:"):
         from .hub import load_texts
 

@@ -37,7 +37,8 @@ class CausalLMRun(TrainConfig):
     architecture: ClassVar[str] = "causal_lm"
 
     text: str = "topics"
-    """"topics" (Python's help, embedded), a file, a folder of .txt files, or hub:NAME."""
+    """"topics" (Python's own help), "king-james" (Debian's package bible-kjv), a text file, a folder of .txt files, or
+    hub:NAME."""
     length: int = 64
     """Tokens of a training window."""
     out: Path = Path("runs/lm-text")

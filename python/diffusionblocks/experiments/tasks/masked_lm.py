@@ -34,7 +34,8 @@ class MaskedLMRun(TrainConfig):
     architecture: ClassVar[str] = "masked_lm"
 
     text: str = "topics"
-    """"topics" (Python's own help), a text file, a folder of .txt files, or hub:NAME."""
+    """"topics" (Python's own help), "king-james" (Debian's package bible-kjv), a text file, a folder of .txt files, or
+    hub:NAME."""
     length: int = 64
     """Characters of a window."""
     out: Path = Path("runs/mdlm-text")
