@@ -242,7 +242,8 @@ def section(name: str) -> str:
     if name == "cpu kernels":
         return cpu_kernels(documents(RESULTS / "cpu-2core"))
     if name == "cpu training":
-        return trainings(documents(RESULTS / "cpu-2core"))
+        found = [document for document in documents(RESULTS / "cpu-2core") if document["op"] in TRAININGS]
+        return f"{heading(found)}\n{trainings(found)}"
     machines = [documents(folder) for folder in sorted(RESULTS.iterdir()) if not folder.name.startswith("cpu")]
     return "\n".join(f"{heading(found)}\n{GPU_TABLES[name](found)}" for found in machines)
 

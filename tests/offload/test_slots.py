@@ -296,5 +296,5 @@ def test_layouts_of_equal_blocks_share_their_views(tmp_path):
     slots = Slots(1, CPU, make_store("cpu", tmp_path))
     for name in NAMES[:2]:
         slots.put(name, tensors_of(0))
-    assert slots.layouts[NAMES[0]] == slots.layouts[NAMES[1]] == Layout.of(tensors_of(0))
+    assert slots.layouts[NAMES[0]] is slots.layouts[NAMES[1]] and slots.layouts[NAMES[0]] == Layout.of(tensors_of(0))
     assert slots.bring(NAMES[0])["weight/w"] is slots.bring(NAMES[1])["weight/w"]

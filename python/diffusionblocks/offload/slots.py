@@ -79,6 +79,7 @@ class Slots:
         """Replace a part's content by tensors, wherever they are, or make a new part. Raises: OSError."""
         self._quiet()
         layout, slot = Layout.of(tensors), self._slot_of(name)
+        layout = next((known for known in self.layouts.values() if known == layout), layout)  # one object for all alike
         self.store.put(Place(name, layout), tensors)
         self.layouts[name] = layout
         if slot:
