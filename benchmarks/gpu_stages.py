@@ -24,13 +24,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"build": 100, "smoke": 60, "compile": 90, "bench": 140, "train": 85, "tests": 480, "forks": 120,
+LIMITS = {"build": 100, "smoke": 60, "compile": 90, "bench": 140, "train": 85, "tests": 480, "forks": 480,
           "deep": 600, "sanitize": 400}  # fmt: skip
 # In the order of what we want to know first, and the processes that share what each has to compile.
 BENCHES = {"ada_layer_norm": 2, "two_stream_attention": 6, "denoising_cross_entropy": 3, "gated_residual_norm": 2,
            "adamw_ema": 2, "edm_loss": 2, "ada_rms_norm": 2, "inject_noise": 2, "attention": 1,
            "training_step": 1}  # fmt: skip
 SANITIZED = [f"tests/kernels/test_{name}.py" for name in ("total_norm", "philox", "edm_loss_triton", "norms_gpu")]
+QUICK_FORKS = ["width 32, B=2: A0 lone", "width 32, B=2: A4 mixture of two"]
 EACH = 40  # seconds that a bench may measure, so that one that hangs leaves time for the others
 LAST = 12  # lines of a failed command that are kept
 
@@ -164,9 +165,13 @@ def sanitize(options: argparse.Namespace) -> Stage:
 
 
 def forks(options: argparse.Namespace) -> Stage:
-    """Time the forks of other repositories, where their script is."""
-    script = ROOT / "benchmarks" / "forks.py"
-    return Stage([bench_command(options, "forks", "forks")] if script.exists() else [])
+    """Train one network for all noise, and what goes on from it; what was trained already is not trained again."""
+    results, images = options.out / "forks", ROOT / "data" / "fashion-mnist"
+    given = ["--study", "forks", "--folder", str(results), "--seeds", "0", "--device", options.device]
+    given += ["--run", "mdlm-text" if options.quick else "dit-fashion"]
+    given += ["--data-folder", str(images)] if images.exists() and not options.quick else []
+    given += ["--quick", "--only", *QUICK_FORKS] if options.quick else []
+    return Stage([Command("forks", [sys.executable, "benchmarks/study.py", *given], caches())], 1, results)
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], Stage]] = {
@@ -244,7 +249,7 @@ def run(name: str, limit: float, options: argparse.Namespace) -> tuple[str, bool
     except Exception as error:  # no stage stops another
         return f"| {name} | {time.perf_counter() - began:.0f} | | | {type(error).__name__}: {error} |", False
     if not stage.commands:
-        return f"| {name} | 0 | | | {'not here yet' if name == 'forks' else 'skipped'} |", True
+        return f"| {name} | 0 | | | skipped |", True
     passed, failed = counts(stage, outcomes)
     well = len(outcomes) == len(stage.commands) and all(outcome.returncode == 0 for outcome in outcomes)
     cut = ", cut off" if any(outcome.returncode is None for outcome in outcomes) else ""

@@ -23,7 +23,7 @@ import torch
 import tyro
 from fork_arms import ARMS
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
-from variants import COMPARED, EIGHT_BIT, STUDIES, choices
+from variants import COMPARED, EIGHT_BIT, STUDIES, choices, on_gpu, tiny
 
 from diffusionblocks.experiments import commands
 from diffusionblocks.experiments.baselines import end_to_end as baselines
@@ -203,11 +203,17 @@ class Study:
     threads: int = 1
     device: str = "cpu"
     """Of the forks; all others train on the CPU."""
+    data_folder: Path | None = None
+    """Of images that are files, if not where their package puts them."""
+    quick: bool = False
+    """Forks of tiny networks, of a few steps: do they run?"""
 
 
 def main(study: Study) -> None:
     torch.set_num_threads(study.threads)
     base = RUNS[study.run][1]
+    if study.data_folder is not None:
+        base = replace(base, data_folder=study.data_folder)  # type: ignore[call-arg]
     rows = study.folder / f"{study.run}_{study.study}.jsonl".replace("-", "_")
     for name, config, seed in work(study, base):
         if (name, seed) in _done(rows):
@@ -240,7 +246,9 @@ def work(study: Study, base: TrainConfig) -> list[tuple[str, TrainConfig, int]]:
         compared = COMPARED.get(base.architecture, ("end-to-end",))
     configs = dict.fromkeys(compared, base) | every[study.study](base)
     if study.study == "forks":
-        configs = {f"{name}: {arm}": config for name, config in configs.items() for arm in ARMS}
+        settings = on_gpu(base) if study.device != "cpu" else configs
+        settings = {name: tiny(config) if study.quick else config for name, config in settings.items()}
+        configs = {f"{name}: {arm}": config for name, config in settings.items() for arm in ARMS}
     chosen = [name for name in configs if not study.only or name in study.only]
     index, count = map(int, study.part.split("/"))
     return [(name, configs[name], seed) for seed in study.seeds for name in chosen][index::count]

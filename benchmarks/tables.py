@@ -84,6 +84,23 @@ def loss_in(tenth: int) -> Column:
     return lambda rows: spread([row["curve"][tenth - 1] for row in rows], 4)
 
 
+def against_lone(rows: list[Row]) -> str:
+    """Paired difference from the lone network's loss, in thousandths; in brackets one seed's standard error."""
+    told = [row["test"]["against lone"] for row in rows]
+    error = statistics.mean(one["error"] for one in told)
+    return f"{spread([1e3 * one['mean'] for one in told])} ({1e3 * error:.1f})"
+
+
+def by_noise(rows: list[Row]) -> str:
+    """The same in the lowest, middle and highest third of the training noise."""
+    levels = [
+        statistics.mean(column)
+        for column in zip(*(r["test"]["against lone by level"]["mean"] for r in rows), strict=True)
+    ]
+    third = len(levels) // 3
+    return ", ".join(f"{1e3 * statistics.mean(levels[i * third : (i + 1) * third]):+.1f}" for i in range(3))
+
+
 def seeds(rows: list[Row]) -> str:
     """The seeds that a line is the mean of."""
     return " ".join(str(seed) for seed in sorted(row["seed"] for row in rows))
@@ -135,12 +152,22 @@ COLUMNS: dict[str, dict[str, Column]] = {
 
 # What a study of the moments shows instead of costs.
 CURVE = {f"loss, tenth {tenth}": loss_in(tenth) for tenth in (1, 2, 5, 10)} | {"moments, bytes a weight": moments}
+# What a study of forks shows besides the architecture's own measure.
+FORKED = {
+    "test loss": of("test", "loss", 4),
+    "against A0, thousandths": against_lone,
+    "by noise: low, middle, high": by_noise,
+}
+OWN = {"dit": ("Fréchet distance, test", "class accuracy %"), "masked_lm": ("test, bits a character",)}
 COSTS = ("layers run an image", "sampling, s", "memory, MB")
 
 
 def main_table(groups: dict[str, list[Row]]) -> list[str]:
     """What each way of training reached, and took."""
-    columns = COLUMNS[next(iter(groups.values()))[0].get("architecture", "vit")]
+    first = next(iter(groups.values()))[0]
+    columns = COLUMNS[first.get("architecture", "vit")]
+    if "against lone" in first["test"]:
+        columns = FORKED | {name: columns[name] for name in OWN[first["architecture"]]}
     if all(name.startswith("moments in ") for name in groups):
         columns = {name: column for name, column in columns.items() if name not in COSTS} | CURVE
     lines = [f"| training | seeds | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"]

@@ -145,6 +145,19 @@ def forks(base: Any) -> Variants:
     return found
 
 
+def on_gpu(base: Any) -> Variants:
+    """The forks that fit minutes of a large GPU."""
+    model = replace(base.model, dim=256, heads=4, mlp=1024, layers=6)
+    return {
+        "width 256, B=3": base.in_blocks(3, model=model, split=(), steps=25_000, batch_size=512, lr=1e-3, draws=0.5)
+    }
+
+
+def tiny(config: Any) -> TrainConfig:
+    """The same of a network that trains in no time, to no end."""
+    return replace(config, steps=40, model=replace(config.model, dim=16, heads=2, mlp=16, cond=8))
+
+
 def recurrent(base: Any) -> Variants:
     """One pass a step, at a tenth of the ordinary network's compute and at all of it, where no haste is needed."""
     return {"a tenth": base, "equal compute": replace(base, share=1.0, lr=1e-3)}

@@ -63,9 +63,11 @@ def test_a_dry_run_goes_through_every_stage_whatever_fails(tmp_path):
     failed = [line for line in lines(out / "smoke.jsonl") if line["outcome"] == "failed"]
     assert [line["test"].split("::")[1] for line in failed] == ["test_fails"]
     assert any("it is past midnight" in text for text in failed[0]["last"])
+    rows = lines(out / "forks" / "mdlm_text_forks.jsonl")
+    assert [row["variant"].partition(": ")[2] for row in rows] == ["A0 lone", "A4 mixture of two"]
     assert {"inject_noise.json", "training.json"} <= {path.name for path in (out / "bench").iterdir()}
     ended = {line["command"]: line["returncode"] for line in lines(out / "stages.jsonl")}
-    assert ended == {"pytest": 1, "inject_noise-1": 0, "inject_noise": 0, "training": 0}
+    assert ended == {"pytest": 1, "inject_noise-1": 0, "inject_noise": 0, "training": 0, "forks": 0}
 
 
 def test_a_stage_over_its_limit_is_ended_with_all_that_it_started(stages, tmp_path):
