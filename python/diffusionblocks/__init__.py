@@ -9,6 +9,7 @@ from .denoiser import Block, BlockLoss, StemHead
 from .noise.density import LogNormal, LogUniform, NoiseDensity, Tabulated, Uniform
 from .noise.partition import Partition, make_partition, step_levels
 from .offload.offloader import Offloader
+from .sampling.generate import generate
 from .sampling.sample import sample
 from .sampling.sampler import Sampler
 from .sampling.samplers import dpmpp_2m, euler, heun
@@ -54,6 +55,7 @@ __all__ = [
     "dpmpp_2m",
     "euler",
     "from_layers",
+    "generate",
     "heun",
     "load",
     "make_partition",

@@ -218,8 +218,8 @@ class DiffusionBlocks(Offloadable):
     def forward(self, x: Tensor, *, steps: int = STEPS, seed: int = 0) -> Tensor:
         """Return the raw output at the end of the sampling trajectory, with averaged weights where there are any.
 
-        From the highest noise to none, each level by the block that owns it, without gradient. Logits for classes and
-        tokens; for images see `sample`, which offers samplers and guidance.
+        From the highest noise to none, each level by its owner, without gradient: logits for classes and tokens. For
+        images see `sample`, which offers samplers and guidance.
 
         Args:
             x: Conditioning, (B, ...).
@@ -228,11 +228,17 @@ class DiffusionBlocks(Offloadable):
         """
         with self.averages():
             levels = step_levels(self.partition, max(steps, self.partition.blocks))
-            z = self.target.start(len(x), levels[0], seed=stream(seed, "sample"), device=x.device)
+            z = self.start(x, levels[0], seed=seed)
             for i, (sigma, below) in enumerate(itertools.pairwise(levels)):
                 output = self.denoise(x, z, sigma)
                 z = self.target.advance(z, output, sigma, below, seed=seed, step=i)
         return output.raw
+
+    def start(self, x: Tensor, sigma: float, *, seed: int) -> Tensor:
+        """Return z at the highest noise for each of x, whose length is z's where y holds a token for each of x's."""
+        if getattr(self.blocks[0].around(self.stem_head).stem, "aligned", False):
+            self.target.shape = self.target.sample_shape(x)
+        return self.target.start(len(x), sigma, seed=stream(seed, "sample"), device=x.device)
 
     def check(self, block: int, x: Tensor, y: Tensor) -> None:
         """Raise ValueError unless (x, y) is a batch that `block` can be trained on, where its weights are."""

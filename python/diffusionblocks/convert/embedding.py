@@ -68,12 +68,12 @@ class TokenEmbedding(nn.Module):
         self.hides_padding = family.kind == "texts"  # elsewhere it is refused
         self.additive = config._attn_implementation == "eager"  # which adds masks to its scores
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Return (B, N, D)."""
+    def embed(self, ids: Tensor, first: int = 0) -> Tensor:
+        """Return (B, N, D) of tokens at the positions first, first + 1, ..."""
         h: Tensor = self.embeddings(ids)
         if self.positions:
             places, dropout = self.positions
-            h = dropout(h + places(torch.arange(ids.shape[1], device=ids.device)))
+            h = dropout(h + places(torch.arange(first, first + ids.shape[1], device=ids.device)))
         return h
 
     def forward(self, ids: Tensor) -> Tokens:

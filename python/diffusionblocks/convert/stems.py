@@ -6,6 +6,8 @@ and z speaks through the posterior readout only.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -92,6 +94,7 @@ class CausalStem(nn.Module):
     """
 
     takes_float32 = True
+    aligned = True  # y holds a token for each of x's
 
     def __init__(self, embedding: TokenEmbedding, z: nn.Linear | None, noise: NoiseEmbedding | None):
         super().__init__()
@@ -101,10 +104,15 @@ class CausalStem(nn.Module):
     def sees_z(self) -> bool:
         return self.z is not None
 
+    @staticmethod
+    def cache() -> Cache:
+        """Return a cache for `extend` and `decode`."""
+        return Cache()
+
     def clean(self, x: Tensor) -> Tokens:
         """Return one stream, of x alone."""
         h, places = self.embedding.embed(x), torch.arange(x.shape[1], device=x.device)
-        return Tokens(h, self.embedding.arguments(h, places, lambda window: _before(places, window, including=True)))
+        return Tokens(h, self.embedding.arguments(h, places, lambda window: _seen(places, places, window)))
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tokens, Tensor | None]:
         if x.shape[1] != z.shape[1]:
@@ -119,6 +127,23 @@ class CausalStem(nn.Module):
         arguments = self.embedding.arguments(both, places.repeat(2), lambda window: two_streams(places, window))
         return Tokens(both, arguments), self.noise(c_noise)
 
+    def extend(self, x: Tensor, cache: Cache) -> tuple[Tokens, Tensor | None]:
+        """Return clean tokens x (B, n) that follow those in the cache, to which the layers append them."""
+        none = None if self.noise is None else self.noise(torch.zeros(len(x), 0, device=x.device))
+        return self._following(self.embedding.embed(x, cache.length), cache), none
+
+    def decode(self, x: Tensor, z: Tensor, c_noise: Tensor, cache: Cache) -> tuple[Tokens, Tensor]:
+        """Return the noisy token that stands for x (B, 1) behind those in the cache, with z (B, 1, d) of the next."""
+        assert self.z is not None and self.noise is not None
+        h = self.embedding.embed(x, cache.length)
+        return self._following(h + self.z(z.to(self.z.weight.dtype)).to(h.dtype), cache), self.noise(c_noise)
+
+    def _following(self, h: Tensor, cache: Cache) -> Tokens:
+        keys = torch.arange(cache.length + h.shape[1], device=h.device)
+        places = keys[cache.length :]
+        arguments = self.embedding.arguments(h, places, lambda window: _seen(places, keys, window))
+        return Tokens(h, {kind: {**given, "past_key_values": cache} for kind, given in arguments.items()})
+
     def check(self, x: Tensor) -> None:
         """Raise ValueError unless `x` fits the network and holds no padding."""
         self.embedding.check(x)
@@ -130,16 +155,36 @@ def two_streams(places: Tensor, window: int | None) -> Tensor:
 
     Source: arXiv 2506.14202, the autoregressive blocks; see dbkernels.two_stream_attention.
     """
-    clean, before = _before(places, window, including=True), _before(places, window, including=False)
+    clean, before = _seen(places, places, window), _seen(places, places, window, itself=False)
     itself = torch.eye(len(places), dtype=torch.bool, device=places.device)
     return torch.cat([torch.cat([clean, torch.zeros_like(clean)], 1), torch.cat([before, itself], 1)])
 
 
-def _before(places: Tensor, window: int | None, *, including: bool) -> Tensor:
-    """Return which of the tokens before it, and itself, a token sees: (N, N) bool."""
-    distance = places[:, None] - places
-    seen = distance >= (0 if including else 1)
+def _seen(places: Tensor, keys: Tensor, window: int | None, *, itself: bool = True) -> Tensor:
+    """Return which tokens before it, and itself, a token sees: (N, K) bool, of tokens and keys at these positions."""
+    distance = places[:, None] - keys
+    seen = distance >= (0 if itself else 1)
     return seen & (distance < window) if window else seen
+
+
+class Cache:
+    """Keys and values (B, H, L, C) of the clean tokens so far, by layer, as transformers' layers call it.
+
+    length: L. keeps: Whether what comes now is appended.
+    """
+
+    def __init__(self) -> None:
+        self.length, self.keeps = 0, True
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Return all keys and values of a layer, the new ones last."""
+        if layer_idx in self._before:
+            before = self._before[layer_idx]
+            key, value = torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
+        if self.keeps:
+            self._before[layer_idx] = key, value
+        return key, value
 
 
 class ConditionedNoisy(Conditioned):

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..blocks import DiffusionBlocks
 from ..noise.partition import step_levels
-from ..noise.rng import stream
 from ..targets.codebook import CodebookTarget
 from ..targets.masked import MaskedTarget
 from .sampler import BATCH, Sampler
@@ -67,7 +66,7 @@ def _trajectory(
     batch: int,
 ) -> Tensor:
     with model.averages():
-        z = model.target.start(len(x), levels[0], seed=stream(seed, "sample"), device=x.device)
+        z = model.start(x, levels[0], seed=seed)
         read = Sampler(model, x, batch=batch)
         if isinstance(model.target, MaskedTarget):
             for i, (t, below) in enumerate(itertools.pairwise(levels)):
