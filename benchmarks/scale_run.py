@@ -1,0 +1,56 @@
+"""A small run for scale.py's check: steps of a block, alone or in a mesh under torchrun, and sums of its gradients.
+
+python benchmarks/scale_run.py GROUPS RANKS BATCH; prints JSON: ms a step, ms to sum as many bytes as it sums
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+import diffusionblocks as db
+
+DIM, LAYERS, BLOCKS, STEPS = 768, 4, 2, 40
+
+
+def model() -> db.DiffusionBlocks:
+    """Return two blocks of two residual layers each."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Sequential(torch.nn.Linear(DIM, DIM), torch.nn.GELU()) for _ in range(LAYERS)]
+    stem, head, target = torch.nn.Linear(64, DIM), torch.nn.Linear(DIM, 10), db.LabelTarget(10, 64)
+    return db.from_layers(layers, stem=stem, head=head, target=target, blocks=BLOCKS, shared="per_block")
+
+
+def main(groups: int, ranks: int, batch: int) -> None:
+    """Time the steps of this process's blocks."""
+    torch.set_num_threads(1)
+    mesh = (groups, ranks) if groups * ranks > 1 else None
+    trainer = db.Trainer(model(), mesh=mesh, adapt=False, visit=10, seed=0, device="cpu", ema=0.0, log_every=10**6)
+    x, y = torch.randn(batch, 64), torch.randint(10, (batch,))
+    seconds = []
+    for _ in range(STEPS * BLOCKS):
+        own, began = trainer.block in trainer.own, time.perf_counter()
+        trainer.step(x, y)
+        if own:
+            seconds.append(time.perf_counter() - began)
+    summed = 0.0
+    if ranks > 1:
+        gradients = torch.ones(sum(p.numel() for p in trainer.model.parts()["block_0"].parameters()))
+        times = []
+        for _ in range(STEPS):
+            began = time.perf_counter()
+            dist.all_reduce(gradients)
+            times.append(time.perf_counter() - began)
+        summed = statistics.median(times)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(json.dumps({"step": 1e3 * statistics.median(seconds[STEPS // 4 :]), "sum": 1e3 * summed}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
