@@ -145,8 +145,7 @@ def test_dinov2_takes_images_of_other_sizes():
     assert model(torch.randn(2, 3, 12, 8)).shape == (2, 5)
 
 
-def test_a_sampled_length_must_be_the_targets():
+def test_z_has_a_point_for_each_token():
     model = tiny.convert(tiny.network(LLAMA, layers=1), 1).eval()
-    model.target.shape = (8, 16)
-    with pytest.raises(ValueError, match=r"model.target.shape must be \(5, 16\)"):
-        model(TOKENS[:, :5])
+    with pytest.raises(ValueError, match="x has 5 tokens, y or z 8"):
+        model.denoise(TOKENS[:, :5], torch.zeros(len(TOKENS), 8, 16), 1.0)

@@ -116,10 +116,7 @@ class CausalStem(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tokens, Tensor | None]:
         if x.shape[1] != z.shape[1]:
-            raise ValueError(
-                f"x has {x.shape[1]} tokens, y or z {z.shape[1]}: y holds the token after each of x's, and to sample "
-                f"model.target.shape must be ({x.shape[1]}, {z.shape[2]})"
-            )
+            raise ValueError(f"x has {x.shape[1]} tokens, y or z {z.shape[1]}: y holds the token after each of x's")
         if self.z is None or self.noise is None:
             return self.clean(x), None
         h, places = self.embedding.embed(x), torch.arange(x.shape[1], device=x.device)
