@@ -19,8 +19,8 @@ REPOSITORY = r"https://(?:github\.com|raw\.githubusercontent\.com)/diffusionbloc
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]+)?\)")
 FETCHED = {  # what pages import
-    "guides/own-model.md": "transformers", "guides/transformers.md": "transformers", "index.md": "sklearn",
-    "README.md": "sklearn",
+    "guides/lora.md": "peft", "guides/own-model.md": "transformers", "guides/transformers.md": "transformers",
+    "index.md": "sklearn", "README.md": "sklearn",
 }  # fmt: skip
 
 

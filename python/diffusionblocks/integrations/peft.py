@@ -1,0 +1,193 @@
+"""transformers' networks with an adapter of peft (LoRA and its like) as blocks, and the adapter back as peft's folder.
+
+Importing this module lets `convert` and `load` take networks that have an adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import peft
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..blocks import DiffusionBlocks
+from ..convert.checks import layers_name
+from ..convert.families import FAMILIES, Family
+from ..convert.registry import Converter, register
+from ..convert.transformers import CONVERTERS
+
+FRESH = (True, False, "gaussian", "orthogonal")  # init_lora_weights that leave the network's own weights alone
+
+
+def save_adapter(model: DiffusionBlocks, folder: str | Path, block: int | None = None) -> None:
+    """Write the trained adapter, averaged where there are averages, as a folder that PeftModel.from_pretrained loads.
+
+    Args:
+        model: From `convert` with cond=0, of a network with an adapter.
+        folder: For adapter_config.json and adapter_model.safetensors; made if missing.
+        block: Write this block's adapter, for the network that `to_original(model, block)` gives of the same blocks
+            without adapters. None: that of all layers, for the network that was converted.
+
+    Raises: ValueError if the model has no adapter, or more was trained than such a folder has a place for.
+    """
+    name, config = _adapter_of(model)
+    chosen = list(range(len(model.blocks))) if block is None else [block]
+    if block is not None:
+        model.partition.check_block(block)
+        config = _cut(config, model.partition.layers, block)
+    elif model.shared == "per_block" and len(chosen) > 1:
+        raise ValueError("each block has a stem and head of its own: save_adapter(..., block=...) saves one block's")
+    paths = _paths(model, chosen)
+    weights = _weights(model, chosen)
+    saved = peft.get_peft_model_state_dict(model, weights, name, save_embedding_layers=False)
+    saved |= {key: t for key, t in weights.items() if _is_inside(_renamed(key, paths), config.modules_to_save or ())}
+    _check_all_saved(model, weights, saved)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = {f"base_model.model.{_renamed(key, paths)}": t.contiguous() for key, t in saved.items()}
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.inference_mode = True  # as peft's own save_pretrained
+    config.save_pretrained(str(folder))
+
+
+def _adapter_of(model: DiffusionBlocks) -> tuple[str, Any]:
+    configs = getattr(model, "peft_config", {})
+    if model.origin is None or not configs:
+        raise ValueError("save_adapter needs a model that `convert` made of a network with an adapter of peft")
+    if model.origin["options"].get("cond") != 0:
+        raise ValueError(
+            "the layers have AdaLN conditioning, which a peft folder has no place for: convert with cond=0, or keep "
+            "the model as blocks (save_pretrained and load)"
+        )
+    name, config = next(iter(configs.items()))
+    return name, copy.deepcopy(config)
+
+
+def _cut(config: Any, layers: Sequence[int], block: int) -> Any:
+    """Return an adapter's config for a network of one block's layers, which are numbered from 0 there."""
+    first, own = sum(layers[:block]), layers[block]
+    targets = config.target_modules
+    patterns: list[str] = [targets] if isinstance(targets, str) else list(targets or ())
+    patterns += [*getattr(config, "rank_pattern", ()), *getattr(config, "alpha_pattern", ())]
+    if first and (numbered := [pattern for pattern in patterns if re.search(r"(^|\W)\d", pattern)]):
+        raise ValueError(
+            f"{numbered[0]!r} numbers layers of the whole network, those of block {block} are numbered from 0: choose "
+            "layers by layers_to_transform, or save the adapter of all layers (block=None)"
+        )
+    if (chosen := config.layers_to_transform) is not None:
+        chosen = [chosen] if isinstance(chosen, int) else chosen
+        config.layers_to_transform = [i - first for i in chosen if first <= i < first + own]
+    return config
+
+
+def _paths(model: DiffusionBlocks, chosen: Sequence[int]) -> dict[str, str]:
+    """Return which of the model's names begin where in the network: prefixes of both."""
+    assert model.origin is not None
+    family, layers = FAMILIES[model.origin["kind"]], model.origin["network"]["layers"]
+    around = "stem_head." if model.shared != "per_block" else f"blocks.{chosen[0]}.stem_head."
+    paths = {f"{around}stem.embedding.embeddings.": family.embeddings}
+    for part, names in (("stem.embedding.positions", family.positions), ("head.before", family.before)):
+        paths |= {f"{around}{part}.{i}.": name for i, name in enumerate(names)}
+    paths |= {f"{around}head.after.{i}.": name for i, name in enumerate(family.after)}
+    places = [f"blocks.{b}.layers.{i}.layer." for b in chosen for i in range(model.partition.layers[b])]
+    return paths | {prefix: f"{layers}.{i}" for i, prefix in enumerate(places)}
+
+
+def _renamed(key: str, paths: dict[str, str]) -> str:
+    found = ((prefix, path) for prefix, path in paths.items() if key.startswith(prefix))
+    prefix, path = next(found, ("", ""))
+    return f"{path}.{key.removeprefix(prefix)}"
+
+
+def _weights(model: DiffusionBlocks, chosen: Sequence[int]) -> dict[str, Tensor]:
+    with model.averages():
+        parts = ["shared", *(f"block_{b}" for b in chosen)]
+        return {key: t for part in parts for key, t in model.part_weights(part).items()}
+
+
+def _is_inside(key: str, modules: Sequence[str]) -> bool:
+    """Return whether a weight is inside one of the modules that peft finds by these ends of names."""
+    path = key.split(".")
+    return any(".".join(path[:i]).endswith(tuple(modules)) for i in range(1, len(path)))
+
+
+def _check_all_saved(model: DiffusionBlocks, weights: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    kept = {id(t) for t in saved.values()}
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    if lost := sorted(key for key, t in weights.items() if key in trained and id(t) not in kept):
+        raise ValueError(
+            f"{', '.join(lost[:3])}: trained, and no part of the adapter. Name the module in the config's "
+            "modules_to_save, or freeze it before convert"
+        )
+
+
+def _converted(network: Any, blocks: int | Sequence[int], *, plain: Converter, **options: Any) -> DiffusionBlocks:
+    """Return `convert`'s model of a network, whose adapter is trained in place of the network's own weights."""
+    configs = getattr(network, "peft_config", {})
+    if configs:
+        _check(network, configs)
+        _unwrap(network)
+        dtype = next(p for p in network.parameters() if not p.requires_grad).dtype
+        for p in (p for p in network.parameters() if p.requires_grad):
+            p.data = p.data.to(dtype)  # peft widens adapters of half networks; here the optimizer's masters are wide
+    model = plain.convert(network, blocks, **options)
+    if configs:
+        model.peft_config = configs
+    return model
+
+
+def _check(network: nn.Module, configs: dict[str, Any]) -> None:
+    if len(configs) > 1:
+        raise ValueError(f"the network has adapters {', '.join(configs)}: delete all but the one to train")
+    if (init := getattr(next(iter(configs.values())), "init_lora_weights", True)) not in FRESH:
+        raise ValueError(f"init_lora_weights={init!r} changes the network's own weights: use one of {FRESH}")
+    tuners: list[Any] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    if any(tuner.merged or tuner.disable_adapters for tuner in tuners):
+        raise ValueError("the network's adapter is merged or disabled: unmerge_adapter() or enable_adapters() first")
+    if not any(p.requires_grad for tuner in tuners for p in tuner.parameters()):
+        raise ValueError("the network's adapter is frozen: load it with is_trainable=True")
+
+
+def _unwrap(network: nn.Module) -> None:
+    """Put the trained copies of modules_to_save in their modules' places."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            network.set_submodule(name, module.modules_to_save[module.active_adapter])
+
+
+def _described(network: Any, *, plain: Converter, family: Family) -> dict[str, Any]:
+    assert plain.describe is not None
+    described = plain.describe(network)
+    for name, config in getattr(network, "peft_config", {}).items():
+        adapter = json.loads(json.dumps(config.to_dict(), default=sorted))  # sets of names are no JSON
+        described |= {"layers": layers_name(network, family), "adapter_name": name, "adapter": adapter}
+    return described
+
+
+def _built(described: dict[str, Any], *, plain: Converter) -> Any:
+    assert plain.build is not None
+    network: Any = plain.build(described)
+    if "adapter" in described:
+        network.add_adapter(peft.get_peft_config(described["adapter"]), described["adapter_name"])
+    return network
+
+
+def _refuse(network: Any, blocks: Any, **options: Any) -> NoReturn:
+    raise TypeError(f"{type(network).__name__} wraps the network: convert peft_model.get_base_model(), adapter and all")
+
+
+register("peft.peft_model.PeftModel")(_refuse)
+for _kind, _plain in CONVERTERS.items():
+    register(
+        _kind,
+        describe=functools.partial(_described, plain=_plain, family=FAMILIES[_kind]),
+        build=functools.partial(_built, plain=_plain),
+    )(functools.partial(_converted, plain=_plain))
