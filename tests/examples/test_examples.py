@@ -17,14 +17,23 @@ EXAMPLES = {
     "own_loop.py": "torch",
     "convert_vit.py": "transformers",
     "ray_blocks.py": "ray",
+    "accelerate_blocks.py": "accelerate",
+    "lightning_blocks.py": "lightning",
 }
+TWICE = """
+import runpy, sys
+path, option, steps = sys.argv[1:]
+for count in (int(steps) - 20, int(steps)):
+    sys.argv[1:] = [option, str(count)]
+    runpy.run_path(path, run_name="__main__")
+"""  # in one process, since Lightning's import takes seconds
 
 
-def run(name: str, folder: Path, steps: int) -> str:
+def run(name: str, folder: Path, steps: int, command: tuple[str, ...] = ()) -> str:
     pytest.importorskip(EXAMPLES[name])
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), "--steps", str(steps)],
+        [sys.executable, *command, str(ROOT / "examples" / name), "--steps", str(steps)],
         cwd=folder, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -55,6 +64,13 @@ def test_converted_vit_is_loaded(tmp_path):
 
 def test_blocks_of_ray_tasks_make_one_model(tmp_path):
     assert accuracy(run("ray_blocks.py", tmp_path, steps=300)) > 60  # chance is 33 %
+
+
+@pytest.mark.parametrize("name", ["accelerate_blocks.py", "lightning_blocks.py"])
+def test_blocks_within_another_trainer_are_resumed(name, tmp_path):
+    output = run(name, tmp_path, 120, ("-c", TWICE))
+    assert "after 100 steps" in output and "after 120 steps" in output
+    assert accuracy(output) > 60  # chance is 33 %
 
 
 def tasks_of(mark: str) -> list[int]:
