@@ -40,7 +40,7 @@ REFUSED = {  # TrainingArguments that must be unset, and what to do instead
     "optim_args": "optimizer= here",
     "optim_target_modules": "optimizer= here",
     "load_best_model_at_end": "diffusionblocks.load(trainer.state.best_model_checkpoint) after training",
-    "push_to_hub": "model.save_pretrained and huggingface_hub's upload_folder after training",
+    "push_to_hub": "diffusionblocks.integrations.hub.push_to_hub(model, repo_id) after training",
     "torch_empty_cache_steps": "leave it out: blocks change places in fixed buffers",
 }
 FIXED = {  # TrainingArguments that must keep their defaults, since BlockAdamW is the optimizer
