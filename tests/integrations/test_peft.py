@@ -63,7 +63,9 @@ def test_a_block_is_an_adapter_on_its_network(name, tmp_path):
 def test_one_block_is_an_adapter_on_the_network(name, tmp_path):
     with torch.enable_grad():
         model, _ = trained(name, tmp_path / "wait", blocks=1, layers_to_transform=[1, 3])
-    save_adapter(model.eval(), tmp_path / "adapter")
+    model.eval().peft_config["default"].base_model_name_or_path = "me/base"
+    save_adapter(model, tmp_path / "adapter")
+    assert peft.PeftConfig.from_pretrained(str(tmp_path / "adapter")).base_model_name_or_path == "me/base"
     x, _ = tiny.batch(name)
     tuned = peft.PeftModel.from_pretrained(tiny.network(name), str(tmp_path / "adapter")).eval()
     with model.averages():
@@ -132,9 +134,24 @@ def test_adapters_that_cannot_be_trained_are_refused(change, words):
         db.convert(network, 2, cond=0)
 
 
-def test_a_changed_base_is_refused():
-    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
-        db.convert(adapted(LLAMA, init_lora_weights="pissa"), 2, cond=0)
+@pytest.mark.parametrize("values", [dict(init_lora_weights="pissa"), dict(trainable_token_indices=[3])])
+def test_adapters_that_change_the_base_are_refused(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        db.convert(adapted(LLAMA, **values), 2, cond=0)
+
+
+def test_ranks_that_move_between_layers_are_refused():
+    network = tiny.network(LLAMA)
+    network.add_adapter(peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9))
+    with pytest.raises(ValueError, match="AdaLoRA"):
+        db.convert(network, 2, cond=0)
+
+
+def test_what_modules_to_save_names_is_trained_too():
+    shared = db.convert(adapted(VIT), 2, cond=0).parts()["shared"]
+    assert {key for key, p in shared.named_parameters() if p.requires_grad} == {
+        "stem_head.head.after.0.weight", "stem_head.head.after.0.bias"
+    }  # fmt: skip
 
 
 def test_a_peft_model_is_refused_by_name():

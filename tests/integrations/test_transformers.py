@@ -150,3 +150,13 @@ def test_batches_of_collators():
 def test_batches_that_would_be_taken_wrongly_are_refused(name, inputs, words):
     with pytest.raises(ValueError, match=words):
         batch_of(tiny.convert(tiny.network(name)), {key: torch.tensor(value) for key, value in inputs.items()})
+
+
+def test_training_again_goes_on_unless_weights_were_rounded(tmp_path):
+    trainer, rounded = (trainer_of(VIT, arguments(tmp_path, max_steps=1, bf16=bf16)) for bf16 in (False, True))
+    for _ in range(2):
+        trainer.train()
+    assert trainer.state.global_step == 1 and trainer.blocks.steps_done == 1
+    rounded.train()
+    with pytest.raises(ValueError, match="make a new trainer"):
+        rounded.train()

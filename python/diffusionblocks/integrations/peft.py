@@ -31,6 +31,8 @@ FRESH = (True, False, "gaussian", "orthogonal")  # init_lora_weights that leave 
 def save_adapter(model: DiffusionBlocks, folder: str | Path, block: int | None = None) -> None:
     """Write the trained adapter, averaged where there are averages, as a folder that PeftModel.from_pretrained loads.
 
+    No network is built, and of offloaded blocks one at a time is in memory.
+
     Args:
         model: From `convert` with cond=0, of a network with an adapter.
         folder: For adapter_config.json and adapter_model.safetensors; made if missing.
@@ -47,21 +49,40 @@ def save_adapter(model: DiffusionBlocks, folder: str | Path, block: int | None =
     elif model.shared == "per_block" and len(chosen) > 1:
         raise ValueError("each block has a stem and head of its own: save_adapter(..., block=...) saves one block's")
     paths = _paths(model, chosen)
-    weights = _weights(model, chosen)
-    saved = peft.get_peft_model_state_dict(model, weights, name, save_embedding_layers=False)
-    saved |= {key: t for key, t in weights.items() if _is_inside(_renamed(key, paths), config.modules_to_save or ())}
-    _check_all_saved(model, weights, saved)
+    tensors: dict[str, Tensor] = {}
+    with model.averages():
+        for part in ("shared", *(f"block_{b}" for b in chosen)):
+            tensors |= _part_of_adapter(model, part, name, config, paths)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{_renamed(key, paths)}": t.contiguous() for key, t in saved.items()}
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
     config.inference_mode = True  # as peft's own save_pretrained
     config.save_pretrained(str(folder))
 
 
+def _part_of_adapter(
+    model: DiffusionBlocks, part: str, name: str, config: Any, paths: dict[str, str]
+) -> dict[str, Tensor]:
+    """Return what of a part belongs into a peft folder, by the names there."""
+    weights = model.part_weights(part)
+    saved = peft.get_peft_model_state_dict(model, weights, name, save_embedding_layers=False)
+    saved |= {key: t for key, t in weights.items() if _is_inside(_renamed(key, paths), config.modules_to_save or ())}
+    kept = {id(t) for t in saved.values()}
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    if lost := [key for key, t in weights.items() if key in trained and id(t) not in kept]:
+        raise ValueError(
+            f"{', '.join(lost[:3])}: trained, and no part of the adapter. Name the module in the config's "
+            "modules_to_save, or freeze it before convert"
+        )
+    return {f"base_model.model.{_renamed(key, paths)}": t.contiguous() for key, t in saved.items()}
+
+
 def _adapter_of(model: DiffusionBlocks) -> tuple[str, Any]:
     configs = getattr(model, "peft_config", {})
     if model.origin is None or not configs:
-        raise ValueError("save_adapter needs a model that `convert` made of a network with an adapter of peft")
+        raise ValueError(
+            "save_adapter needs a model that `convert` made of a network with an adapter, once this module was imported: "
+            "a model that is trained already can be converted again and its checkpoint loaded"
+        )
     if model.origin["options"].get("cond") != 0:
         raise ValueError(
             "the layers have AdaLN conditioning, which a peft folder has no place for: convert with cond=0, or keep "
@@ -74,15 +95,16 @@ def _adapter_of(model: DiffusionBlocks) -> tuple[str, Any]:
 def _cut(config: Any, layers: Sequence[int], block: int) -> Any:
     """Return an adapter's config for a network of one block's layers, which are numbered from 0 there."""
     first, own = sum(layers[:block]), layers[block]
-    targets = config.target_modules
+    targets = getattr(config, "target_modules", None)
     patterns: list[str] = [targets] if isinstance(targets, str) else list(targets or ())
-    patterns += [*getattr(config, "rank_pattern", ()), *getattr(config, "alpha_pattern", ())]
+    patterns += [*(getattr(config, "rank_pattern", None) or ()), *(getattr(config, "alpha_pattern", None) or ())]
     if first and (numbered := [pattern for pattern in patterns if re.search(r"(^|\W)\d", pattern)]):
         raise ValueError(
             f"{numbered[0]!r} numbers layers of the whole network, those of block {block} are numbered from 0: choose "
             "layers by layers_to_transform, or save the adapter of all layers (block=None)"
         )
-    if (chosen := config.layers_to_transform) is not None:
+    config.base_model_name_or_path = None  # that network is in no repository
+    if (chosen := getattr(config, "layers_to_transform", None)) is not None:
         chosen = [chosen] if isinstance(chosen, int) else chosen
         config.layers_to_transform = [i - first for i in chosen if first <= i < first + own]
     return config
@@ -107,31 +129,15 @@ def _renamed(key: str, paths: dict[str, str]) -> str:
     return f"{path}.{key.removeprefix(prefix)}"
 
 
-def _weights(model: DiffusionBlocks, chosen: Sequence[int]) -> dict[str, Tensor]:
-    with model.averages():
-        parts = ["shared", *(f"block_{b}" for b in chosen)]
-        return {key: t for part in parts for key, t in model.part_weights(part).items()}
-
-
 def _is_inside(key: str, modules: Sequence[str]) -> bool:
     """Return whether a weight is inside one of the modules that peft finds by these ends of names."""
     path = key.split(".")
     return any(".".join(path[:i]).endswith(tuple(modules)) for i in range(1, len(path)))
 
 
-def _check_all_saved(model: DiffusionBlocks, weights: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    kept = {id(t) for t in saved.values()}
-    trained = {key for key, p in model.named_parameters() if p.requires_grad}
-    if lost := sorted(key for key, t in weights.items() if key in trained and id(t) not in kept):
-        raise ValueError(
-            f"{', '.join(lost[:3])}: trained, and no part of the adapter. Name the module in the config's "
-            "modules_to_save, or freeze it before convert"
-        )
-
-
 def _converted(network: Any, blocks: int | Sequence[int], *, plain: Converter, **options: Any) -> DiffusionBlocks:
     """Return `convert`'s model of a network, whose adapter is trained in place of the network's own weights."""
-    configs = getattr(network, "peft_config", {})
+    configs = _configs(network)
     if configs:
         _check(network, configs)
         _unwrap(network)
@@ -144,11 +150,25 @@ def _converted(network: Any, blocks: int | Sequence[int], *, plain: Converter, *
     return model
 
 
+def _configs(network: Any) -> dict[str, Any]:
+    """Return a network's adapters' configs by name, with where its own weights came from."""
+    configs = copy.deepcopy(getattr(network, "peft_config", {}))
+    for config in configs.values():
+        config.base_model_name_or_path = config.base_model_name_or_path or network.name_or_path
+    return configs
+
+
 def _check(network: nn.Module, configs: dict[str, Any]) -> None:
     if len(configs) > 1:
         raise ValueError(f"the network has adapters {', '.join(configs)}: delete all but the one to train")
-    if (init := getattr(next(iter(configs.values())), "init_lora_weights", True)) not in FRESH:
+    config = next(iter(configs.values()))
+    if (init := getattr(config, "init_lora_weights", True)) not in FRESH:
         raise ValueError(f"init_lora_weights={init!r} changes the network's own weights: use one of {FRESH}")
+    if isinstance(config, peft.AdaLoraConfig):
+        raise ValueError("AdaLoRA moves ranks between layers in every step, and blocks are trained apart: use LoRA")
+    for name in ("trainable_token_indices", "layer_replication"):
+        if getattr(config, name, None):
+            raise ValueError(f"adapters with {name} aren't converted: leave it out")
     tuners: list[Any] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
     if any(tuner.merged or tuner.disable_adapters for tuner in tuners):
         raise ValueError("the network's adapter is merged or disabled: unmerge_adapter() or enable_adapters() first")
@@ -166,7 +186,7 @@ def _unwrap(network: nn.Module) -> None:
 def _described(network: Any, *, plain: Converter, family: Family) -> dict[str, Any]:
     assert plain.describe is not None
     described = plain.describe(network)
-    for name, config in getattr(network, "peft_config", {}).items():
+    for name, config in _configs(network).items():
         adapter = json.loads(json.dumps(config.to_dict(), default=sorted))  # sets of names are no JSON
         described |= {"layers": layers_name(network, family), "adapter_name": name, "adapter": adapter}
     return described

@@ -128,10 +128,15 @@ class DiffusionBlocksTrainer(transformers.Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return transformers' scheduler, and make the trainer of the blocks, whose steps are known now."""
+        """Return transformers' scheduler, and make the trainer of the blocks, whose steps are known now.
+
+        Raises: ValueError if one was made before with bf16=True.
+        """
         scheduler, args = super().create_scheduler(num_training_steps, optimizer), self.args
-        if self.blocks is not None:
-            self.blocks.offloader.release()  # of the training before
+        if self.blocks is not None:  # of the training before
+            if args.bf16:
+                raise ValueError("train() again would begin from weights rounded to bfloat16: make a new trainer")
+            self.blocks.offloader.release()
         self.blocks = _BlockTrainer(
             self.model,
             lambda: scheduler.get_last_lr()[0] / args.learning_rate,
