@@ -66,7 +66,7 @@ def test_blocks_of_ray_tasks_make_one_model(tmp_path):
     assert accuracy(run("ray_blocks.py", tmp_path, steps=300)) > 60  # chance is 33 %
 
 
-@pytest.mark.parametrize("name", ["accelerate_blocks.py", "lightning_blocks.py"])
+@pytest.mark.parametrize("name", ["accelerate_blocks.py", pytest.param("lightning_blocks.py", marks=pytest.mark.slow)])
 def test_blocks_within_another_trainer_are_resumed(name, tmp_path):
     output = run(name, tmp_path, 120, ("-c", TWICE))
     assert "after 100 steps" in output and "after 120 steps" in output

@@ -80,8 +80,8 @@ def _adapter_of(model: DiffusionBlocks) -> tuple[str, Any]:
     configs = getattr(model, "peft_config", {})
     if model.origin is None or not configs:
         raise ValueError(
-            "save_adapter needs a model that `convert` made of a network with an adapter, once this module was imported: "
-            "a model that is trained already can be converted again and its checkpoint loaded"
+            "save_adapter needs a model that `convert` made, after this module was imported, of a network with an "
+            "adapter; one that is trained already can be converted again and its checkpoint loaded"
         )
     if model.origin["options"].get("cond") != 0:
         raise ValueError(
