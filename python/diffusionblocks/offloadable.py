@@ -137,3 +137,11 @@ class Offloadable(nn.Module):
         }
         with self.averages():
             save_shards(folder, {part: functools.partial(self.part_weights, part) for part in self.parts()}, config)
+
+
+def check_free(model: Any) -> None:
+    """Raise TypeError unless it is a model of blocks, ValueError if an Offloader is in charge of them."""
+    if not isinstance(model, Offloadable):
+        raise TypeError(f"model must be DiffusionBlocks, from from_layers or convert, got {type(model).__name__}")
+    if model.offloader is not None:
+        raise ValueError("this model's blocks are managed already: call model.offloader.release() first")

@@ -98,7 +98,7 @@ def test_an_exported_folder_is_used_as_a_run(folder, tmp_path, capsys):
     dblocks("predict", folder, *names)
     lines = capsys.readouterr().out
     assert [json.loads(line)["file"] for line in lines.splitlines()] == [str(name) for name in names]
-    dblocks("export", folder, "--to", tmp_path / "model")
+    dblocks("export", folder, "--out", tmp_path / "model")
     assert files(folder) == before
     capsys.readouterr()
     dblocks("predict", tmp_path / "model", *names)
@@ -143,7 +143,10 @@ def test_errors_are_one_line_and_say_what_to_do(folder, tmp_path, capsys):
     assert "overlap" in fails(capsys, "train", "vit-digits", "--overlap", "-1", "--out", tmp_path / "z")
     assert "clip" in fails(capsys, "train", "vit-digits", "--clip", "-1", "--out", tmp_path / "z")
     assert not (tmp_path / "z").exists(), "what is refused leaves no folder"
-    assert "wrong.png" in fails(capsys, "export", folder, "--to", wrong)
+    assert "wrong.png" in fails(capsys, "export", folder, "--out", wrong)
+    assert "wrong.png" in fails(capsys, "export", folder, "--to", wrong), "its name before"
+    alone = "--baseline", "--tune-lr", "1e-3"
+    assert "--baseline without a name trains none" in fails(capsys, "train", "vit-digits", *alone)
     if not torch.cuda.is_available():
         assert "no GPU" in fails(capsys, "train", "vit-digits", "--device", "cuda", "--out", tmp_path / "y")
 

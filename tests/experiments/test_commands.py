@@ -128,7 +128,7 @@ def test_a_run_is_used_without_its_data(images, tmp_path, capsys, monkeypatch):
     dblocks("predict", tmp_path / "run", picture)
     line = capsys.readouterr().out
     assert json.loads(line)["name"] == ["bright", "dark"][json.loads(line)["label"]]
-    dblocks("export", tmp_path / "run", "--to", tmp_path / "model")
+    dblocks("export", tmp_path / "run", "--out", tmp_path / "model")
     shutil.rmtree(tmp_path / "run")
     capsys.readouterr()
     dblocks("predict", tmp_path / "model", picture)
@@ -150,7 +150,7 @@ def test_a_language_model_is_sampled_without_its_text(tmp_path, capsys):
         error = fails(capsys, command, out)
         assert "not those it was trained on" in error and "alphabet" in error
     text.unlink()
-    dblocks("export", out, "--to", tmp_path / "lm")
+    dblocks("export", out, "--out", tmp_path / "lm")
     capsys.readouterr()
     for folder in (out, tmp_path / "lm"):
         dblocks("sample", folder, "--count", "2", "--length", "40", "--prompt", "tag")

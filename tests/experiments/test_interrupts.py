@@ -82,3 +82,20 @@ def test_the_command_says_how_to_go_on(tmp_path, monkeypatch, capsys):
         cli.main()
     assert stop.value.code == 143
     assert f"stopped by SIGTERM; saved. Go on with: dblocks resume {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("written", "words"), [
+    ((), "stopped before the first step; nothing was written"),
+    (("config.yaml",), "there is no checkpoint yet, it begins anew. Go on with: dblocks resume"),
+    (("config.yaml", "checkpoint/manifest.json"), "the last checkpoint is kept. Go on with: dblocks resume"),
+])  # fmt: skip
+def test_a_stop_at_once_says_what_is_left(tmp_path, monkeypatch, capsys, written, words):
+    def stopped(config, overwrite):
+        for name in written:
+            write(config.out / name, "")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "start", stopped)
+    with pytest.raises(SystemExit) as stop:
+        cli.train(tiny.config(tmp_path / "run"))
+    assert stop.value.code == 130 and words in capsys.readouterr().err

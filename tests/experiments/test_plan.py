@@ -46,6 +46,8 @@ def test_the_command_prints_a_table_and_the_smallest_fit(capsys):
     cli.show_plan(replace(CONFIG, device="cuda"), memory="250KiB", host_memory="1MiB")
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("250KiB and 1MiB of host memory: B = 3, blocks wait on the host, slots = ")
+    with pytest.raises(ValueError, match="--host-memory: the CPU's memory is the host's"):
+        cli.show_plan(CONFIG, memory="1GiB", host_memory="1MiB")
     with pytest.raises(SystemExit):
         cli.show_plan(CONFIG, memory="1KiB")
     assert "nothing fits in 1KiB" in capsys.readouterr().out

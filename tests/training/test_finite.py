@@ -50,3 +50,17 @@ def test_a_bad_norm_alone_names_the_levels_of_all_batches(bad):
     watch.update(0, 0, [loss(1.0, 0.5, 0.7), loss(1.0, 0.3, 0.6)], torch.tensor(bad))
     assert "block 0 is not finite at step 0 (sigma from 0.3 to 0.7)" in message(watch)
     assert "step 0" in message(watch), "it stays"
+
+
+@bad_values
+def test_a_batch_that_holds_what_is_not_finite_is_to_blame_and_a_later_one_is_not(bad):
+    watch = FiniteWatch(CPU, "sigma")
+    watch.look(torch.zeros(0), torch.tensor([1, 2]), torch.tensor([1.0, bad]))
+    watch.update(0, 0, [loss(1.0, 0.5)], GOOD)  # e.g. where a mask hides it
+    watch.update(1, 0, [loss(bad, 0.5)], GOOD)
+    assert "Lower lr" in message(watch)
+    watch.forget()
+    watch.look(torch.tensor([complex(0, bad)]))
+    watch.look(torch.ones(2))  # another batch of the step
+    watch.update(2, 0, [loss(bad, 0.5)], GOOD)
+    assert "The batch itself, x or y, holds NaN or infinity: mend the data" in message(watch)

@@ -110,21 +110,21 @@ def test_checkpointed_layers_are_counted(tmp_path, kind, precision):
     assert ours.by_category["activations"] < plain.by_category["activations"]
 
 
-@pytest.mark.parametrize("offload", OFFLOADS)
+SETTINGS = {
+    "no ema": {"ema": 0.0},
+    "accumulate": {"accumulate": 3},
+    "two slots": {"slots": 2},
+    "bfloat16 moments": {"moments": "bfloat16"},
+    "sgd": {"optimizer": lambda params: torch.optim.SGD(params, 0.1, momentum=0.9)},
+    "adam": {"optimizer": lambda params: torch.optim.Adam(params, 0.1)},
+}
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"ema": 0.0},
-        {"accumulate": 3},
-        {"slots": 2},
-        {"moments": "bfloat16"},
-        {"optimizer": lambda params: torch.optim.SGD(params, 0.1, momentum=0.9)},
-        {"optimizer": lambda params: torch.optim.Adam(params, 0.1)},
-    ],
-    ids=["no ema", "accumulate", "two slots", "bfloat16 moments", "sgd", "adam"],
+    "name, offload", [(name, place) for name in SETTINGS for place in OFFLOADS if place or name != "two slots"]
 )
-def test_settings_are_counted(tmp_path, settings, offload):
-    assert_as_planned(small.model(layers=3), small.batch(), tmp_path, offload=offload, **settings)
+def test_settings_are_counted(tmp_path, name, offload):
+    assert_as_planned(small.model(layers=3), small.batch(), tmp_path, offload=offload, **SETTINGS[name])
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -278,6 +278,18 @@ def test_bad_input_is_refused():
     for given in ({"memory_bytes": "24GiB"}, {"memory_bytes": 1, "host_bytes": "1GiB"}):
         with pytest.raises(TypeError, match=r"_bytes must be a number of bytes, got '.*GiB'"):
             db.plan(small.model(), small.batch(), device="cpu").fit(**given)
+    table = db.plan(small.model(), small.batch(), device="cpu")
+    for call in (table.smallest, table.fit, table.choice(1).visit, lambda value: table.fit(1, value)):
+        for value in (-1, 0, float("nan")):
+            with pytest.raises(ValueError, match="must be positive"):
+                call(value)
+    with pytest.raises(ValueError, match="host_bytes: the device is the host itself"):
+        table.fit(10**9, host_bytes=1)
+    with pytest.raises(ValueError, match="blocks=9 is not among the plan's: 1, 2, 3, 4"):
+        table.choice(9)
+    for batch in (small.batch()[0], 5, ("x", "y")):
+        with pytest.raises(TypeError, match=r"batch must be two tensors \(x, y\)"):
+            db.plan(small.model(), batch)
 
 
 @pytest.mark.parametrize(

@@ -89,3 +89,31 @@ def test_converting_a_model_in_training_is_refused_by_its_name():
     for convert in (made.model.half, made.model.double, made.model.cpu, lambda: made.model.to("cpu")):
         with pytest.raises(RuntimeError, match=r"^move or convert: .*call its release\(\) first"):
             convert()
+
+
+@pytest.mark.parametrize("option", ["folder", "log_folder"])
+def test_a_folder_that_cannot_be_made_is_named_by_its_option(tmp_path, option):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match=f"{option}='.*file' can't"):
+        trainer(offload="disk", **{"folder": tmp_path / "waiting", option: tmp_path / "file"})
+
+
+def test_what_is_no_model_and_what_are_no_callbacks():
+    with pytest.raises(TypeError, match="model must be DiffusionBlocks.*got Linear"):
+        db.Trainer(torch.nn.Linear(2, 2), lr=1e-3)
+    with pytest.raises(TypeError, match="callbacks must be a list"):
+        trainer(callbacks=print)
+
+
+@pytest.mark.parametrize("steps", [1.5, "3", True])
+def test_steps_of_fit_are_whole(steps):
+    with pytest.raises(ValueError, match=f"steps must be a whole number, got {steps!r}"):
+        trainer().fit([small.batch()], steps=steps, progress=False)
+
+
+def test_both_ways_to_say_steps_warn_of_blocks_without_a_turn():
+    with pytest.warns(UserWarning, match="3 steps in visits of 25 leave 1 of 2 blocks untrained"):
+        trainer(steps=3)
+    made = trainer()
+    with pytest.warns(UserWarning, match="1 steps in visits of 25 leave 1 of 2 blocks untrained"):
+        made.fit([small.batch()], steps=1, progress=False)

@@ -101,7 +101,7 @@ def test_training_goes_on_from_a_checkpoint_after_a_bad_step(tmp_path):
     made = run(trainer(log_every=1), 0, 2)
     made.save(tmp_path)
     x, y = small.batch()
-    with pytest.raises(db.NonFiniteLoss):
+    with pytest.raises(db.NonFiniteLoss, match="mend the data"):
         made.step(x * float("nan"), y)
     made.load(tmp_path)
     assert_alike(run(made, 2, 4), run(trainer(), 0, 4))

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from .. import __version__
 from ..offload.memory import parse_bytes, readable
@@ -27,12 +25,11 @@ from .parsing import parse, presets_of
 from .plan import plan_of
 from .plotting import plots
 from .predict import predict as predict_images
+from .report import report, show
 from .run_folder import new_folder, read_config
 from .tasks import task_of
-from .tasks.base import Metric
 
 Folder = Annotated[Path, tyro.conf.Positional]
-console = Console()
 SHOWN = 400  # characters of sampled text that are printed
 
 if TYPE_CHECKING:
@@ -89,7 +86,7 @@ def evaluate(folder: Folder, split: Literal["test", "val"] = "test", steps: int 
 
 def sample(
     folder: Folder,
-    to: Path | None = None,
+    out: Path | None = None,
     count: int = 16,
     seed: int = 0,
     steps: int | None = None,
@@ -107,7 +104,7 @@ def sample(
 
     Args:
         folder: The run folder, or one that `dblocks export` wrote.
-        to: Folder to write to, the run folder's samples by default; if it holds files, the next of to-2, to-3, ...
+        out: Folder to write to, the run folder's samples by default; if it holds files, the next of -2, -3, ...
         count: Number of samples.
         seed: Seed of the noise they start from.
         steps: Steps of the sampling trajectory; the run's own by default.
@@ -131,7 +128,7 @@ def sample(
     of_images = dict(guidance=guidance, sampler=sampler, label=label)
     given = dict(steps=steps, judge=judge, **of_texts, **of_images)
     options = {name: value for name, value in given.items() if value is not None}
-    target = new_folder(to or folder / "samples")
+    target = new_folder(out or folder / "samples")
     try:
         commands.sample(task, model, target, count=count, seed=seed, **options)
     finally:  # what was written before an error, e.g. of the judge, stays
@@ -172,15 +169,15 @@ def plot(folder: Folder) -> None:
         print(path)
 
 
-def export(folder: Folder, to: Path) -> None:
+def export(folder: Folder, out: Path) -> None:
     """Write a run's averaged weights, its config and what else using them takes: eval, sample and predict read it.
 
     Args:
         folder: The run folder.
-        to: Folder to write, in the sharded layout of Hugging Face.
+        out: Folder to write, in the sharded layout of Hugging Face.
     """
-    exporting.export(*commands.open_run(folder), to)
-    print(to)
+    exporting.export(*commands.open_run(folder), out)
+    print(out)
 
 
 def merge(folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path) -> None:
@@ -202,10 +199,12 @@ def show_plan(
     Args:
         config: The preset and its settings.
         memory: Also name the number of blocks, where they wait and how many slots fit on the device, e.g. 24GiB.
-        host_memory: Memory of the host for waiting blocks, e.g. 16GiB; without it, any.
+        host_memory: Memory of the host for blocks that wait beside a GPU, e.g. 16GiB; without it, any.
     """
     limit, host = (None if text is None else parse_bytes(text) for text in (memory, host_memory))
     plan = plan_of(task_of(config))
+    if host is not None and plan.device.type == "cpu":
+        raise ValueError("--host-memory: the CPU's memory is the host's: give --memory alone, or --device cuda")
     print(f"{config.architecture}, batch {config.batch_size}, shared={config.shared!r}\n{plan}")
     if limit is None:
         return
@@ -218,37 +217,6 @@ def show_plan(
     print(f"{within}: {choice}")
 
 
-def report(config: TrainConfig, summary: dict[str, Any]) -> None:
-    """Print a run's table."""
-    if config.train_blocks is not None:
-        blocks = ", ".join(map(str, config.train_blocks))
-        print(f"trained blocks {blocks}; join them with the others by: dblocks merge {config.out} OTHERS --out NEW")
-        return
-    metric = task_of(config).metric
-    table = Table("training", f"test {metric.label}", "val", "seconds", "memory", "plan", title=str(config.out))
-    for name, result in summary["results"].items():
-        memory = readable(sum(result["memory"].values()))
-        planned = readable(sum(result["plan"].values())) if "plan" in result else "-"
-        values = [f"{result[split][metric.key]:.4g}" for split in ("test", "val")]
-        table.add_row(name, *values, f"{result['seconds']:.0f}", memory, planned)
-    console.print(table)
-    show(metric, summary["results"]["block-wise"]["test"])
-
-
-def show(metric: Metric, result: dict[str, Any]) -> None:
-    """Print an evaluation: its numbers, the trajectory, the information bound."""
-    numbers = {k: v for k, v in result.items() if isinstance(v, float) and k not in (metric.key, "bound_bits")}
-    console.print(f"{metric.label} {result[metric.key]:.4g}", *(f"{k} {v:.4g}" for k, v in numbers.items()), sep="; ")
-    if "trajectory" in result:
-        steps = Table("step", "sigma", "block", metric.label, title="along the trajectory")
-        for step in result["trajectory"]:
-            steps.add_row(str(step["step"]), f"{step['sigma']:.4g}", str(step["block"]), f"{step[metric.key]:.2f}")
-        console.print(steps)
-    if "bound_bits" in result:
-        regret = ", ".join(f"{bits:+.3f}" for bits in result["regret_bits"])
-        console.print(f"information bound {result['bound_bits']:.3f} bits; regret by block {regret}")
-
-
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
     """Say how to go on after a training that ended early, and exit as shells expect."""
@@ -258,6 +226,14 @@ def _explained(folder: Path) -> Iterator[None]:
         how = "saved" if stop.saved else "this baseline begins anew"
         print(f"{stop}; {how}. Go on with: dblocks resume {folder}", file=sys.stderr)
         sys.exit(128 + stop.number)
+    except KeyboardInterrupt:
+        if not (folder / "config.yaml").exists():
+            print("dblocks: stopped before the first step; nothing was written", file=sys.stderr)
+        else:
+            any_ = (folder / "checkpoint" / "manifest.json").exists()
+            state = "the last checkpoint is kept" if any_ else "there is no checkpoint yet, it begins anew"
+            print(f"dblocks: stopped at once; {state}. Go on with: dblocks resume {folder}", file=sys.stderr)
+        sys.exit(130)
     except NonFiniteLoss as error:
         kept = (folder / "checkpoint" / "manifest.json").exists()
         way = f"dblocks resume {folder} --lr LOWER" if kept else "train again with a lower --lr, and --overwrite"

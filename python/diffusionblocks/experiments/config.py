@@ -55,7 +55,7 @@ class TrainConfig(TrainerConfig):
     checkpoint_minutes: Suppress[float] = 10.0
     """Minutes after which a checkpoint is written, too."""
     baseline: tuple[Literal["end-to-end", "checkpointing", "shallow"], ...] = ("end-to-end",)
-    """Networks to train beside, for comparison."""
+    """Networks to train beside, for comparison; the option alone, without a name, trains none."""
     tune_lr: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """End-to-end learning rates to choose from on the validation split."""
     tune_warmup: Suppress[tuple[float, ...]] = (0.05, 0.2)

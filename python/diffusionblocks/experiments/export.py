@@ -36,7 +36,7 @@ def open_exported(folder: Path) -> tuple[Task, DiffusionBlocks]:
     config, _ = read_index(folder)
     run = config.get("extra", {}).get("run")
     if run is None:
-        raise CheckpointError(f"{folder} holds no model of a run: `dblocks export RUN --to FOLDER` writes one")
+        raise CheckpointError(f"{folder} holds no model of a run: `dblocks export RUN --out FOLDER` writes one")
     task = task_of(from_dict(run["config"]), run["facts"])
     model = load(folder, task.model(Partition.from_dict(config["facts"]["partition"])))
     return task, model.to(pick_device(task.config.device)).eval()

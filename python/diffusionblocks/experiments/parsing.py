@@ -19,6 +19,7 @@ import tyro
 from .config import from_yaml
 from .presets import RUNS
 
+RENAMED = {"--to": "--out"}  # export and sample had another name for what is --out everywhere
 FLAGS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
 
 
@@ -51,7 +52,9 @@ def parse(table: dict[str, Callable[..., Any]], arguments: list[str], descriptio
 
         return bound
 
+    arguments = [RENAMED.get(argument, argument) for argument in arguments]
     _check_names(list(table), arguments)
+    _check_tuned(arguments)
     commands_ = {name: later(command) for name, command in table.items()}
     said = io.StringIO()
     try:
@@ -65,6 +68,13 @@ def parse(table: dict[str, Callable[..., Any]], arguments: list[str], descriptio
             print(f"dblocks: {_short(said.getvalue()).rstrip('.')}; see {path} --help", file=sys.stderr)
         raise
     return call
+
+
+def _check_tuned(arguments: list[str]) -> None:
+    """Raise ValueError on settings of baselines where none is trained."""
+    following = [*arguments, "-"][arguments.index("--baseline") + 1] if "--baseline" in arguments else ""
+    if following.startswith("-") and (named := [a for a in arguments if a.startswith("--tune-")]):
+        raise ValueError(f"{named[0]} is for baselines, and --baseline without a name trains none: leave one out")
 
 
 def _short(text: str) -> str:

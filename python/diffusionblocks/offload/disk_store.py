@@ -31,9 +31,12 @@ class DiskStore:
     def __init__(self, folder: Path, lanes: Lanes, *, pin: bool):
         self.folder, self.lanes = folder, lanes
         self._ring = [host_buffer(CHUNK, pin=pin) for _ in range(2)] if lanes.out else []
-        folder.mkdir(parents=True, exist_ok=True)
         self._name = uuid.uuid4().hex
-        (folder / OWNER).write_text(self._name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / OWNER).write_text(self._name)
+        except OSError as error:
+            raise OSError(error.errno, f"folder={str(folder)!r} can't hold waiting blocks: {error.strerror}") from error
 
     def put(self, place: Place, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors as a part's content, wherever they are."""

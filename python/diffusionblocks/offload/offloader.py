@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..blocks import DiffusionBlocks
 from ..checkpoint.parts import Inspected, Stored
+from ..offloadable import check_free
 from .buffers import give_back
 from .disk_store import DiskStore
 from .host_store import HostStore
@@ -72,8 +73,8 @@ class Offloader:
             raise ValueError(f"offload must be None, 'cpu' or 'disk', got {offload!r}")
         if offload == "disk" and folder is None:
             raise ValueError("offload='disk' needs a folder to keep waiting blocks in")
-        if slots not in (1, 2) or isinstance(slots, bool):
-            raise ValueError(f"slots must be 1 or 2, got {slots!r}")
+        if slots not in ((1, 2) if offload else (1,)) or isinstance(slots, bool):
+            raise ValueError(f"slots must be 1, or 2 if blocks wait elsewhere, got {slots!r} and offload={offload!r}")
         check_free(model)
         self.model, self.device = model, torch.device(device)
         self.offload = offload if len(model.blocks) > 1 else None  # a lone block never waits
@@ -292,9 +293,3 @@ class Offloader:
         for name, part in self.parts.items():
             if self._is_resident(name):
                 part.swap()
-
-
-def check_free(model: DiffusionBlocks) -> None:
-    """Raise ValueError if an Offloader is in charge of a model's blocks."""
-    if model.offloader is not None:
-        raise ValueError("this model's blocks are managed already: call model.offloader.release() first")

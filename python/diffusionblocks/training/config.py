@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-LOGGERS = ("jsonl", "tensorboard", "wandb")
+from .settings import take_types
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class TrainerConfig:
     offload: Literal["cpu", "disk", "auto"] | None = None
     """Where waiting blocks are: in host memory, on disk, or (None) on the device; auto: disk if that is the CPU."""
     folder: Path | None = None
-    """Folder of waiting blocks' files, for offload="disk"."""
+    """Folder of waiting blocks' files, for offload="disk"; with others it isn't used."""
     slots: Literal[1, 2] = 1
     """Buffers on the device for blocks; 2: the next block comes, and the one before leaves, while one trains."""
     pin: bool = True
@@ -75,25 +74,9 @@ class TrainerConfig:
     """Where rows go besides metrics.jsonl: "tensorboard", "wandb" (extras)."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
-        check_whole(self, 1, "visit", "accumulate", "log_every", "slots")
-        check_whole(self, 0, "seed")
-        check_at_least(self, 0, "weight_decay", "clip", "warmup")
-        if self.steps is not None:
-            check_whole(self, 1, "steps")
-        check_choice(self, "precision", "float32", "bfloat16")
-        check_choice(self, "moments", "float32", "bfloat16")
-        check_choice(self, "offload", None, "cpu", "disk", "auto")
-        check_choice(self, "slots", 1, 2)
-        for name in ("compile", "checkpoint_layers", "adapt", "pin"):
-            check_choice(self, name, False, True)
-        check_choice(self, "capture", None, False, True)
-        check_choice(self, "capture", None, False, True)
-        if isinstance(self.loggers, str):
-            object.__setattr__(self, "loggers", (self.loggers,))
-        for name in self.loggers:
-            if name not in LOGGERS:
-                raise ValueError(f"loggers must be among {', '.join(LOGGERS)}, got {name!r}")
+        take_types(self)
+        check_at_least(self, 1, "visit", "accumulate", "log_every", "steps")
+        check_at_least(self, 0, "seed", "weight_decay", "clip", "warmup")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.ema < 1:
@@ -101,10 +84,12 @@ class TrainerConfig:
         if not 0 <= self.branch < 1:
             raise ValueError(f"branch must be a share of the steps in [0, 1), got {self.branch}")
         blocks, mesh = self.train_blocks, self.mesh
-        if blocks is not None and not (isinstance(blocks, tuple) and 0 < len(blocks) == len(set(blocks))):
+        if blocks is not None and not 0 < len(blocks) == len(set(blocks)):
             raise ValueError(f"train_blocks must be a tuple of different blocks, e.g. (0, 2), got {blocks!r}")
-        if mesh is not None and not (isinstance(mesh, tuple) and len(mesh) == 2 and min(mesh) > 0):
+        if mesh is not None and min(mesh) < 1:
             raise ValueError(f"mesh must be two numbers, groups and processes of a group, e.g. (2, 4), got {mesh!r}")
+        if self.slots == 2 and self.offload is None:
+            raise ValueError("slots=2 is for blocks that wait elsewhere: set offload, too, or leave slots out")
         if self.total_steps is None and (self.branch or 0 < self.warmup < 1):
             raise ValueError("branch, and warmup as a share, are shares of all steps: set steps, too")
 
@@ -135,48 +120,33 @@ class TrainerConfig:
         return "disk" if device.type == "cpu" else "cpu"
 
 
-def check_complete(config: TrainerConfig, device: torch.device, optimizer: Any) -> None:
+def check_complete(
+    config: TrainerConfig, device: torch.device, optimizer: Any, callbacks: Any, given: Iterable[str]
+) -> None:
     """Raise unless a Trainer can be made: folders for what writes files, and a function for an optimizer of one's own.
 
+    given: Names of settings that were given beside it.
     Raises: ValueError or TypeError, naming the argument.
     """
+    for name, what in (("lr", "the learning rate"), ("moments", "the moments' dtype")):
+        if optimizer is not None and name in given:
+            raise ValueError(f"{name} and optimizer both set {what}: give it to the optimizer alone")
     if optimizer is not None and not callable(optimizer):
         raise TypeError(
             "optimizer must be a function that makes one from parameters, e.g. lambda params: "
             f"torch.optim.SGD(params, 0.1), got {str(optimizer)!r:.60}"
         )
+    if not isinstance(callbacks, Sequence) or isinstance(callbacks, str):
+        raise TypeError(f"callbacks must be a list of objects, e.g. [Log()], got {type(callbacks).__name__}")
     if config.offload_from(device) == "disk" and config.folder is None:
         raise ValueError("offload='disk' needs a folder: folder=, for the files of waiting blocks")
     if config.log_to is None and set(config.loggers) - {"jsonl"}:
         raise ValueError(f"loggers={config.loggers} need log_folder, where they write")
 
 
-def check_finite(config: Any) -> None:
-    """Raise ValueError unless every float of a config is finite."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ValueError(f"{field.name} must be finite, got {number}")
-
-
 def check_at_least(config: Any, least: int, *names: str) -> None:
-    """Raise ValueError unless these fields are numbers of at least `least`."""
+    """Raise ValueError if one of these fields is less than `least`."""
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
+        if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value!r}")
-
-
-def check_whole(config: Any, least: int, *names: str) -> None:
-    """Raise ValueError unless these fields are whole numbers of at least `least`."""
-    check_at_least(config, least, *names)
-    for name in names:
-        if not isinstance(getattr(config, name), int):
-            raise ValueError(f"{name} must be a whole number, got {getattr(config, name)!r}")
-
-
-def check_choice(config: Any, name: str, *choices: Any) -> None:
-    """Raise ValueError unless a field is one of `choices`."""
-    if getattr(config, name) not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(config, name)!r}")

@@ -50,7 +50,10 @@ def named(names: Sequence[str], folder: Path) -> list[Any]:
     """Return the loggers of these names, each once, writing to `folder`. Raises: ImportError without their extras."""
     kinds = {"jsonl": JsonLines, "tensorboard": TensorBoard, "wandb": WandB}
     if names:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(error.errno, f"log_folder={str(folder)!r} can't be made: {error.strerror}") from error
     return [kinds[name](folder) for name in dict.fromkeys(names)]
 
 

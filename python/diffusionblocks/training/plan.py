@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .config import TrainerConfig
 from .devices import known_device
 from .footprint import Cut, FakeNetwork, Unread
 from .optimizer import MakeOptimizer, adamw_of
+from .settings import settings_from
 
 WAITING = 0.02  # share of a visit that a move may take
 
@@ -53,6 +54,7 @@ class Choice:
 
     def visit(self, step_seconds: float) -> int:
         """Return the steps per visit for steps of this length. Raises: ValueError if no bandwidth is known."""
+        _check_positive("step_seconds", step_seconds, "seconds")
         if self.least_visit is None:
             raise ValueError("the time of a move is unknown: give plan a bandwidth, or a folder to measure it in")
         return max(1, math.ceil(self.least_visit / step_seconds))
@@ -91,7 +93,9 @@ class Plan:
         return {b: self.choice(b).usage for b in self.cuts}
 
     def choice(self, blocks: int, offload: str | None = "", slots: int = 0) -> Choice:
-        """Return what a number of blocks takes, by default as planned."""
+        """Return what a number of blocks takes, by default as planned. Raises: ValueError if it isn't in the plan."""
+        if blocks not in self.cuts:
+            raise ValueError(f"blocks={blocks!r} is not among the plan's: {', '.join(map(str, self.cuts))}")
         offload, slots = (self.offload if offload == "" else offload), slots or self.slots
         offload = offload if blocks > 1 else None  # a lone block never waits
         cut, on_host = self.cuts[blocks], self.device.type == "cpu"
@@ -104,17 +108,23 @@ class Plan:
 
     def smallest(self, memory_bytes: int) -> int | None:
         """Return the smallest B that fits into so many bytes on the device; None if none does."""
+        _check_positive("memory_bytes", memory_bytes, "bytes")
         return next((b for b, usage in sorted(self.rows.items()) if usage.total <= memory_bytes), None)
 
     def fit(self, memory_bytes: int, host_bytes: int | None = None) -> Choice | None:
         """Return the configuration with the fewest blocks that fits; of those the one that moves least.
 
         Args:
-            memory_bytes: On the device. host_bytes: On the host, for waiting blocks; None: any number.
+            memory_bytes: On the device. host_bytes: On the host, for waiting blocks of a GPU; None: any number.
+
+        Raises: TypeError or ValueError if one isn't a positive number, or host_bytes is given where the device is the
+            host itself.
         """
-        for name, value in (("memory_bytes", memory_bytes), ("host_bytes", host_bytes or 0)):
-            if not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number of bytes, got {value!r}")
+        _check_positive("memory_bytes", memory_bytes, "bytes")
+        if host_bytes is not None:
+            _check_positive("host_bytes", host_bytes, "bytes")
+            if self.device.type == "cpu":
+                raise ValueError("host_bytes: the device is the host itself, and memory_bytes counts all: leave it out")
         places = [(None, 1), ("cpu", 2), ("cpu", 1), ("disk", 2), ("disk", 1)]
         if self.device.type == "cpu":  # there a block that waits in memory frees none
             places = [place for place in places if place[0] != "cpu"]
@@ -185,9 +195,11 @@ def plan(
     """
     if not isinstance(model, DiffusionBlocks):
         raise TypeError(f"model must be DiffusionBlocks, from from_layers or convert, got {type(model).__name__}")
-    if bandwidth is not None and not 0 < bandwidth < math.inf:
-        raise ValueError(f"bandwidth must be positive bytes per second, got {bandwidth}")
-    config = TrainerConfig(**settings) if config is None else dataclasses.replace(config, **settings)
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)):
+        raise TypeError(f"batch must be two tensors (x, y), got {type(batch).__name__}")
+    if bandwidth is not None:
+        _check_positive("bandwidth", bandwidth, "bytes per second")
+    config = settings_from(TrainerConfig, config, settings, "bandwidth", "optimizer")
     device = known_device(config.device)
     offload = config.offload_from(device)
     cuts = _cuts(model, batch, config, optimizer or adamw_of(config))
@@ -195,6 +207,14 @@ def plan(
     if not known and offload:
         known = measured_bandwidth(device, offload, config.folder, pin=config.pin)
     return Plan(cuts, device, offload, config.slots, known)
+
+
+def _check_positive(name: str, value: Any, unit: str) -> None:
+    """Raise TypeError or ValueError unless a value is a positive number; infinity is more than any."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number of {unit}, got {value!r}")
+    if not float(value) > 0:
+        raise ValueError(f"{name} must be positive {unit}, got {value}")
 
 
 def _cuts(

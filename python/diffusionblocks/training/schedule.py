@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
+from collections.abc import Iterable
 
 import torch
 
@@ -51,6 +53,21 @@ def own_blocks(model: DiffusionBlocks, config: TrainerConfig, mesh: Mesh) -> fro
     if len(own) < len(every):
         _check_apart(model, config, what)
     return frozenset(own)
+
+
+def warn_untrained(own: Iterable[int], blocks: int, config: TrainerConfig, steps: int | None) -> None:
+    """Warn if training of so many steps, where that is known, ends before each of a trainer's blocks had its turn."""
+    if not steps:
+        return
+    visits = math.ceil(steps / config.visit)
+    left = set(own) - {turn(visit, blocks, seed=config.seed) for visit in range(min(visits, blocks))}
+    if left and not config.branch:  # else all begin as copies of a trained one
+        what = f"set visit={steps // blocks} or less" if steps >= blocks else "train more steps"
+        warnings.warn(
+            f"{steps} steps in visits of {config.visit} leave {len(left)} of {blocks} blocks untrained "
+            f"({', '.join(map(str, sorted(left)))}): {what}",
+            stacklevel=3,
+        )
 
 
 def _check_apart(model: DiffusionBlocks, config: TrainerConfig, what: str) -> None:

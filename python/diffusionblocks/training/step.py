@@ -70,6 +70,7 @@ def run(
         losses: Of the step's batches so far; this one's is appended.
         counted: Also count the bytes on the device before the update.
     """
+    trainer.watch.look(batch.x, batch.y)
     loss, activations = _forward(trainer, block, batch, numbers, counted)
     usage = norm = None
     try:
@@ -138,7 +139,7 @@ def restored(trainer: Trainer, block: int) -> Iterator[None]:
     states = [part.optimizer.state for part in parts if part.optimizer]
     tables += [(state, {p: dict(entries) for p, entries in state.items()}) for state in states]
     written = [b for module in modules for b in module._buffers.values() if b is not None]
-    written += [trainer.watch.first_bad, *([trainer.meter.sums] if trainer.meter else [])]
+    written += [trainer.watch.first_bad, trainer.watch.bad_batch, *([trainer.meter.sums] if trainer.meter else [])]
     values = [(t, t.data, t.clone()) for t in written]
     drawn = [(generator, generator.get_state()) for generator in generators_of(trainer.device)]
     try:

@@ -16,7 +16,8 @@ from ..denoiser import BlockLoss
 from ..noise.information import InformationMeter
 from ..noise.rng import stream
 from ..offload.memory import Usage, allocated, reset_peak
-from ..offload.offloader import Offloader, check_free
+from ..offload.offloader import Offloader
+from ..offloadable import check_free
 from ..targets.devices import send
 from . import state
 from .batches import endless, pair
@@ -30,7 +31,8 @@ from .mesh import open_mesh
 from .optimizer import MakeOptimizer, adamw_of, optimizer_of
 from .precision import autocast, seeded, stored
 from .progress import Progress
-from .schedule import adaptive_density, learning_rate, own_blocks, turn
+from .schedule import adaptive_density, learning_rate, own_blocks, turn, warn_untrained
+from .settings import settings_from, typed
 from .step import Batch, StepOutput, Work, pass_over
 
 
@@ -68,12 +70,9 @@ class Trainer:
         callbacks: Sequence[Any] = (),
         **settings: Any,
     ):
-        for name, what in (("lr", "the learning rate"), ("moments", "the moments' dtype")):
-            if optimizer is not None and name in settings:
-                raise ValueError(f"{name} and optimizer both set {what}: give it to the optimizer alone")
-        self.config = TrainerConfig(**settings) if config is None else dataclasses.replace(config, **settings)
+        self.config = settings_from(TrainerConfig, config, settings, "optimizer", "callbacks")
         self.mesh, self.device = open_mesh(self.config.mesh, pick_device(self.config.device))
-        check_complete(self.config, self.device, optimizer)
+        check_complete(self.config, self.device, optimizer, callbacks, settings)
         check_free(model)
         self.model, self.callbacks = model, [*callbacks, *(loggers(self.config) if self.mesh.is_first else [])]
         self.steps_done, self.batches_done = 0, 0
@@ -110,6 +109,7 @@ class Trainer:
         if self.config.compile:
             for block in model.blocks:
                 block.compile()
+        warn_untrained(self.own, len(model.blocks), self.config, self.config.total_steps)
         self._run = Capture(self).run
         reset_peak(self.device)
 
@@ -195,7 +195,8 @@ class Trainer:
         rates = []
         for optimizer in self.active_optimizers(block):
             for group, peak in zip(optimizer.param_groups, self._peaks[optimizer], strict=True):
-                group["lr"] = self.learning_rate_of(self.steps_done, peak)
+                steps, warmup = self.config.total_steps, self.config.warmup_steps
+                group["lr"] = learning_rate(self.steps_done, steps=steps, peak=peak, warmup=warmup)
                 rates.append(group["lr"])
         return rates
 
@@ -208,10 +209,6 @@ class Trainer:
             assert work.norm is not None
             if work.usage:
                 self.call("on_log", row(self, block, self._losses, work.norm, work.usage))
-
-    def learning_rate_of(self, step: int, peak: float) -> float:
-        """Return the learning rate of a step, on the way to and from `peak`."""
-        return learning_rate(step, steps=self.config.total_steps, peak=peak, warmup=self.config.warmup_steps)
 
     def fit(
         self,
@@ -235,13 +232,15 @@ class Trainer:
             TypeError: A loader that can't be iterated, a batch that is no function, or one that isn't (x, y).
             NonFiniteLoss: Naming block, step and noise levels.
         """
-        end = self.config.total_steps if steps is None else steps
+        end = typed("steps", int | None, self.config.total_steps if steps is None else steps)
         if end is None:
             raise ValueError("fit needs steps, here or in the Trainer's settings")
         if not callable(batch):
             raise TypeError(f"batch must be a function that makes (x, y) of a batch, got {type(batch).__name__}")
         if end < self.steps_done:
             raise ValueError(f"steps={end} counts from the first step on, and {self.steps_done} are done: give more")
+        if end != self.config.total_steps:
+            warn_untrained(self.own, len(self.model.blocks), self.config, end)
         self.loader = loader
         if "loader" in self.positions:
             loader.load_state_dict(self.positions.pop("loader"))  # type: ignore[attr-defined]

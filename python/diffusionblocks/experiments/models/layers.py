@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -10,6 +9,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 import dbkernels
+
+from ...training.settings import take_types
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class LayerConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        take_types(self)
         sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "int"}
         if min(sizes.values()) < 1:
             raise ValueError(f"every size must be at least 1, got {sizes}")
-        floats = {f.name: getattr(self, f.name) for f in fields(self) if f.type == "float"}
-        if not all(map(math.isfinite, floats.values())) or self.norm_eps < 0:
-            raise ValueError(f"numbers must be finite and norm_eps not negative, got {floats}")
+        if self.norm_eps < 0:
+            raise ValueError(f"norm_eps must not be negative, got {self.norm_eps}")
         if self.dim % self.heads:
             raise ValueError(f"heads={self.heads} must divide dim={self.dim}")
 

@@ -1,0 +1,46 @@
+"""Results as tables in a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..offload.memory import readable
+from .config import TrainConfig
+from .tasks import task_of
+from .tasks.base import Metric
+
+console = Console()
+
+
+def report(config: TrainConfig, summary: dict[str, Any]) -> None:
+    """Print a run's table."""
+    if config.train_blocks is not None:
+        blocks = ", ".join(map(str, config.train_blocks))
+        print(f"trained blocks {blocks}; join them with the others by: dblocks merge {config.out} OTHERS --out NEW")
+        return
+    metric = task_of(config).metric
+    table = Table("training", f"test {metric.label}", "val", "seconds", "memory", "plan", title=str(config.out))
+    for name, result in summary["results"].items():
+        memory = readable(sum(result["memory"].values()))
+        planned = readable(sum(result["plan"].values())) if "plan" in result else "-"
+        values = [f"{result[split][metric.key]:.4g}" for split in ("test", "val")]
+        table.add_row(name, *values, f"{result['seconds']:.0f}", memory, planned)
+    console.print(table)
+    show(metric, summary["results"]["block-wise"]["test"])
+
+
+def show(metric: Metric, result: dict[str, Any]) -> None:
+    """Print an evaluation: its numbers, the trajectory, the information bound."""
+    numbers = {k: v for k, v in result.items() if isinstance(v, float) and k not in (metric.key, "bound_bits")}
+    console.print(f"{metric.label} {result[metric.key]:.4g}", *(f"{k} {v:.4g}" for k, v in numbers.items()), sep="; ")
+    if "trajectory" in result:
+        steps = Table("step", "sigma", "block", metric.label, title="along the trajectory")
+        for step in result["trajectory"]:
+            steps.add_row(str(step["step"]), f"{step['sigma']:.4g}", str(step["block"]), f"{step[metric.key]:.2f}")
+        console.print(steps)
+    if "bound_bits" in result:
+        regret = ", ".join(f"{bits:+.3f}" for bits in result["regret_bits"])
+        console.print(f"information bound {result['bound_bits']:.3f} bits; regret by block {regret}")
