@@ -62,21 +62,26 @@ def _with_tensors(*args: Any) -> tuple[Any, ...]:
 
 
 def _capturable(*args: Any) -> Tensor:
-    arguments = list(_with_tensors(*args))
+    arguments = _with_tensors(*args)
     params, step = arguments[0], arguments[5]
     if params[0].device.type != "cpu":
         return adamw_ema_step_reference(*arguments)
-    # On the host, reading a number waits for nothing.
-    for place in _NUMBERS.values():
-        if isinstance(arguments[place], Tensor):
-            arguments[place] = arguments[place].item()
-    number, lr, beta1, beta2, eps, _, max_norm, ema_decay = arguments[5:13]
-    check_numbers(number, lr, (beta1, beta2), eps, max_norm, ema_decay)
-    check_address(0, arguments[16])
-    result = torch.ops.dbkernels.adamw_ema_step(*arguments)
+    result = torch.ops.dbkernels.adamw_ema_step(*_read(arguments))
     if isinstance(step, Tensor):
         step.add_(torch.isfinite(result))
     return result
+
+
+def _read(arguments: Sequence[Any]) -> list[Any]:
+    """Return arguments with Python's numbers for tensors, checked: on the host, reading one waits for nothing."""
+    read = list(arguments)
+    for place in _NUMBERS.values():
+        if isinstance(read[place], Tensor):
+            read[place] = read[place].item()
+    number, lr, beta1, beta2, eps, _, max_norm, ema_decay = read[5:13]
+    check_numbers(number, lr, (beta1, beta2), eps, max_norm, ema_decay)
+    check_address(0, read[16])
+    return read
 
 
 lib.impl("adamw_ema_step.capturable", _capturable, "CompositeExplicitAutograd")
@@ -255,7 +260,11 @@ def _run(
         *dense[:5], step, lr, beta1, beta2, eps, decays, max_norm, ema_decay, dense[5], stochastic, seed, offset, norm,
     )  # fmt: skip
     if backend() == "reference":
-        result = adamw_ema_step_reference(*(_with_tensors(*arguments, *tensors) if captured else arguments))
+        if captured:
+            arguments = _with_tensors(*arguments, *tensors)
+            if arguments[0][0].device.type == "cpu" and not torch.compiler.is_compiling():
+                _read(arguments)  # for its checks
+        result = adamw_ema_step_reference(*arguments)
     elif captured:
         result = torch.ops.dbkernels.adamw_ema_step.capturable(*arguments, *tensors)
     else:

@@ -138,7 +138,6 @@ def test_versions_advance():
     assert step._version > versions[0] and params[0]._version > versions[1]
 
 
-@pytest.mark.kernels
 @pytest.mark.parametrize(
     "changes,error,words",
     [

@@ -86,7 +86,7 @@ def test_bytes_are_parsed(text, count):
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1GB", "0", "3 TB", "1e999", "nan", "two MB"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1GB", "0", "3 TB", "1e999", "nan", "two MB", " ", "24G", "inf", "0.4"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="memory must be like 24GiB"):
         parse_bytes(text)

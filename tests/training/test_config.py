@@ -65,11 +65,11 @@ def test_a_switch_is_true_or_false(name, value):
     (dict(branch=1.0, steps=5), "branch must be a share"), (dict(branch=0.5), "set steps"),
     (dict(warmup=0.5), "set steps"), (dict(precision="float16"), "precision must be one of 'float32', 'bfloat16'"),
     (dict(offload="gpu"), "offload must be one of None, 'cpu', 'disk', 'auto'"),
-    (dict(slots=2), "slots=2 is for blocks that wait elsewhere"), (dict(slots="2"), "slots must be one of 1, 2, got '2'"),
+    (dict(slots=2), "slots=2 is for blocks that wait"), (dict(slots="2"), "slots must be one of 1, 2, got '2'"),
     (dict(seed="a"), "seed must be a whole number, got 'a'"), (dict(lr="1e-3"), "lr must be a number, got '1e-3'"),
     (dict(ema=None), "ema must be a number, got None"), (dict(folder=5), "folder must be a path, got 5"),
     (dict(train_blocks=0), "train_blocks must be a tuple, e.g. .*got 0"), (dict(mesh=[1]), "mesh must be a tuple of 2"),
-    (dict(train_blocks=["0"]), "each of train_blocks must be a whole number, got '0'"), (dict(mesh=(0, 1)), "mesh must be"),
+    (dict(train_blocks=["0"]), "each of train_blocks must be a whole number"), (dict(mesh=(0, 1)), "mesh must be"),
     (dict(loggers=("jsonl", "csv")), "loggers must be one of 'jsonl', 'tensorboard', 'wandb', got 'csv'"),
 ])  # fmt: skip
 def test_what_is_out_of_range_is_refused_by_name(settings, words):

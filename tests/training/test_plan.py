@@ -11,7 +11,7 @@ from torch import nn
 import diffusionblocks as db
 import small
 from diffusionblocks.offload.lanes import CHUNK
-from diffusionblocks.offload.memory import CATEGORIES, SavedTensors, parse_bytes, readable
+from diffusionblocks.offload.memory import CATEGORIES, SavedTensors
 from diffusionblocks.training.precision import to_bfloat16
 
 OFFLOADS = (None, "cpu", "disk")
@@ -290,20 +290,3 @@ def test_bad_input_is_refused():
     for batch in (small.batch()[0], 5, ("x", "y")):
         with pytest.raises(TypeError, match=r"batch must be two tensors \(x, y\)"):
             db.plan(small.model(), batch)
-
-
-@pytest.mark.parametrize(
-    "text, count", [("24GiB", 24 * 2**30), ("512MB", 512 * 10**6), ("1e6", 10**6), (" 2 KiB ", 2048), ("7b", 7)]
-)
-def test_sizes_are_parsed(text, count):
-    assert parse_bytes(text) == count
-
-
-@pytest.mark.parametrize("text", ["", " ", "GiB", "-1GB", "24 apples", "24G", "nan", "inf", "0", "0.4", "1e999 GB"])
-def test_other_sizes_are_refused(text):
-    with pytest.raises(ValueError, match="memory must be like"):
-        parse_bytes(text)
-
-
-def test_readable():
-    assert [readable(n) for n in (5, 2048, 3 * 2**20, 5000 * 2**30)] == ["5 B", "2.0 KiB", "3.0 MiB", "5000.0 GiB"]

@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_be_made_is_named_by_its_option(tmp_path, option):
 
 
 def test_what_is_no_model_and_what_are_no_callbacks():
-    with pytest.raises(TypeError, match="model must be DiffusionBlocks.*got Linear"):
+    with pytest.raises(TypeError, match=r"model must be DiffusionBlocks.*got Linear"):
         db.Trainer(torch.nn.Linear(2, 2), lr=1e-3)
     with pytest.raises(TypeError, match="callbacks must be a list"):
         trainer(callbacks=print)
