@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -140,7 +141,7 @@ def test_errors_are_one_line_and_say_what_to_do(folder, tmp_path, capsys):
     assert "makes no samples" in fails(capsys, "sample", folder) and not (folder / "samples").exists()
     for device in ("gpu", "mps", "meta"):
         assert "device" in fails(capsys, "train", "vit-digits", "--device", device, "--out", tmp_path / "z")
-    assert "overlap" in fails(capsys, "train", "vit-digits", "--overlap", "-1", "--out", tmp_path / "z")
+    assert "overlap must be at" in fails(capsys, "train", "vit-digits", "--overlap", "-1", "--out", tmp_path / "z")
     assert "clip" in fails(capsys, "train", "vit-digits", "--clip", "-1", "--out", tmp_path / "z")
     assert not (tmp_path / "z").exists(), "what is refused leaves no folder"
     assert "wrong.png" in fails(capsys, "export", folder, "--out", wrong)
@@ -205,6 +206,21 @@ def test_every_option_of_a_command_has_a_text(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     for name, text in help_of(capsys, command).items():
         assert re.search(r"[a-z]{2,} [a-z]{2,}", text), (name, text)
+
+
+def test_options_that_the_help_leaves_out_are_taken(monkeypatch, capsys):
+    hidden = {f.name for f in dataclasses.fields(RUNS["vit-digits"][1]) if str(f.type).startswith("Hidden")}
+    shown, seen = help_of(capsys, "plan", "vit-digits"), []
+    monkeypatch.setattr(cli, "plan_of", lambda task: seen.append(task.config) or sys.exit(0))
+    given = (
+        "--overlap 0.5 --checkpoint-minutes 3 --tune-warmup 0.1 --weight-decay 0.5 --compile --train-blocks 0 2 "
+        "--no-adapt --capture False --no-pin --checkpoint-layers --log-every 7 --slots 2 --moments bfloat16 --sampler heun"
+    )
+    with pytest.raises(SystemExit):
+        dblocks("plan", "vit-digits", *given.split())
+    default = RUNS["vit-digits"][1]
+    assert {name for name in hidden if getattr(seen[0], name) != getattr(default, name)} == hidden
+    assert not {f"--{name}".replace("_", "-") for name in hidden} & shown.keys()
 
 
 def test_vit_digits_shows_at_most_thirty_options(capsys):

@@ -7,13 +7,27 @@ import json
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from tyro.conf import Suppress
 
 from ..noise.partition import spread_layers
 from ..training.config import TrainerConfig, check_at_least
+
+T = TypeVar("T")
+if typing.TYPE_CHECKING:
+    Hidden = Annotated[T, ""]
+else:
+
+    class Hidden:
+        """Type of an option that is taken, but isn't shown in the help, which stays short."""
+
+        shown = True  # False while the help is printed: what tyro suppresses it doesn't take either
+
+        def __class_getitem__(cls, type_: Any) -> Any:
+            return type_ if cls.shown else Suppress[type_]
+
 
 CONFIGS: dict[str, type[TrainConfig]] = {}
 RESOLVED = ("method",)  # keys of `resolved`
@@ -37,7 +51,7 @@ class TrainConfig(TrainerConfig):
     """Layers of each block, from the input on; none given: spread evenly."""
     shared: Literal["shared", "per_block", "frozen"] = "shared"
     """Stem and head: one that every block trains, one per block, or one that nobody trains."""
-    overlap: Suppress[float] = 0.05
+    overlap: Hidden[float] = 0.05
     """Share of its width in ln sigma by which each block's range of noise is widened in training."""
     steps: int | None = 1000
     """End-to-end steps; block-wise training takes B times as many, for the same number of layer evaluations."""
@@ -52,27 +66,27 @@ class TrainConfig(TrainerConfig):
     """Where waiting blocks are: in host memory, on disk, or (None) on the device; auto: disk if that is the CPU."""
     checkpoint_every: int = 500
     """Steps between checkpoints."""
-    checkpoint_minutes: Suppress[float] = 10.0
+    checkpoint_minutes: Hidden[float] = 10.0
     """Minutes after which a checkpoint is written, too."""
     baseline: tuple[Literal["end-to-end", "checkpointing", "shallow"], ...] = ("end-to-end",)
     """Networks to train beside, for comparison; the option alone, without a name, trains none."""
     tune_lr: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """End-to-end learning rates to choose from on the validation split."""
-    tune_warmup: Suppress[tuple[float, ...]] = (0.05, 0.2)
+    tune_warmup: Hidden[tuple[float, ...]] = (0.05, 0.2)
     """End-to-end warm-ups to choose from, at the best rate."""
-    weight_decay: Suppress[float] = 0.01
-    compile: Suppress[bool] = False
+    weight_decay: Hidden[float] = 0.01
+    compile: Hidden[bool] = False
     mesh: Suppress[tuple[int, int] | None] = None
-    train_blocks: Suppress[tuple[int, ...] | None] = None
-    adapt: Suppress[bool] = True
-    capture: Suppress[bool | None] = None
-    pin: Suppress[bool] = True
-    checkpoint_layers: Suppress[bool] = False
+    train_blocks: Hidden[tuple[int, ...] | None] = None
+    adapt: Hidden[bool] = True
+    capture: Hidden[bool | None] = None
+    pin: Hidden[bool] = True
+    checkpoint_layers: Hidden[bool] = False
     folder: Suppress[Path | None] = None
     log_folder: Suppress[Path | None] = None
-    log_every: Suppress[int] = 25
-    slots: Suppress[Literal[1, 2]] = 1
-    moments: Suppress[Literal["float32", "bfloat16"]] = "float32"
+    log_every: Hidden[int] = 25
+    slots: Hidden[Literal[1, 2]] = 1
+    moments: Hidden[Literal["float32", "bfloat16"]] = "float32"
     loggers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
     """Where block-wise training's rows go besides metrics.jsonl: the run folder's logs, or Weights & Biases."""
     model: Any = None

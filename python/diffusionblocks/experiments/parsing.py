@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from .config import from_yaml
+from .config import Hidden, from_yaml
 from .presets import RUNS
 
 RENAMED = {"--to": "--out"}  # export and sample had another name for what is --out everywhere
@@ -55,6 +55,7 @@ def parse(table: dict[str, Callable[..., Any]], arguments: list[str], descriptio
     arguments = [RENAMED.get(argument, argument) for argument in arguments]
     _check_names(list(table), arguments)
     _check_tuned(arguments)
+    Hidden.shown = not {"-h", "--help"} & set(arguments)
     commands_ = {name: later(command) for name, command in table.items()}
     said = io.StringIO()
     try:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from tyro.conf import Suppress
 
 from ...blocks import DiffusionBlocks
 from ...denoiser import StemHead
@@ -19,7 +18,7 @@ from ...noise.partition import Partition, make_partition, step_levels
 from ...noise.rng import stream
 from ...targets.labels import spread_codebook
 from ...targets.tokens import TokenTarget
-from ..config import TrainConfig, check_at_least
+from ..config import Hidden, TrainConfig, check_at_least
 from ..data import text
 from ..metrics.bound import bound, cross_entropy
 from ..metrics.language import TextOptions, estimates, judged, write_scores, write_texts
@@ -48,7 +47,7 @@ class CausalLMRun(TrainConfig):
     warmup: float = 0.05
     ema: float = 0.995
     tune_lr: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
-    tune_warmup: Suppress[tuple[float, ...]] = (0.05,)
+    tune_warmup: Hidden[tuple[float, ...]] = (0.05,)
     context: float = 0.9
     """Share of the draws at the highest noise, where the answer must come from the tokens before."""
     combine: Literal["mean", "none"] = "mean"

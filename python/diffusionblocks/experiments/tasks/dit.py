@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from tyro.conf import Suppress
 
 import dbkernels
 
@@ -24,7 +23,7 @@ from ...noise.rng import stream
 from ...sampling.sampler import Sampler
 from ...sampling.samplers import SAMPLERS, Callback, guided
 from ...targets.continuous import ContinuousTarget
-from ..config import TrainConfig
+from ..config import Hidden, TrainConfig
 from ..data.batches import Loader, prepare
 from ..data.images import ImageData, Split, check_model, read_data
 from ..data.sources import stratified
@@ -52,7 +51,7 @@ class DiTRun(TrainConfig):
     out: Path = Path("runs/dit-digits")
     lr: float = 8e-3
     tune_lr: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2)
-    tune_warmup: Suppress[tuple[float, ...]] = (0.2,)
+    tune_warmup: Hidden[tuple[float, ...]] = (0.2,)
     label_dropout: float = 0.1
     """Share of the images trained on without their class."""
     guidance: float = 1.25

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tyro.conf import Suppress
 
 from ...blocks import DiffusionBlocks
 from ...convert.layers import partition_for
@@ -17,7 +16,7 @@ from ...denoiser import StemHead
 from ...noise.partition import Partition, step_levels
 from ...noise.rng import stream
 from ...targets.masked import MaskedTarget
-from ..config import TrainConfig, check_at_least
+from ..config import Hidden, TrainConfig, check_at_least
 from ..data.text import TextData, Windows, check_prompt, decode, encode, load, rows
 from ..metrics import masked_diffusion
 from ..metrics.language import TextOptions, write_scores, write_texts
@@ -46,7 +45,7 @@ class MaskedLMRun(TrainConfig):
     levels: int = 12
     """Times that a window is read at for the bound."""
     tune_lr: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
-    tune_warmup: Suppress[tuple[float, ...]] = (0.2,)
+    tune_warmup: Hidden[tuple[float, ...]] = (0.2,)
     model: MaskedLMConfig = field(default_factory=MaskedLMConfig)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from tyro.conf import Suppress
 
 from ...blocks import DiffusionBlocks
 from ...denoiser import StemHead
@@ -21,7 +20,7 @@ from ...sampling.sampler import BATCH, Sampler
 from ...sampling.samplers import euler
 from ...targets.labels import spread_codebook
 from ...targets.tokens import TokenTarget
-from ..config import TrainConfig
+from ..config import Hidden, TrainConfig
 from ..data.puzzles import PUZZLES, Puzzle, PuzzleBatches, draw
 from ..metrics.bound import accuracy, bound
 from ..models.layers import RotaryLayer
@@ -52,7 +51,7 @@ class RecurrentRun(TrainConfig):
     lr: float = 1e-3
     warmup: float = 0.1
     tune_lr: tuple[float, ...] = (2.5e-4, 5e-4, 1e-3)
-    tune_warmup: Suppress[tuple[float, ...]] = (0.1,)
+    tune_warmup: Hidden[tuple[float, ...]] = (0.1,)
     share: float = 0.1
     """Layer evaluations of block-wise training as a share of the ordinary network's."""
     context: float = 0.1

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from tyro.conf import Suppress
 
 from ...blocks import DiffusionBlocks
 from ...denoiser import StemHead
@@ -20,7 +19,7 @@ from ...noise.partition import Partition, make_partition, spread_layers
 from ...noise.rng import stream
 from ...targets.labels import LabelTarget
 from ...training.trainer import Trainer
-from ..config import TrainConfig
+from ..config import Hidden, TrainConfig
 from ..data.batches import Loader, prepare
 from ..data.images import ImageData, check_model, read_data
 from ..metrics import classification
@@ -50,7 +49,7 @@ class ViTRun(TrainConfig):
     """Details of the method: ours, or those of the published code."""
     switch: tuple[str, ...] = ()
     """Fields of the recipe to take from the other one (ablation)."""
-    sampler: Suppress[Literal["euler", "heun", "dpmpp_2m"]] = "euler"
+    sampler: Hidden[Literal["euler", "heun", "dpmpp_2m"]] = "euler"
     """Solver of the sampling trajectory."""
     augment: bool = False
     """Random crops and flips."""
