@@ -214,7 +214,8 @@ def test_options_that_the_help_leaves_out_are_taken(monkeypatch, capsys):
     monkeypatch.setattr(cli, "plan_of", lambda task: seen.append(task.config) or sys.exit(0))
     given = (
         "--overlap 0.5 --checkpoint-minutes 3 --tune-warmup 0.1 --weight-decay 0.5 --compile --train-blocks 0 2 "
-        "--no-adapt --capture False --no-pin --checkpoint-layers --log-every 7 --slots 2 --moments bfloat16 --sampler heun"
+        "--no-adapt --capture False --no-pin --checkpoint-layers --log-every 7 --slots 2 "
+        "--moments bfloat16 --sampler heun"
     )
     with pytest.raises(SystemExit):
         dblocks("plan", "vit-digits", *given.split())

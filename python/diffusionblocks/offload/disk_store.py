@@ -101,7 +101,7 @@ class DiskStore:
     def _check_owner(self) -> None:
         owner = self._owner()
         if not owner:
-            raise RuntimeError(f"{self.folder} was removed, and the blocks that waited there: go on from a checkpoint")
+            raise RuntimeError(f"{self.folder} was removed, with its blocks: go on from a checkpoint, in a new model")
         if owner != self._name:
             raise RuntimeError(f"another Offloader has written to {self.folder} since: give each a folder of its own")
 

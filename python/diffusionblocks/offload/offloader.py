@@ -1,9 +1,9 @@
-"""Which block is on the device: everything of the others (weights, optimizer state, averages) waits on the host or on
-disk."""
+"""Which block is on the device: the others' weights, optimizer state and averages wait on the host or on disk."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,13 +14,12 @@ from ..blocks import DiffusionBlocks
 from ..checkpoint.parts import Inspected, Stored
 from ..offloadable import check_free
 from .buffers import give_back
-from .disk_store import DiskStore
-from .host_store import HostStore
-from .lanes import Lanes
+from .checks import check_movable
 from .materialize import materialize
 from .memory import Usage
 from .part import Part, common_tensors, usage_of
 from .slots import Slots
+from .uninterrupted import exclusive
 
 PLACES = (None, "cpu", "disk")
 
@@ -90,25 +89,21 @@ class Offloader:
         }
         self.active: int | None = None
         self.averaged = False
-        self._slots = self._make_slots(slots, pin) if self.offload else None
+        self.lock = threading.RLock()  # a state_dict may be asked for while another thread trains
+        place = self.folder if offload == "disk" else None
+        self._slots = Slots.of(slots, self.device, place, pin) if self.offload else None
         try:
             for name, part in self.parts.items():
                 if self.device.type != "meta":  # else nothing is to be computed
                     materialize(part.module)
+                if self._slots:
+                    check_movable(name, part.module)
                 part.prepare()
                 part.place(self.device) if self._is_resident(name) else self._send(name)
         except BaseException:  # e.g. a full disk: blocks that wait already come back
             self._release()
             raise
         model.offloader = self
-
-    def _make_slots(self, slots: int, pin: bool) -> Slots:
-        lanes = Lanes.of(self.device)
-        pin = pin and self.device.type == "cuda"
-        if self.offload == "cpu":
-            return Slots(slots, self.device, HostStore(lanes, pin=pin))
-        assert self.folder is not None
-        return Slots(slots, self.device, DiskStore(self.folder, lanes, pin=pin))
 
     def check_in_charge(self, what: str) -> None:
         """Raise RuntimeError if the model was released, or its weights are averages now: nothing may train them."""
@@ -117,6 +112,7 @@ class Offloader:
         if self.averaged:
             raise RuntimeError(f"{what}: the weights are their averages now; leave averages() first")
 
+    @exclusive
     @torch.inference_mode(False)
     def activate(self, block: int) -> None:
         """Bring a block to the device; the one that was there leaves, unless there are slots for both.
@@ -136,6 +132,7 @@ class Offloader:
                 raise
         self.active = block
 
+    @exclusive
     @torch.inference_mode(False)
     def prefetch(self, block: int) -> None:
         """With two slots, begin to bring a waiting block while the active one works; `activate` then takes it."""
@@ -143,6 +140,7 @@ class Offloader:
         if self._slots and block != self.active:
             self._slots.prefetch(name)
 
+    @exclusive
     @torch.inference_mode(False)
     def retire(self) -> None:
         """Send the active block away."""
@@ -152,6 +150,7 @@ class Offloader:
             self._slots.retire(name)
         self.active = None
 
+    @exclusive
     def release(self) -> None:
         """Bring everything to the host's memory and let go of the model, which then is an ordinary module again.
 
@@ -201,13 +200,16 @@ class Offloader:
         """
         return {name: t for part in self.parts for name, t in self.part_weights(part).items()}
 
+    @exclusive
     def part_weights(self, name: str) -> dict[str, Tensor]:
         """Return one part's weights as `weights` does."""
         prefix = "" if name == "shared" else f"blocks.{name.removeprefix('block_')}."
         averaged = self.averaged and not self._is_resident(name)
         weights = self.parts[name].weights(self.tensors(name), averaged=averaged)
-        return {prefix + key: t.detach().to("cpu", copy=True).contiguous() for key, t in weights.items()}
+        dense = {key: t.contiguous() if t.layout == torch.strided else t for key, t in weights.items()}
+        return {prefix + key: t.detach().to("cpu", copy=True) for key, t in dense.items()}
 
+    @exclusive
     @torch.inference_mode(False)
     def load(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace a part's tensors; it stays where it is. Raises: ValueError if names or shapes differ."""
@@ -224,6 +226,7 @@ class Offloader:
         if self.active is not None and part == self._name(self.active):
             self._bind(self.active)
 
+    @exclusive
     def adopt(self, part: str, saved: Inspected) -> bool:
         """Take over a waiting part's content by a link to its file in a checkpoint, if it lies there as it does here;
         return whether that was done."""
@@ -253,6 +256,7 @@ class Offloader:
         """Make a block's tensors those of a slot, where it comes if it isn't there."""
         assert self._slots is not None
         part = self.parts[self._name(block)]
+        part.check_unwritten(self._name(block))
         part.bind(self._slots.bring(self._name(block)))
         if self.averaged:
             part.swap()
@@ -289,6 +293,7 @@ class Offloader:
             self._slots.close()
 
     @torch._disable_dynamo  # as torch.optim does: the public decorator imports the compiler at once, 1.7 s
+    @exclusive
     def _swap(self) -> None:
         for name, part in self.parts.items():
             if self._is_resident(name):

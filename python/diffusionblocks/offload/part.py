@@ -105,6 +105,17 @@ class Part:
             # One element, expanded: most operators crash the process on a tensor whose storage was resized to nothing.
             t.data = torch.full((), math.nan if t.is_floating_point() else 0, dtype=t.dtype).expand(t.shape)
 
+    def check_unwritten(self, name: str) -> None:
+        """Raise RuntimeError if one of its weights isn't as `empty` left it: what was written there would be lost."""
+        for key, t in self._weights().items():
+            waits = t.numel() and not any(t.stride()) and t.is_floating_point()
+            if waits and not t.as_strided((), ()).float().isnan():
+                self.empty()
+                raise RuntimeError(
+                    f"{name}'s {key} was written to while the block waited elsewhere, and that is lost: activate the "
+                    "block first, or change weights before the Trainer is made"
+                )
+
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in place of the part's own, and make the state that it hasn't got yet."""
         live = self.tensors()

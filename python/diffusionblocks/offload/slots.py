@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from ..checkpoint.parts import Inspected, Stored
 from .buffers import device_buffer
 from .disk_store import DiskStore
 from .host_store import HostStore
-from .lanes import Event, Place, after, mark
+from .lanes import Event, Lanes, Place, after, mark
 
 
 class Move(NamedTuple):
@@ -69,6 +71,13 @@ class Slots:
         self.layouts: dict[str, Layout] = {}
         self._slots = [Slot(device) for _ in range(count)]  # the one brought last comes last
         self._worker = ThreadPoolExecutor(1, "diffusionblocks-slots")
+        self._process = os.getpid()
+
+    @classmethod
+    def of(cls, count: int, device: torch.device, folder: Path | None, pin: bool) -> Slots:
+        """Return slots whose parts wait in files under `folder`, or without one in host memory."""
+        lanes, pin = Lanes.of(device), pin and device.type == "cuda"
+        return cls(count, device, HostStore(lanes, pin=pin) if folder is None else DiskStore(folder, lanes, pin=pin))
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -187,6 +196,8 @@ class Slots:
 
         Raises: what the move raised; the slot then holds what it held before, or nothing if that left.
         """
+        if os.getpid() != self._process:  # the thread that moves isn't here, and files are the other one's
+            raise RuntimeError("this process is a fork of the one whose blocks these are: make the Trainer in it")
         move, slot.move = slot.move, None
         if move is None:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -114,11 +115,9 @@ class BlockAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         moving = [p for p in self.params() if p.grad is not None]
-        for p in moving:
-            if p.grad is not None and p.grad.is_sparse:
-                p.grad = p.grad.to_dense()
         if moving:
-            norm = dbkernels.total_norm([p.grad for p in moving]) if norm is None else norm  # type: ignore[misc]
+            gradients = gradients_of(moving)
+            norm = dbkernels.total_norm(gradients) if norm is None else norm
             for group, lr in zip(self.param_groups, rates or [g["lr"] for g in self.param_groups], strict=True):
                 for together in self._together(group):
                     self._update(together, group | {"lr": lr}, norm, max_norm)
@@ -228,6 +227,16 @@ def _warm(number: Tensor, decay: float) -> Tensor:
     return ((1 + n) / (10 + n)).clamp(max=decay)
 
 
+def gradients_of(params: Iterable[Tensor]) -> list[Tensor]:
+    """Return the gradients of the parameters that have one; sparse ones are made dense in place."""
+    gradients = []
+    for p in params:
+        if p.grad is not None:
+            p.grad = p.grad.to_dense() if p.grad.is_sparse else p.grad
+            gradients.append(p.grad)
+    return gradients
+
+
 def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
     """Keep a moving average of weights beside any torch optimizer, in `state[p]["ema"]`, after each of its steps."""
 
@@ -262,6 +271,9 @@ def optimizer_of(module: nn.Module, make: MakeOptimizer, ema: float) -> torch.op
     optimizer = make(params)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(f"{type(optimizer).__name__} needs a closure in every step: a Trainer has none, take another")
     if ema and not isinstance(optimizer, BlockAdamW):
         keep_average(optimizer, ema)
     return optimizer

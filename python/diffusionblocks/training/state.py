@@ -20,6 +20,7 @@ from ..noise.information import InformationMeter
 from ..noise.partition import Partition
 from ..offload.offloader import Offloader
 from ..offload.part import Part
+from ..offload.uninterrupted import uninterrupted
 from .merge import join
 from .mesh import GROUP
 
@@ -81,6 +82,7 @@ def save(trainer: Trainer, folder: Path, extra: dict[str, Any]) -> None:
     trainer.saved = folder, manifest.parts
 
 
+@uninterrupted()  # else some parts would be of the checkpoint, and some not
 def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """Bring a trainer to where `folder` was saved; returns the extra values."""
     trainer.offloader.check_in_charge("load")

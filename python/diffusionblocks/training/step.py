@@ -14,7 +14,7 @@ import dbkernels
 from ..denoiser import BlockLoss
 from ..offload.memory import Usage
 from .activations import saving
-from .optimizer import clipped_step
+from .optimizer import clipped_step, gradients_of
 from .precision import autocast, generators_of
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _forward(trainer: Trainer, block: int, batch: Batch, numbers: Numbers, count
 def _update(trainer: Trainer, block: int, numbers: Numbers, losses: Sequence[BlockLoss]) -> Tensor:
     active, given = trainer.active_optimizers(block), iter(numbers.rates or ())
     groups = [group for optimizer in active for group in optimizer.param_groups]
-    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    gradients = gradients_of(p for group in groups for p in group["params"])
     trainer.mesh.sum(gradients)
     norm = dbkernels.total_norm(gradients)
     for optimizer in active:

@@ -17,6 +17,7 @@ from ..noise.information import InformationMeter
 from ..noise.rng import stream
 from ..offload.memory import Usage, allocated, reset_peak
 from ..offload.offloader import Offloader
+from ..offload.uninterrupted import uninterrupted
 from ..offloadable import check_free
 from ..targets.devices import send
 from . import state
@@ -123,6 +124,7 @@ class Trainer:
             return 0
         return turn(step // self.config.visit, len(self.model.blocks), seed=self.config.seed)
 
+    @uninterrupted()
     def step(self, x: Tensor, y: Tensor) -> StepOutput:
         """Train the block whose turn it is on one batch.
 
@@ -174,7 +176,6 @@ class Trainer:
             self.check()
             self.model.repartition(self.meter.density())
         if step % config.visit == 0 or self.offloader.active is None:
-            self.model.train()
             self.model.activate(self.block)
             self.call("on_block_start", self.block)
             following = (step // config.visit + 1) * config.visit

@@ -1,0 +1,187 @@
+"""What users do to blocks that wait: Ctrl-C at any moment, forks, threads, writes, tensors that can't move."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import diffusionblocks as db
+import small
+from diffusionblocks.offload.uninterrupted import uninterrupted
+
+PLACES = pytest.mark.parametrize("place", [("cpu", 1), ("disk", 2)])
+
+
+class Odd(nn.Module):
+    """A linear layer with something beside it."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        add(self)
+
+    def forward(self, h):
+        return h + self.linear(h)
+
+
+def trainer(folder, place=("cpu", 1), layer=None, **settings):
+    torch.manual_seed(0)
+    layers = [layer() if layer else small.Residual(8) for _ in range(3)]
+    model = db.from_layers(
+        layers, stem=nn.Linear(6, 8), head=nn.Linear(8, 3), target=db.LabelTarget(3, 8), blocks=3, dim=8
+    )
+    settings = {"visit": 1, "ema": 0.9, **settings}
+    return db.Trainer(model, device="cpu", offload=place[0], slots=place[1], folder=folder, **settings)
+
+
+def run(made, last):
+    while made.steps_done < last:
+        made.step(*small.batch(step=made.steps_done))
+    return made
+
+
+def assert_alike(one, other):
+    one, other = small.everything(one), small.everything(other)
+    assert one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@PLACES
+def test_ctrl_c_ends_a_step_and_not_a_part_of_it(tmp_path, place):
+    made = run(trainer(tmp_path / "waiting", place), 2)
+    hook = made.model.blocks[made.block].layers[0].register_forward_hook(lambda module, given, h: interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run(made, 3)
+    hook.remove()
+    assert made.steps_done == 3
+    assert_alike(run(made, 7), run(trainer(tmp_path / "other", place), 7))
+
+
+@PLACES
+@pytest.mark.parametrize("method", ["empty", "bind"])
+def test_ctrl_c_however_often_loses_no_block_that_moves(tmp_path, place, method, monkeypatch):
+    made = run(trainer(tmp_path / "waiting", place), 2)
+    part = made.offloader.parts[f"block_{made.offloader.active if method == 'empty' else made.block}"]
+    whole = getattr(part, method)
+
+    def interrupted(*given):
+        moving = part.moving()
+        with monkeypatch.context() as patch:
+            patch.setattr(part, "moving", lambda: dict(list(moving.items())[:2]))
+            whole(*given)
+        interrupt(), interrupt()
+        whole(*given)
+
+    monkeypatch.setattr(part, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.offloader.activate(made.block)
+    monkeypatch.undo()
+    assert_alike(run(made, 7), run(trainer(tmp_path / "other", place), 7))
+
+
+def test_a_second_ctrl_c_stops_a_step_at_once_and_other_handlers_stay():
+    after = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        interrupt()
+        after.append(1)
+        interrupt()
+        after.append(2)
+    assert after == [1] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, lambda *_: after.append(3))
+    try:
+        with uninterrupted():
+            interrupt()
+            assert after == [1, 3]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@PLACES
+def test_a_fork_is_refused_and_harms_nothing(tmp_path, place):
+    made = run(trainer(tmp_path / "waiting", place), 2)
+    child = os.fork()
+    if not child:
+        try:
+            run(made, 4)
+        except RuntimeError as error:
+            os._exit(7 if "this process is a fork" in str(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert_alike(run(made, 7), run(trainer(tmp_path / "other", place), 7))
+
+
+@PLACES
+def test_a_state_dict_of_another_thread_is_whole(tmp_path, place):
+    made, seen, done = run(trainer(tmp_path / "waiting", place), 1), [], threading.Event()
+
+    def look():
+        while not done.is_set():
+            seen.append(any(t.isnan().any() for t in made.model.state_dict().values() if t.is_floating_point()))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    run(made, 20)
+    done.set()
+    thread.join()
+    assert seen and not any(seen)
+    assert_alike(made, run(trainer(tmp_path / "other", place), 20))
+
+
+@pytest.mark.parametrize("write", [nn.init.zeros_, lambda weight: weight.data.fill_(1)])
+def test_what_is_written_to_a_waiting_block_is_not_lost_in_silence(tmp_path, write):
+    made = run(trainer(tmp_path), 2)
+    write(made.model.blocks[made.block].layers[0].layer.linear.weight)
+    with pytest.raises(RuntimeError, match=r"linear.weight was written to while the block waited elsewhere"):
+        run(made, 3)
+    assert_alike(run(made, 7), run(trainer(tmp_path), 7))
+
+
+def view(layer):
+    layer.flat = layer.linear.weight.view(-1)
+
+
+def sparse(layer):
+    layer.register_buffer("table", torch.eye(8).to_sparse())
+
+
+def wide(layer):
+    layer.register_buffer("table", torch.zeros(8, dtype=torch.complex128))
+
+
+@pytest.mark.parametrize(
+    "add, words",
+    [
+        (view, r"block_0's layers.0.layer.flat is a view of layers.0.layer.linear.weight"),
+        (sparse, "block_0's layers.0.layer.table is torch.sparse_coo"),
+        (wide, "block_0's layers.0.layer.table is torch.strided, torch.complex128"),
+    ],
+)
+def test_what_cannot_move_is_refused_by_name_and_trains_where_nothing_moves(tmp_path, add, words):
+    with pytest.raises(ValueError, match=words):
+        trainer(tmp_path, layer=lambda: Odd(add))
+    made = run(trainer(None, (None, 1), layer=lambda: Odd(add)), 2)
+    assert made.model.state_dict()
+
+
+def test_sparse_gradients_are_clipped_and_taken_as_dense_ones(tmp_path):
+    def add(layer, sparse):
+        layer.table = nn.Embedding(4, 8, sparse=sparse)
+        layer.forward = lambda h: h + layer.linear(h) + layer.table(torch.arange(len(h)) % 4)
+
+    one, other = (
+        run(trainer(tmp_path / str(s), layer=lambda s=s: Odd(lambda layer: add(layer, s))), 4) for s in (True, False)
+    )
+    assert_alike(one, other)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused():
+    with pytest.raises(TypeError, match="LBFGS needs a closure in every step"):
+        trainer(None, (None, 1), optimizer=torch.optim.LBFGS)
