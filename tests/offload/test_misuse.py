@@ -109,6 +109,7 @@ def test_a_fork_is_refused_and_harms_nothing(tmp_path, place):
     made = run(trainer(tmp_path / "waiting", place), 2)
     child = os.fork()
     if not child:
+        signal.alarm(60)  # rather than waiting for a thread that isn't there
         try:
             run(made, 4)
         except RuntimeError as error:
@@ -141,6 +142,15 @@ def test_what_is_written_to_a_waiting_block_is_not_lost_in_silence(tmp_path, wri
     write(made.model.blocks[made.block].layers[0].layer.linear.weight)
     with pytest.raises(RuntimeError, match=r"linear.weight was written to while the block waited elsewhere"):
         run(made, 3)
+    assert_alike(run(made, 7), run(trainer(tmp_path), 7))
+
+
+def test_what_is_added_to_a_waiting_block_is_named(tmp_path):
+    made = run(trainer(tmp_path), 2)
+    made.model.blocks[made.block].register_buffer("late", torch.ones(2))
+    with pytest.raises(RuntimeError, match="weight/late was added to a block that waited elsewhere"):
+        run(made, 3)
+    del made.model.blocks[made.block].late
     assert_alike(run(made, 7), run(trainer(tmp_path), 7))
 
 

@@ -87,8 +87,11 @@ class Part:
                 t.data = t.data.to(device)
 
     def bind(self, views: Mapping[str, Tensor]) -> None:
-        """Make all tensors that move views of a buffer."""
-        for name, t in self.moving().items():
+        """Make all tensors that move views of a buffer. Raises: RuntimeError if there are others than it holds."""
+        own = self.moving()
+        if added := sorted(own.keys() - views.keys()):
+            raise RuntimeError(f"{added[0]} was added to a block that waited elsewhere: activate it first")
+        for name, t in own.items():
             t.data = views[name]
 
     def is_bound(self, views: Mapping[str, Tensor]) -> bool:
