@@ -272,7 +272,7 @@ def test_another_optimizers_rates_follow_the_schedule(tmp_path):
     (dict(clip=float("nan")), "clip must be finite"),
     (dict(branch=0.5), "set steps"),
     (dict(device="mps"), "can't train here"),
-    (dict(loggers=("csv",)), "loggers must be among"),
+    (dict(loggers=("csv",)), "loggers must be one of"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(tmp_path, settings, words):
     with pytest.raises(ValueError, match=words):

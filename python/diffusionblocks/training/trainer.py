@@ -107,9 +107,8 @@ class Trainer:
         self.loader: Any = None  # of the last fit
         self.positions: dict[str, Any] = {}  # a loader's state_dict, from a checkpoint
         self._losses: list[BlockLoss] = []
-        if self.config.compile:
-            for block in model.blocks:
-                block.compile()
+        for block in model.blocks if self.config.compile else ():
+            block.compile()
         warn_untrained(self.own, len(model.blocks), self.config, self.config.total_steps)
         self._run = Capture(self).run
         reset_peak(self.device)
@@ -196,8 +195,7 @@ class Trainer:
         rates = []
         for optimizer in self.active_optimizers(block):
             for group, peak in zip(optimizer.param_groups, self._peaks[optimizer], strict=True):
-                steps, warmup = self.config.total_steps, self.config.warmup_steps
-                group["lr"] = learning_rate(self.steps_done, steps=steps, peak=peak, warmup=warmup)
+                group["lr"] = self.learning_rate_of(self.steps_done, peak)
                 rates.append(group["lr"])
         return rates
 
@@ -207,9 +205,12 @@ class Trainer:
         self.steps_done += 1
         if self._logs(self.steps_done - 1):
             self.check()
-            assert work.norm is not None
-            if work.usage:
+            if work.usage and work.norm is not None:
                 self.call("on_log", row(self, block, self._losses, work.norm, work.usage))
+
+    def learning_rate_of(self, step: int, peak: float) -> float:
+        """Return the learning rate of a step, on the way to and from `peak`."""
+        return learning_rate(step, steps=self.config.total_steps, peak=peak, warmup=self.config.warmup_steps)
 
     def fit(
         self,
