@@ -234,8 +234,7 @@ class Trainer:
             TypeError: A loader that can't be iterated, a batch that is no function, or one that isn't (x, y).
             NonFiniteLoss: Naming block, step and noise levels.
         """
-        end = typed("steps", int | None, self.config.total_steps if steps is None else steps)
-        if end is None:
+        if (end := typed("steps", int | None, self.config.total_steps if steps is None else steps)) is None:
             raise ValueError("fit needs steps, here or in the Trainer's settings")
         if not callable(batch):
             raise TypeError(f"batch must be a function that makes (x, y) of a batch, got {type(batch).__name__}")
