@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -117,3 +119,14 @@ def test_both_ways_to_say_steps_warn_of_blocks_without_a_turn():
     made = trainer()
     with pytest.warns(UserWarning, match="1 steps in visits of 25 leave 1 of 2 blocks untrained"):
         made.fit([small.batch()], steps=1, progress=False)
+
+
+def test_a_block_with_nothing_to_train():
+    model = small.model(shared="per_block")
+    model.blocks[1].requires_grad_(False)
+    others = tuple(b for b in range(len(model.blocks)) if b != 1)
+    with pytest.raises(ValueError, match=rf"block 1 has nothing to train.*train_blocks={re.escape(str(others))}"):
+        db.Trainer(model, device="cpu")
+    with pytest.raises(ValueError, match=r"block 1 has nothing to train: none of its parameters requires a gradient$"):
+        db.Trainer(model, device="cpu", train_blocks=(1,), adapt=False)
+    db.Trainer(model, device="cpu", train_blocks=others, adapt=False)

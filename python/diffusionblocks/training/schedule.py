@@ -52,6 +52,7 @@ def own_blocks(model: DiffusionBlocks, config: TrainerConfig, mesh: Mesh) -> fro
         )
     if len(own) < len(every):
         _check_apart(model, config, what)
+    _check_trained(model, own)
     return frozenset(own)
 
 
@@ -68,6 +69,15 @@ def warn_untrained(own: Iterable[int], blocks: int, config: TrainerConfig, steps
             f"({', '.join(map(str, sorted(left)))}): {what}",
             stacklevel=3,
         )
+
+
+def _check_trained(model: DiffusionBlocks, own: Iterable[int]) -> None:
+    trained = {name for name, part in model.parts().items() if any(p.requires_grad for p in part.parameters())}
+    idle = [b for b in sorted(own) if not trained & {"shared", f"block_{b}"}]
+    if idle:
+        others = tuple(b for b in sorted(own) if b not in idle)
+        rather = f", or leave it out: train_blocks={others}" if others else ""
+        raise ValueError(f"block {idle[0]} has nothing to train: none of its parameters requires a gradient{rather}")
 
 
 def _check_apart(model: DiffusionBlocks, config: TrainerConfig, what: str) -> None:
