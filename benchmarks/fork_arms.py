@@ -148,4 +148,5 @@ ARMS = {
     "A7 A2, merged": Arm(experts(everywhere=0.3), merged=True),
     "A8 last layer a range": Arm(last_layers),
     "A9 ranges while the rate cools": Arm(experts(everywhere=0.3), early=True, rates=(0.5, 1.0)),
+    "A10 lone while the rate cools": Arm(lone, early=True, rates=(0.5, 1.0)),
 }

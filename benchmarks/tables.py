@@ -88,7 +88,7 @@ def against_lone(rows: list[Row]) -> str:
     """Paired difference from the lone network's loss, in thousandths; in brackets one seed's standard error."""
     told = [row["test"]["against lone"] for row in rows]
     error = statistics.mean(one["error"] for one in told)
-    return f"{spread([1e3 * one['mean'] for one in told])} ({1e3 * error:.1f})"
+    return f"{spread([1e3 * one['mean'] for one in told], 2)} ({1e3 * error:.2f})"
 
 
 def by_noise(rows: list[Row]) -> str:
