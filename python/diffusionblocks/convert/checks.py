@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .families import Family
@@ -24,6 +25,25 @@ def check_network(network: Any, family: Family, mask_token_id: int | None) -> No
         _check_vocabulary(network, family, name)
     _check_mask(network.config, family, name, mask_token_id)
     _check_checkpointing(network.get_submodule(layers_name(network, family)), name)
+
+
+def check_latent_network(network: Any) -> None:
+    """Raise ValueError, saying what to do, unless one of diffusers' networks can be converted."""
+    name = type(network).__name__
+    _check_weights(network, name)
+    if network.gradient_checkpointing:
+        raise ValueError(
+            f"{name}'s gradient checkpointing isn't of its layers, and would be lost: "
+            "network.disable_gradient_checkpointing(), and Trainer(checkpoint_layers=True)"
+        )
+    with torch.device("meta"):
+        wanted = {key: t.shape for key, t in type(network).from_config(network.config).state_dict().items()}
+    found = {key: t.shape for key, t in network.state_dict().items()}
+    if wrong := sorted({key for key, _ in found.items() ^ wanted.items()}):
+        raise ValueError(
+            f"{name} isn't what its config describes, from which it is built again; these differ: "
+            f"{', '.join(wrong[:4])}. Merge adapters, unfuse projections, or change the network through its config"
+        )
 
 
 def layers_name(network: nn.Module, family: Family) -> str:

@@ -1,4 +1,4 @@
-"""Trained blocks given back as networks of the class that they were converted from."""
+"""Trained blocks given back as networks of the class that they were converted from, or in the place of one."""
 
 from __future__ import annotations
 
@@ -9,36 +9,42 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import DiffusionBlocks
+from . import diffusers
 from .checks import layers_name
 from .families import FAMILIES, Family
 from .registry import rebuild_network
+from .routed import Routed
 
 
 def to_original(model: DiffusionBlocks, block: int | None = None) -> nn.Module:
     """Return a network of the converted one's class with the trained weights, averaged where there are any.
 
-    Its save_pretrained writes what transformers loads. AdaLN has no place in such a network, so the model must have
-    been converted with cond=0.
+    Its save_pretrained writes what transformers or diffusers loads. AdaLN that was added has no place in such a
+    network, so one of transformers' must have been converted with cond=0.
 
     Args:
-        model: From `convert` with one of transformers' networks and cond=0.
-        block: A network of this block's layers alone, whose logits are model.logits(x, block) (with averages, under
-            model.averages()); of a masked language model, the block's denoiser. None: all layers. If there are several
-            blocks, these were never trained to follow each other: a start for training end to end, and a warning says
-            so.
+        model: From `convert` with one of transformers' networks and cond=0, or one of diffusers'.
+        block: A network of this block's layers alone, which computes what that block does: model.logits(x, block), or
+            of masked tokens and latents the block's denoiser (with averages, under model.averages()). None: of one
+            block the whole network. Of several blocks of diffusers' network a module in its place, which asks the block
+            that owns the timestep: `pipe.transformer = db.to_original(model)`. Of several blocks of transformers'
+            network all layers, which were never trained to follow each other: a start for training end to end, and a
+            warning says so.
 
     Returns:
-        On the CPU, in evaluation mode.
+        A network on the CPU, in evaluation mode; the module in its place works on the model itself.
 
     Raises: ValueError if the class has no place for something that was trained.
     """
-    family = _family_of(model)
-    chosen = list(range(len(model.blocks))) if block is None else [block]
     if block is not None:
         model.partition.check_block(block)
-    elif model.shared == "per_block" and len(chosen) > 1:
+    if model.origin is not None and model.origin["kind"] in diffusers.FAMILIES:
+        return Routed(model) if block is None and len(model.blocks) > 1 else _latent_network(model, block or 0)
+    family = _family_of(model)
+    chosen = list(range(len(model.blocks))) if block is None else [block]
+    if block is None and model.shared == "per_block" and len(chosen) > 1:
         raise ValueError("each block has a stem and head of its own: to_original(model, block=...) gives one block's")
-    elif len(chosen) > 1:
+    if len(chosen) > 1:
         warnings.warn(
             "the blocks' layers weren't trained to follow each other: as one network they need training end to end; "
             "to_original(model, block=...) gives a network that computes what that block does",
@@ -53,7 +59,7 @@ def to_original(model: DiffusionBlocks, block: int | None = None) -> nn.Module:
 def _family_of(model: DiffusionBlocks) -> Family:
     origin = model.origin
     if origin is None or origin["kind"] not in FAMILIES:
-        raise ValueError("to_original needs a model that `convert` made of one of transformers' networks")
+        raise ValueError("to_original needs a model that `convert` made of one of transformers' or diffusers' networks")
     if origin["options"].get("cond") != 0:
         raise ValueError(
             f"the layers have AdaLN conditioning, which {origin['kind'].rpartition('.')[2]} has no place for: convert "
@@ -95,15 +101,36 @@ def _state(model: DiffusionBlocks, chosen: list[int], network: Any, family: Fami
         for i in range(model.partition.layers[b]):
             names[f"blocks.{b}.layers.{i}.layer."] = f"{layers_name(network, family)}.{place}"
             place += 1
+    return _renamed(model, chosen, {prefix: f"{path}." for prefix, path in names.items()})
+
+
+def _renamed(model: DiffusionBlocks, chosen: list[int], names: dict[str, str]) -> dict[str, Tensor]:
+    """Return the weights of what all blocks share and of the chosen blocks, with other beginnings of their names."""
     with model.averages():
         parts = ["shared", *(f"block_{b}" for b in chosen)]
         ours = {name: t.detach().cpu() for part in parts for name, t in model.part_weights(part).items()}
     return {
-        f"{path}.{name.removeprefix(prefix)}": t
+        path + name.removeprefix(prefix): t
         for prefix, path in names.items()
         for name, t in ours.items()
         if name.startswith(prefix)
     }
+
+
+def _latent_network(model: DiffusionBlocks, block: int) -> nn.Module:
+    """Return one of diffusers' networks of a block's layers."""
+    assert model.origin is not None
+    described, depth = model.origin["network"], model.partition.layers[block]
+    config, first = {**described["config"], "num_layers": depth}, sum(model.partition.layers[:block])
+    if "dual_attention_layers" in config:
+        config["dual_attention_layers"] = [i - first for i in config["dual_attention_layers"] if i >= first]
+    network = rebuild_network({**model.origin, "network": {**described, "config": config}})
+    around = "stem_head." if model.shared != "per_block" else f"blocks.{block}.stem_head."
+    names = {f"{around}stem.": "", f"{around}head.": ""}
+    layers = diffusers.FAMILIES[model.origin["kind"]].layers
+    names |= {f"blocks.{block}.layers.{i}.layer.": f"{layers}.{i}." for i in range(depth)}
+    _load(network, _renamed(model, [block], names))
+    return network.eval()
 
 
 def _load(network: Any, state: dict[str, Tensor]) -> None:

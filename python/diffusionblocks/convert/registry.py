@@ -27,7 +27,7 @@ class Converter(NamedTuple):
 
 
 _CONVERTERS: dict[str, Converter] = {}  # those that `register` added
-_LIBRARIES = ("transformers",)  # each has a module here, with CONVERTERS
+_LIBRARIES = ("transformers", "diffusers")  # each has a module here, with CONVERTERS
 
 
 def register(

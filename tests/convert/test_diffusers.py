@@ -1,0 +1,210 @@
+"""diffusers' transformers as blocks: what they compute, how they train, and that pipelines take them back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import diffusionblocks as db
+import tiny_diffusers as tiny
+from diffusionblocks.convert.routed import Routed
+
+diffusers = pytest.importorskip("diffusers")
+ALL = pytest.mark.parametrize("name", tiny.CLASSES)
+
+
+def trained(name, blocks=2, folder=None, steps=4, **options):
+    model = db.convert(tiny.network(name), blocks, **options)
+    offload = dict(offload="disk", folder=folder) if folder else {}
+    trainer = db.Trainer(model, lr=1e-3, device="cpu", visit=1, seed=0, **offload)
+    x, y = tiny.batch(name)
+    for _ in range(steps):
+        trainer.step(x, y)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("name", "config"), [
+    *((name, {}) for name in tiny.CLASSES),
+    (tiny.PIXART, dict(use_additional_conditions=True, caption_channels=None, cross_attention_dim=tiny.TEXT)),
+])  # fmt: skip
+@torch.no_grad()
+def test_one_block_computes_what_the_network_does(name, config):
+    net, (x, z) = tiny.network(name, **config), tiny.batch(name, 3)
+    model = db.convert(net, 1)
+    t = torch.tensor([1, 500, 999])
+    expected = net(z, timestep=t, **tiny.arguments(name, x)).sample
+    level = model.target.sigma(t).float()
+    found = model.blocks[0](x, z, model.target.timestep(level), model.stem_head).h
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0.1
+
+
+@pytest.mark.parametrize(("name", "scheduler"), [
+    (tiny.DIT, ("DDIMScheduler", dict(beta_schedule="linear"))),
+    (tiny.PIXART, ("DDIMScheduler", dict(prediction_type="v_prediction", rescale_betas_zero_snr=True))),
+    (tiny.SD3, ("FlowMatchEulerDiscreteScheduler", dict(shift=3.0))),
+])  # fmt: skip
+def test_the_loss_is_that_of_training_with_the_scheduler(name, scheduler):
+    scheduler = getattr(diffusers, scheduler[0])(**scheduler[1])
+    net, (x, y) = tiny.network(name), tiny.batch(name)
+    model = db.convert(net, 1, scheduler=scheduler.config)
+    t = scheduler.timesteps[[0, 300, 600, 999]] if name == tiny.SD3 else torch.tensor([0, 30, 600, 999])
+    t = t.clamp(max=998)  # at 999 these have infinite levels
+    sigma, target = model.target.sigma(t).float(), model.target
+    z = target.noised(y, sigma, seed=5, offset=0)
+    eps = (z - y) / sigma.view(-1, 1, 1, 1)
+    if name == tiny.SD3:
+        share = (t / 1000).view(-1, 1, 1, 1)
+        noised, wanted = (1 - share) * y + share * eps, eps - y
+    else:
+        noised = scheduler.add_noise(y, eps, t)
+        abar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+        wanted = eps if name == tiny.DIT else abar.sqrt() * eps - (1 - abar).sqrt() * y
+    predicted = net(noised, timestep=t, **tiny.arguments(name, x)).sample[:, :4]
+    expected = (predicted - wanted).square().flatten(1).mean(1)
+    batch = target.add_noise(y, sigma, seed=5, offset=0)
+    features = model.blocks[0](x, batch.scaled, batch.c_noise, model.stem_head)
+    found = target.loss(features, batch, y, sigma, error=True)
+    torch.testing.assert_close(found.per_sample, expected, rtol=1e-4, atol=1e-5)
+    wrong = (target.read(features, z, sigma).denoised - y).square().flatten(1).sum(1)
+    torch.testing.assert_close(found.error, wrong, rtol=1e-2, atol=1e-3)
+
+
+@ALL
+def test_blocks_learn_offloaded_and_files_give_them_back(name, tmp_path):
+    x, y = tiny.batch(name)
+
+    @torch.no_grad()
+    def losses(model):
+        return [sum(float(model.loss(b, x, y, seed=9, step=s).loss) for s in range(8)) for b in range(2)]
+
+    first = losses(db.convert(tiny.network(name), 2, shared="per_block"))
+    model = trained(name, folder=tmp_path / "wait", steps=40, shared="per_block")
+    assert all(after < 0.9 * start for after, start in zip(losses(model), first, strict=True))
+    model.save_pretrained(tmp_path / "model")
+    again = db.load(tmp_path / "model")
+    ours, theirs = (db.sample(m, x[:2], steps=3, sampler="euler") for m in (model, again))
+    assert torch.equal(ours, theirs) and ours.shape == (2, *tiny.LATENTS)
+
+
+@ALL
+@torch.no_grad()
+def test_one_block_is_the_network_again(name, tmp_path):
+    with torch.enable_grad():
+        model = trained(name, blocks=1)
+    db.to_original(model).save_pretrained(tmp_path)
+    network = getattr(diffusers, name).from_pretrained(tmp_path)
+    (x, z), t = tiny.batch(name), torch.full((4,), 700)
+    found = network(z, timestep=t, **tiny.arguments(name, x)).sample
+    with model.averages():
+        torch.testing.assert_close(found, model.blocks[0](x, z, t, model.stem_head).h, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found, tiny.network(name)(z, timestep=t, **tiny.arguments(name, x)).sample, atol=1e-3)
+
+
+@ALL
+@torch.no_grad()
+def test_pipelines_take_blocks(name, tmp_path):
+    """One block in a network's place changes no image; of two, each call goes to the block that owns its timestep."""
+    images = []
+    for transformer in (tiny.network(name), Routed(db.convert(tiny.network(name), 1))):
+        pipe, called = tiny.pipeline(name, transformer)
+        images.append(pipe(**called).images)
+    assert torch.equal(*images)
+
+    with torch.enable_grad():
+        model = trained(name, folder=tmp_path)
+    calls = []
+    hooks = [block.layers[0].register_forward_hook(lambda *_, b=b: calls.append(b)) for b, block in enumerate(model.blocks)]
+    pipe.transformer = db.to_original(model)
+    assert pipe.to("cpu")(**{**called, "generator": torch.manual_seed(3)}).images.isfinite().all()
+    assert calls == sorted(calls) and set(calls) == {0, 1}
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("name", [tiny.DIT, tiny.PIXART])
+@torch.no_grad()
+def test_each_block_is_a_network(name):
+    model = db.convert(tiny.network(name), (1, 3), shared="frozen")
+    (x, z), routed = tiny.batch(name), db.to_original(model)
+    edge = model.target.timestep(torch.tensor(model.partition.edges[1]))
+    for block, t in ((0, int(edge) + 1), (1, int(edge))):
+        t = torch.full((4,), t)
+        found = routed(z, timestep=t, return_dict=False, **tiny.arguments(name, x))[0]
+        network = db.to_original(model, block)
+        assert network.config.num_layers == (1, 3)[block]
+        expected = network(z, timestep=t, **tiny.arguments(name, x)).sample
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_are_dropped_in_training_alone():
+    stem = db.convert(tiny.network(tiny.DIT), 1).stem_head.stem
+    x = torch.arange(1000)
+    assert torch.equal(stem.arguments(x, x)["class_labels"], x)
+    assert 50 < (stem.train().arguments(x, x)["class_labels"] == 1000).sum() < 200
+    assert stem.unconditional(x).unique().tolist() == [1000]
+
+
+def test_half_weights_keep_the_timestep():
+    x, y = tiny.batch(tiny.SD3)
+    full = db.convert(tiny.network(tiny.SD3), 1)
+    half = db.convert(tiny.network(tiny.SD3).bfloat16(), 1)
+    losses = [float(model.loss(0, x, y, seed=0, step=0).loss.detach()) for model in (full, half)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert {p.dtype for p in db.to_original(half).parameters()} == {torch.bfloat16}
+
+
+def checkpointing(net):
+    net.enable_gradient_checkpointing()
+
+
+def shallow(net):
+    net.transformer_blocks = net.transformer_blocks[:2]
+
+
+def fused(net):
+    net.fuse_qkv_projections()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (checkpointing, "isn't of its layers.*checkpoint_layers=True"),
+    (shallow, r"isn't what its config describes.*transformer_blocks\.2\."),
+    (fused, "unfuse projections"),
+    (lambda net: net.norm_out.linear.half(), "weights of float16 and float32: make them one"),
+])  # fmt: skip
+def test_networks_that_were_changed(change, words):
+    net = tiny.network(tiny.SD3)
+    change(net)
+    with pytest.raises(ValueError, match=words):
+        db.convert(net, 2)
+
+
+LATENTS = torch.zeros(2, *tiny.LATENTS)
+
+
+@pytest.mark.parametrize(("name", "x", "y", "words"), [
+    (tiny.DIT, torch.zeros(2), LATENTS, "int64 labels"),
+    (tiny.DIT, torch.tensor([3, 1001]), LATENTS, r"labels must be in \[0, 1001\)"),
+    (tiny.DIT, torch.arange(2), LATENTS[:, :3], r"latents must be \(B, 4, H, W\)"),
+    (tiny.DIT, torch.arange(2), LATENTS[:, :, :7], "multiples of 2"),
+    (tiny.DIT, torch.arange(2), LATENTS[:, :, :4], "square latents, got 4x8"),
+    (tiny.PIXART, torch.zeros(2, 5, 7), LATENTS, r"embeddings of texts, floating \(B, N, 12\)"),
+    (tiny.SD3, torch.zeros(2, 1, 12), LATENTS, "the pooled embedding of texts and those of their tokens"),
+])  # fmt: skip
+def test_batches_that_do_not_fit(name, x, y, words):
+    with pytest.raises(ValueError, match=words):
+        db.convert(tiny.network(name), 1).loss(0, x, y)
+
+
+def test_schedulers_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match="with betas or for flow matching.*got one of.*sigma_data"):
+        db.convert(tiny.network(tiny.DIT), 1, scheduler=diffusers.EDMEulerScheduler().config)
+
+
+def test_a_call_is_of_one_block():
+    x, z = tiny.batch(tiny.DIT)
+    routed = db.to_original(db.convert(tiny.network(tiny.DIT), 2))
+    with pytest.raises(ValueError, match=r"belong to blocks \[0, 1\]"):
+        routed(z, timestep=torch.tensor([1, 1, 999, 999]), class_labels=x)
+    with pytest.raises(TypeError, match="block_controlnet_hidden_states"):
+        routed(z, timestep=torch.tensor([1]), class_labels=x, block_controlnet_hidden_states=[z])
