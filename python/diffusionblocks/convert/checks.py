@@ -36,8 +36,11 @@ def check_latent_network(network: Any) -> None:
             f"{name}'s gradient checkpointing isn't of its layers, and would be lost: "
             "network.disable_gradient_checkpointing(), and Trainer(checkpoint_layers=True)"
         )
+    config = network.config
+    if (config.out_channels or config.in_channels) < config.in_channels or config.get("image_dim"):
+        raise ValueError(f"{name} is given images beside latents and texts, which blocks aren't: it isn't converted")
     with torch.device("meta"):
-        wanted = {key: t.shape for key, t in type(network).from_config(network.config).state_dict().items()}
+        wanted = {key: t.shape for key, t in type(network).from_config(config).state_dict().items()}
     found = {key: t.shape for key, t in network.state_dict().items()}
     if wrong := sorted({key for key, _ in found.items() ^ wanted.items()}):
         raise ValueError(

@@ -20,11 +20,12 @@ from ..noise.density import LogNormal, NoiseDensity, Tabulated
 from ..noise.partition import spread_layers
 from ..targets.scheduled import ScheduledTarget
 from .checks import check_latent_network
-from .latents import (
-    DiTHead, DiTLayer, DiTStem, Head, Layer, PixArtHead, PixArtStem, SD3Head, SD3Stem, Stem,
-)  # fmt: skip
+from .dit import DiTHead, DiTLayer, DiTStem, PixArtHead, PixArtStem
+from .latents import Head, Layer, Stem
 from .layers import partition_for
+from .mmdit import FluxHead, FluxStem, MMDiTHead, SD3Stem
 from .registry import Converter
+from .wan import WanHead, WanStem
 
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 DDPM = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
@@ -36,30 +37,39 @@ class LatentFamily:
 
     Attributes:
         stem, layer, head: Classes of what stands in their places.
-        layers: Name of the list of layers.
-        scheduler: Config of the scheduler that the published networks were trained with.
+        scheduler: Values of the scheduler's config that the published networks were trained with.
+        layers: Lists of layers, in order; each with the name of its length in the config.
+        timesteps: The network's own run from 0 to this; None: to the scheduler's.
         square: Latents must be as high as wide.
     """
 
     stem: type[Stem]
     head: type[Head]
+    scheduler: Mapping[str, Any]
     layer: type[Layer] = Layer
-    layers: str = "transformer_blocks"
-    scheduler: Mapping[str, Any] | None = None
+    layers: tuple[tuple[str, str], ...] = (("transformer_blocks", "num_layers"),)
+    timesteps: int | None = None
     square: bool = False
 
 
+_FLUX = (("transformer_blocks", "num_layers"), ("single_transformer_blocks", "num_single_layers"))
+
 FAMILIES = {
-    f"diffusers.models.transformers.{module}.{name}": family
-    for module, name, family in (
-        ("dit_transformer_2d", "DiTTransformer2DModel", LatentFamily(DiTStem, DiTHead, DiTLayer, scheduler=DDPM, square=True)),
-        ("pixart_transformer_2d", "PixArtTransformer2DModel", LatentFamily(PixArtStem, PixArtHead, scheduler=DDPM)),
+    f"diffusers.models.transformers.{name}": family
+    for name, family in (
+        ("dit_transformer_2d.DiTTransformer2DModel", LatentFamily(DiTStem, DiTHead, DDPM, DiTLayer, square=True)),
+        ("pixart_transformer_2d.PixArtTransformer2DModel", LatentFamily(PixArtStem, PixArtHead, DDPM)),
+        ("transformer_sd3.SD3Transformer2DModel", LatentFamily(SD3Stem, MMDiTHead, {"shift": 3.0})),
         (
-            "transformer_sd3", "SD3Transformer2DModel",
-            LatentFamily(SD3Stem, SD3Head, scheduler={"shift": 3.0}),
+            "transformer_flux.FluxTransformer2DModel",
+            LatentFamily(FluxStem, FluxHead, {"shift": 1.0}, layers=_FLUX, timesteps=1),
+        ),
+        (
+            "transformer_wan.WanTransformer3DModel",
+            LatentFamily(WanStem, WanHead, {"shift": 3.0}, layers=(("blocks", "num_layers"),)),
         ),
     )
-}  # fmt: skip
+}
 
 
 def convert_diffusers(
@@ -87,10 +97,11 @@ def convert_diffusers(
     Raises: ValueError on a network, a scheduler or an option that doesn't fit.
     """
     check_latent_network(network)
-    layers = network.get_submodule(family.layers)
+    layers = [layer for name, _ in family.layers for layer in network.get_submodule(name)]
     counts = spread_layers(len(layers), blocks) if isinstance(blocks, int) else tuple(blocks)
-    target, density = _noise(network, family, scheduler or family.scheduler)
-    around = StemHead(family.stem(network), family.head(network))
+    stem = family.stem(network)
+    target, density = _noise(stem, family, family.scheduler if scheduler is None else scheduler)
+    around = StemHead(stem, family.head(network, stem.patch))
     model = DiffusionBlocks(
         [copy.deepcopy(around) for _ in counts] if shared == "per_block" else around,
         [family.layer(layer) for layer in layers],
@@ -102,27 +113,28 @@ def convert_diffusers(
 
 
 class LatentTarget(ScheduledTarget):
-    """ScheduledTarget of latents that a network takes: (B, C, H, W), sides multiples of a patch."""
+    """ScheduledTarget of the latents that a network takes."""
 
-    def __init__(self, config: Any, *, square: bool, **options: Any):
+    def __init__(self, stem: Stem, *, square: bool, **options: Any):
         super().__init__(**options)
-        self.channels, self.patch, self.square = config.in_channels, config.patch_size, square
+        self.channels, self.patch, self.square = stem.channels, stem.patch, square
 
     def check(self, y: Tensor) -> None:
         super().check(y)
-        if y.dim() != 4 or y.shape[1] != self.channels or any(side % self.patch for side in y.shape[2:]):
-            raise ValueError(
-                f"latents must be (B, {self.channels}, H, W) with sides that are multiples of {self.patch}, "
-                f"got {tuple(y.shape)}"
-            )
+        axes = "F, H, W" if len(self.patch) == 3 else "H, W"
+        if y.dim() != 2 + len(self.patch) or y.shape[1] != self.channels:
+            raise ValueError(f"latents must be (B, {self.channels}, {axes}), got {tuple(y.shape)}")
+        if any(side % patch for side, patch in zip(y.shape[2:], self.patch, strict=True)):
+            raise ValueError(f"latents' {axes} must be multiples of {self.patch}, got {tuple(y.shape[2:])}")
         if self.square and y.shape[2] != y.shape[3]:
             raise ValueError(f"this network takes square latents, got {y.shape[2]}x{y.shape[3]}: cut or pad them")
 
 
-def _noise(network: Any, family: LatentFamily, config: Any) -> tuple[LatentTarget, NoiseDensity]:
+def _noise(stem: Stem, family: LatentFamily, config: Mapping[str, Any]) -> tuple[LatentTarget, NoiseDensity]:
     """Return the target, and the density by which its levels are drawn in training."""
     steps, prediction = config.get("num_train_timesteps", 1000), config.get("prediction_type", "epsilon")
-    made = functools.partial(LatentTarget, network.config, square=family.square, timesteps=steps)
+    timesteps = steps if family.timesteps is None else family.timesteps
+    made = functools.partial(LatentTarget, stem, square=family.square, timesteps=timesteps)
     if prediction == "flow_prediction" or "shift" in config:
         # sigma = t / (1 - t): the logit-normal t of arXiv 2403.03206, eq. 19, moved by `shift`, is log-normal in sigma
         shift = config.get("shift") or config.get("flow_shift") or 1.0

@@ -120,25 +120,29 @@ def _renamed(model: DiffusionBlocks, chosen: list[int], names: dict[str, str]) -
 def _latent_network(model: DiffusionBlocks, block: int) -> nn.Module:
     """Return one of diffusers' networks of a block's layers."""
     assert model.origin is not None
-    described, depth = model.origin["network"], model.partition.layers[block]
-    config, first = {**described["config"], "num_layers": depth}, sum(model.partition.layers[:block])
+    described, first = model.origin["network"], sum(model.partition.layers[:block])
+    config, depth = dict(described["config"]), model.partition.layers[block]
+    around = "stem_head." if model.shared != "per_block" else f"blocks.{block}.stem_head."
+    names, offset = {f"{around}stem.": "", f"{around}head.": ""}, 0
+    for path, count in diffusers.FAMILIES[model.origin["kind"]].layers:
+        ours = range(max(first, offset), min(first + depth, offset + config[count]))
+        names |= {f"blocks.{block}.layers.{i - first}.layer.": f"{path}.{i - ours.start}." for i in ours}
+        offset, config[count] = offset + config[count], len(ours)
     if "dual_attention_layers" in config:
         config["dual_attention_layers"] = [i - first for i in config["dual_attention_layers"] if i >= first]
     network = rebuild_network({**model.origin, "network": {**described, "config": config}})
-    around = "stem_head." if model.shared != "per_block" else f"blocks.{block}.stem_head."
-    names = {f"{around}stem.": "", f"{around}head.": ""}
-    layers = diffusers.FAMILIES[model.origin["kind"]].layers
-    names |= {f"blocks.{block}.layers.{i}.layer.": f"{layers}.{i}." for i in range(depth)}
     _load(network, _renamed(model, [block], names))
     return network.eval()
 
 
 def _load(network: Any, state: dict[str, Tensor]) -> None:
     """Load all weights. Raises: ValueError unless every one has its place, and every place a weight."""
-    missing, extra = network.load_state_dict(state, strict=False)
     own = network.state_dict()
+    other = [name for name in state if name in own and own[name].shape != state[name].shape]
+    state = {name: t for name, t in state.items() if name not in other}
+    missing, extra = network.load_state_dict(state, strict=False)
     loaded = {own[name].data_ptr() for name in state if name in own}
     missing = [name for name in missing if own[name].data_ptr() not in loaded]  # tied to another, it has its weight
     changed = [name for name in state if name in own and not torch.equal(own[name], state[name].to(own[name].dtype))]
-    if wrong := [*missing, *extra, *changed]:
+    if wrong := {*other, *missing, *extra, *changed}:
         raise ValueError(f"{type(network).__name__} of these layers has no place for {', '.join(sorted(wrong)[:4])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -56,7 +57,7 @@ class Routed(nn.Module):
         owners = self.model.partition.block_of(target.sigma(timestep)).unique().tolist()
         if len(owners) > 1:
             raise ValueError(f"the timesteps of one call belong to blocks {owners}: call with those of one block")
-        given = {name: value for name, value in arguments.items() if value is not None}
+        given = {name: value for name, value in arguments.items() if value is not None and value != {}}
         training = self.model.training
         self.model.eval()
         try:
@@ -75,6 +76,10 @@ class Routed(nn.Module):
             stream = layer(stream, None)
         made: Tensor = around.head.features(stream)
         return made
+
+    def cache_context(self, name: str, **arguments: Any) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which nothing is cached: pipelines of videos enter one around each call."""
+        return contextlib.nullcontext()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # a pipeline's `to` moves all its parts; offloaded blocks are moved by their Offloader
