@@ -117,5 +117,5 @@ def test_a_model_of_from_layers_is_no_original():
     model = db.from_layers(
         layers, stem=torch.nn.Linear(4, 8), head=torch.nn.Linear(8, 3), target=db.LabelTarget(3, 8), blocks=1
     )
-    with pytest.raises(ValueError, match="one of transformers' or diffusers' networks"):
+    with pytest.raises(ValueError, match="a network of transformers, diffusers or timm"):
         db.to_original(model)

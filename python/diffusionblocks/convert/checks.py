@@ -40,12 +40,38 @@ def check_latent_network(network: Any) -> None:
     if (config.out_channels or config.in_channels) < config.in_channels or config.get("image_dim"):
         raise ValueError(f"{name} is given images beside latents and texts, which blocks aren't: it isn't converted")
     with torch.device("meta"):
-        wanted = {key: t.shape for key, t in type(network).from_config(config).state_dict().items()}
-    found = {key: t.shape for key, t in network.state_dict().items()}
+        _check_like(network, type(network).from_config(config), "its config describes")
+
+
+def check_timm_network(network: Any, rebuilt: nn.Module) -> None:
+    """Raise ValueError, saying what to do, unless one of timm's networks can be converted.
+
+    rebuilt: what timm makes of its architecture's name and sizes.
+    """
+    name = type(network).__name__
+    _check_weights(network, name)
+    if network.grad_checkpointing:
+        raise ValueError(
+            f"{name}'s gradient checkpointing isn't of its layers, and would be lost: "
+            "network.set_grad_checkpointing(False), and Trainer(checkpoint_layers=True)"
+        )
+    if getattr(network, "distilled_training", False) or getattr(network, "rope_mixed", False):
+        raise ValueError(f"{name} with distilled_training or a rotary table for each layer isn't converted")
+    if network.num_classes < 2 or not network.global_pool:
+        raise ValueError(
+            f"{name} with num_classes={network.num_classes} and global_pool={network.global_pool!r} is no classifier: "
+            "network.reset_classifier(num_classes, global_pool)"
+        )
+    _check_like(network, rebuilt, f"timm.create_model({network.pretrained_cfg['architecture']!r}) makes with its sizes")
+
+
+def _check_like(network: nn.Module, rebuilt: nn.Module, what: str) -> None:
+    """Raise ValueError unless both have weights of the same names and shapes."""
+    found, wanted = ({key: t.shape for key, t in net.state_dict().items()} for net in (network, rebuilt))
     if wrong := sorted({key for key, _ in found.items() ^ wanted.items()}):
         raise ValueError(
-            f"{name} isn't what its config describes, from which it is built again; these differ: "
-            f"{', '.join(wrong[:4])}. Merge adapters, unfuse projections, or change the network through its config"
+            f"{type(network).__name__} isn't what {what}, and so can't be built again; these differ: "
+            f"{', '.join(wrong[:4])}. Merge adapters, unfuse projections, or set sizes where it is made"
         )
 
 

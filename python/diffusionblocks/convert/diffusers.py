@@ -24,7 +24,7 @@ from .dit import DiTHead, DiTLayer, DiTStem, PixArtHead, PixArtStem
 from .latents import Head, Layer, Stem
 from .layers import partition_for
 from .mmdit import FluxHead, FluxStem, MMDiTHead, SD3Stem
-from .registry import Converter
+from .registry import Converter, Places
 from .wan import WanHead, WanStem
 
 BETAS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
@@ -176,11 +176,37 @@ def build(described: dict[str, Any], *, kind: str) -> nn.Module:
     return nn.Module.to(made.from_config(described["config"]), getattr(torch, described["dtype"]))
 
 
+def cut(described: dict[str, Any], layers: range, *, family: LatentFamily) -> dict[str, Any]:
+    """Return the description of a network of these layers alone."""
+    config = dict(described["config"])
+    config |= {count: len(own) for (_, count), own in zip(family.layers, _lists(config, layers, family), strict=True)}
+    if "dual_attention_layers" in config:
+        config["dual_attention_layers"] = [i - layers.start for i in config["dual_attention_layers"] if i in layers]
+    return {**described, "config": config}
+
+
+def places(network: nn.Module, described: dict[str, Any], layers: range, *, family: LatentFamily) -> Places:
+    """Return where a network has what blocks were made of."""
+    lists = zip(family.layers, _lists(described["config"], layers, family), strict=True)
+    return Places({"stem.": "", "head.": ""}, [f"{path}.{i}." for (path, _), own in lists for i in range(len(own))])
+
+
+def _lists(config: Mapping[str, Any], layers: range, family: LatentFamily) -> list[range]:
+    """Return which layers of each of a network's lists are among `layers`, counted through all lists."""
+    found, start = [], 0
+    for _, count in family.layers:
+        found.append(range(max(layers.start, start), min(layers.stop, start + config[count])))
+        start += config[count]
+    return found
+
+
 CONVERTERS = {
     name: Converter(
         functools.partial(convert_diffusers, family=family),
         describe,
         functools.partial(build, kind=name.rpartition(".")[2]),
+        functools.partial(cut, family=family),
+        functools.partial(places, family=family),
     )
     for name, family in FAMILIES.items()
 }

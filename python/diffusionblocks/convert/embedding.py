@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,19 +21,15 @@ class Tokens(NamedTuple):
     real: Tensor | None = None
 
 
-class ImageEmbedding(nn.Module):
-    """Images (B, C, H, W) to tokens."""
+class Images(nn.Module):
+    """Base class: images (B, C, H, W) to tokens.
 
-    def __init__(self, network: nn.Module, family: Family):
+    channels: C. size, patch: height and width; any_size: they need only be multiples of a patch's.
+    """
+
+    def __init__(self, channels: int, size: Any, patch: Any, *, any_size: bool):
         super().__init__()
-        self.embeddings = network.get_submodule(family.embeddings)
-        self.kinds = ["full_attention"] * network.config.num_hidden_layers
-        self.channels, self.any_size = network.config.num_channels, family.any_size
-        self.size, self.patch = _pair(network.config.image_size), _pair(network.config.patch_size)
-
-    def forward(self, x: Tensor) -> Tokens:
-        h = self.embeddings(x.to(self.embeddings.cls_token.dtype))
-        return Tokens(h, {"full_attention": {}})
+        self.channels, self.size, self.patch, self.any_size = channels, _pair(size), _pair(patch), any_size
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError unless `x` is a batch of images of a size that the network takes."""
@@ -46,7 +42,21 @@ class ImageEmbedding(nn.Module):
             raise ValueError(f"images must be {self.size[0]}x{self.size[1]}, got {height}x{width}: resize them")
 
 
-def _pair(size: int | list[int]) -> tuple[int, int]:
+class ImageEmbedding(Images):
+    """Images to tokens, by one of transformers' networks."""
+
+    def __init__(self, network: Any, family: Family):
+        config = network.config
+        super().__init__(config.num_channels, config.image_size, config.patch_size, any_size=family.any_size)
+        self.embeddings = network.get_submodule(family.embeddings)
+        self.kinds = ["full_attention"] * config.num_hidden_layers
+
+    def forward(self, x: Tensor) -> Tokens:
+        h = self.embeddings(x.to(self.embeddings.cls_token.dtype))
+        return Tokens(h, {"full_attention": {}})
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

@@ -14,20 +14,33 @@ from ..blocks import DiffusionBlocks
 Convert = TypeVar("Convert", bound=Callable[..., DiffusionBlocks])
 
 
+class Places(NamedTuple):
+    """Where a network has what blocks were made of.
+
+    around: how names begin in a StemHead -> in the network. layers: how those of each layer begin in the network.
+    """
+
+    around: dict[str, str]
+    layers: list[str]
+
+
 class Converter(NamedTuple):
-    """How networks of a class become blocks, and are described in a file and built from that.
+    """How networks of a class become blocks, are described in a file and built from that, and are given back.
 
     describe: network -> JSON values; build: JSON values -> an untrained network like it. None where a file can't hold
-    what building takes.
+    what building takes. cut: JSON values, some of the layers -> those of a network of these layers; places: such a
+    network, JSON values of the whole one, the layers -> Places. None where `to_original` gives nothing back.
     """
 
     convert: Callable[..., DiffusionBlocks]
     describe: Callable[[Any], dict[str, Any]] | None
     build: Callable[[dict[str, Any]], nn.Module] | None
+    cut: Callable[[dict[str, Any], range], dict[str, Any]] | None = None
+    places: Callable[[nn.Module, dict[str, Any], range], Places] | None = None
 
 
 _CONVERTERS: dict[str, Converter] = {}  # those that `register` added
-_LIBRARIES = ("transformers", "diffusers")  # each has a module here, with CONVERTERS
+_LIBRARIES = ("transformers", "diffusers", "timm")  # each has a module here, with CONVERTERS
 
 
 def register(
@@ -80,7 +93,7 @@ def convert(network: nn.Module, blocks: int | Sequence[int], **options: Any) -> 
     """
     names = [_name(kind) for kind in type(network).__mro__]
     for name in names:
-        found = _find(name)
+        found = find(name)
         if found is not None:
             # A copy: blocks move their weights away, and some have stems and heads of their own.
             model = found.convert(copy.deepcopy(network), blocks, **options)
@@ -108,13 +121,14 @@ def rebuild_network(origin: dict[str, Any]) -> nn.Module:
 
     Raises: ValueError if its class has no converter here.
     """
-    found = _find(origin["kind"])
+    found = find(origin["kind"])
     if found is None or found.build is None:
         raise ValueError(f"no converter builds {origin['kind']}: import the module that registers it, or pass model")
     return found.build(origin["network"])
 
 
-def _find(name: str) -> Converter | None:
+def find(name: str) -> Converter | None:
+    """Return the converter of a class by its dotted name, None if there is none."""
     library = name.partition(".")[0]
     if name not in _CONVERTERS and library in _LIBRARIES:
         return _converters(library).get(name)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from ..targets.masked import MaskedTarget
 from .conditioning import Z_GAIN, Conditioned, NoiseEmbedding
-from .embedding import ImageEmbedding, TokenEmbedding, Tokens, check_windows
+from .embedding import Images, TokenEmbedding, Tokens, check_windows
 
 
 def z_projection(z_dim: int, dim: int) -> nn.Linear:
@@ -24,12 +24,27 @@ def z_projection(z_dim: int, dim: int) -> nn.Linear:
     return linear
 
 
+def noise_embedding(cond: int, dtype: torch.dtype) -> NoiseEmbedding | None:
+    """Return an embedding of the noise level, cond wide, None for 0."""
+    if not cond:
+        return None
+    noise = NoiseEmbedding(cond)
+    noise.mlp.to(dtype)  # the angles stay float32: halves would merge neighbouring noise levels
+    return noise
+
+
+def entrances(z_dim: int, width: int, cond: int, dtype: torch.dtype) -> tuple[nn.Linear | None, NoiseEmbedding | None]:
+    """Return the modules by which z and its noise level enter tokens of a width; None for both if cond is 0."""
+    noise = noise_embedding(cond, dtype)
+    return (z_projection(z_dim, width).to(dtype) if cond else None), noise
+
+
 class LabelStem(nn.Module):
     """x -> tokens; z (B, d) is added to the first one."""
 
     takes_float32 = True
 
-    def __init__(self, embedding: ImageEmbedding | TokenEmbedding, z: nn.Linear | None, noise: NoiseEmbedding | None):
+    def __init__(self, embedding: Images | TokenEmbedding, z: nn.Linear | None, noise: NoiseEmbedding | None):
         super().__init__()
         self.embedding, self.z, self.noise = embedding, z, noise
 

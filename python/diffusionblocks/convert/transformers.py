@@ -21,12 +21,20 @@ from ..targets.codebook import CodebookTarget, spread_codebook
 from ..targets.labels import LabelTarget
 from ..targets.tokens import TokenTarget
 from .checks import check_network, layers_name
-from .conditioning import Conditioned, NoiseEmbedding
+from .conditioning import Conditioned
 from .embedding import Head, ImageEmbedding, Layer, TokenEmbedding, padding_of
 from .families import FAMILIES, Family
 from .layers import CONTEXT, partition_for
-from .registry import Converter
-from .stems import CausalStem, ConditionedNoisy, LabelStem, MaskedStem, WindowTarget, z_projection
+from .registry import Converter, Places
+from .stems import (
+    CausalStem,
+    ConditionedNoisy,
+    LabelStem,
+    MaskedStem,
+    WindowTarget,
+    entrances,
+    noise_embedding,
+)  # fmt: skip
 
 CODE_DIM = 128  # of a vocabulary's codebook, at most: enough to tell 100,000 tokens apart
 CODE_ROWS = 256  # of a codebook that the noise is laid out by: K rows move its range by the root of ln K only
@@ -69,22 +77,36 @@ def convert_transformers(
     target = _target(network, family)
     stem = _stem(network, family, target, cond, mask_token_id)
     around = StemHead(stem, _head(network, family, noisy=family.kind == "causal" and cond > 0))
-    around.to(next(layers.parameters()).device)
     wrap = ConditionedNoisy if family.kind == "causal" else Conditioned
-    kinds = stem.embedding.kinds
-    model = DiffusionBlocks(
+    wrapped = [wrap(layer, config.hidden_size, cond) if cond else layer for layer in layers]
+    model = assemble(around, wrapped, target, counts, shared=shared, overlap=overlap, context=context)
+    return model.train(network.training)
+
+
+def assemble(
+    around: StemHead,
+    layers: Sequence[nn.Module],
+    target: Target,
+    counts: Sequence[int],
+    *,
+    shared: str,
+    overlap: float,
+    context: float | None,
+) -> DiffusionBlocks:
+    """Return blocks of layers that are plain, or Conditioned, and a stem with an `embedding`."""
+    device = next(layers[0].parameters()).device
+    around.to(device)
+    conditioned = isinstance(layers[0], Conditioned)
+    kinds: list[str] = around.stem.embedding.kinds
+    return DiffusionBlocks(
         [copy.deepcopy(around) for _ in counts] if shared == "per_block" else around,
-        [
-            Layer(wrap(layer, config.hidden_size, cond) if cond else layer, kind, conditioned=cond > 0)
-            for layer, kind in zip(layers, kinds, strict=True)
-        ],
-        target.to(next(layers.parameters()).device),
+        [Layer(layer, kind, conditioned=conditioned) for layer, kind in zip(layers, kinds, strict=True)],
+        target.to(device),
         _partition(target, counts, overlap),
         shared=shared,
         context=_context(target) if context is None else context,
-        ensemble=not cond and isinstance(target, CodebookTarget),
+        ensemble=not conditioned and isinstance(target, CodebookTarget),
     )
-    return model.train(network.training)
 
 
 def _target(network: Any, family: Family) -> Target:
@@ -97,13 +119,10 @@ def _target(network: Any, family: Family) -> Target:
 
 
 def _stem(network: Any, family: Family, target: Target, cond: int, mask_token_id: int | None) -> Any:
-    dtype = next(network.parameters()).dtype
-    noise = NoiseEmbedding(cond) if cond else None
-    if noise is not None:
-        noise.mlp.to(dtype)  # the angles stay float32: halves would merge neighbouring noise levels
+    dtype, width = next(network.parameters()).dtype, network.config.hidden_size
     if mask_token_id is not None:
-        return MaskedStem(TokenEmbedding(network, family), mask_token_id, noise)
-    z = z_projection(target.table.shape[1], network.config.hidden_size).to(dtype) if cond else None
+        return MaskedStem(TokenEmbedding(network, family), mask_token_id, noise_embedding(cond, dtype))
+    z, noise = entrances(target.table.shape[1], width, cond, dtype)
     if family.kind == "causal":
         return CausalStem(TokenEmbedding(network, family), z, noise)
     embedding = ImageEmbedding if family.kind == "images" else TokenEmbedding
@@ -147,11 +166,38 @@ def build(described: dict[str, Any], *, kind: str) -> nn.Module:
     return network
 
 
+def cut(described: dict[str, Any], layers: range, *, family: Family) -> dict[str, Any]:
+    """Return the description of a network of these layers alone."""
+    stages = ("stage_names", "out_features", "out_indices")  # of backbones; they name layers, and follow from the depth
+    config = {name: value for name, value in described["config"].items() if name not in stages}
+    if layers.start and config.get("scale_attn_by_inverse_layer_idx"):
+        raise ValueError(
+            "scale_attn_by_inverse_layer_idx=True scales layers by their place: block 0 alone is a network"
+        )
+    for name in ("num_hidden_layers", "n_layer"):
+        if name in config:
+            config[name] = len(layers)
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][layers.start : layers.stop]
+    return {**described, "config": config}
+
+
+def places(network: nn.Module, described: dict[str, Any], layers: range, *, family: Family) -> Places:
+    """Return where a network has what blocks were made of."""
+    around = {"stem.embedding.embeddings.": f"{family.embeddings}."}
+    for part, paths in (("stem.embedding.positions", family.positions), ("head.before", family.before)):
+        around |= {f"{part}.{i}.": f"{path}." for i, path in enumerate(paths)}
+    around |= {f"head.after.{i}.": f"{path}." for i, path in enumerate(family.after)}
+    return Places(around, [f"{layers_name(network, family)}.{i}." for i in range(len(layers))])
+
+
 CONVERTERS = {
     name: Converter(
         functools.partial(convert_transformers, family=family),
         describe,
         functools.partial(build, kind=name.rpartition(".")[2]),
+        functools.partial(cut, family=family),
+        functools.partial(places, family=family),
     )
     for name, family in FAMILIES.items()
 }
