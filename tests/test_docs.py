@@ -20,7 +20,8 @@ FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]+)?\)")
 FETCHED = {  # what pages import
     "guides/lora.md": "peft", "guides/own-model.md": "transformers", "guides/transformers.md": "transformers",
-    "guides/trainers.md": "accelerate", "index.md": "sklearn", "README.md": "sklearn",
+    "guides/diffusers.md": "diffusers", "guides/trainers.md": "accelerate", "index.md": "sklearn",
+    "README.md": "sklearn",
 }  # fmt: skip
 
 
