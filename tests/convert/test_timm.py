@@ -1,4 +1,4 @@
-"""timm's vision transformers as blocks, in a process of their own: a stub stands for torchvision where it is missing."""
+"""timm's vision transformers as blocks, in a process of their own, with a stub of torchvision if that is missing."""
 
 from __future__ import annotations
 

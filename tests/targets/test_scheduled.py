@@ -7,16 +7,14 @@ import math
 import pytest
 import torch
 
-from diffusionblocks.noise.density import Tabulated
 from diffusionblocks.targets.base import Features
 from diffusionblocks.targets.scheduled import PREDICTIONS, ScheduledTarget
 
-SIGMAS = torch.linspace(math.log(0.01), math.log(100), 1000, dtype=torch.float64) ** 3 / 50
-SCHEDULE = Tabulated(tuple(SIGMAS.tolist()), (1.0,) * 999)
+LOG_SIGMAS = torch.linspace(math.log(0.01), math.log(100), 1000, dtype=torch.float64) ** 3 / 50
 
 
 def target(prediction):
-    return ScheduledTarget(prediction, None if prediction == "flow" else SCHEDULE)
+    return ScheduledTarget(prediction, None if prediction == "flow" else LOG_SIGMAS)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -46,19 +44,24 @@ def test_the_right_prediction_gives_the_target_and_no_loss(prediction):
     torch.testing.assert_close(off.error, wrong, rtol=1e-3, atol=1e-5)
 
 
+def test_halves_keep_the_table():
+    made = target("epsilon").bfloat16()
+    assert float(made.timestep(LOG_SIGMAS[300].exp())) == pytest.approx(300, abs=1e-3)
+
+
 def test_timesteps_lie_between_the_tables_by_ln_sigma():
     made = target("epsilon")
-    torch.testing.assert_close(made.timestep(SIGMAS.exp()), torch.arange(1000.0), rtol=0, atol=1e-3)
-    halfway = (SIGMAS[500:502].mean()).exp()
+    torch.testing.assert_close(made.timestep(LOG_SIGMAS.exp()), torch.arange(1000.0), rtol=0, atol=1e-3)
+    halfway = (LOG_SIGMAS[500:502].mean()).exp()
     assert float(made.timestep(halfway)) == pytest.approx(500.5, abs=1e-3)
     assert float(target("flow").timestep(torch.tensor(1.0))) == 500
     assert float(target("flow").sigma(torch.tensor(1000))) == math.inf
 
 
 @pytest.mark.parametrize(("prediction", "schedule", "words"), [
-    ("noise", SCHEDULE, "prediction must be one of epsilon"),
-    ("epsilon", None, "needs a schedule"),
-    ("flow", SCHEDULE, "takes no schedule"),
+    ("noise", LOG_SIGMAS, "prediction must be one of epsilon"),
+    ("epsilon", None, "needs log_sigmas"),
+    ("flow", LOG_SIGMAS, "takes no log_sigmas"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(prediction, schedule, words):
     with pytest.raises(ValueError, match=words):

@@ -133,31 +133,30 @@ class LatentTarget(ScheduledTarget):
 def _noise(stem: Stem, family: LatentFamily, config: Mapping[str, Any]) -> tuple[LatentTarget, NoiseDensity]:
     """Return the target, and the density by which its levels are drawn in training."""
     steps, prediction = config.get("num_train_timesteps", 1000), config.get("prediction_type", "epsilon")
-    timesteps = steps if family.timesteps is None else family.timesteps
-    made = functools.partial(LatentTarget, stem, square=family.square, timesteps=timesteps)
+    made = functools.partial(LatentTarget, stem, square=family.square)
     if prediction == "flow_prediction" or "shift" in config:
         # sigma = t / (1 - t): the logit-normal t of arXiv 2403.03206, eq. 19, moved by `shift`, is log-normal in sigma
         shift = config.get("shift") or config.get("flow_shift") or 1.0
         ends = (1 / (steps - 1), float(steps - 1))
-        return made(prediction="flow", schedule=None), LogNormal(math.log(shift), 1.0, *ends)
+        return made(prediction="flow", timesteps=family.timesteps or steps), LogNormal(math.log(shift), 1.0, *ends)
     if "beta_schedule" not in config:
         raise ValueError(
             "scheduler must be the config of one of diffusers' schedulers with betas or for flow matching, "
             f"pipe.scheduler.config; got one of {', '.join(config)}"
         )
-    sigmas = _variance_preserving(config)
-    schedule = Tabulated(tuple(sigmas.log().tolist()), (1.0,) * (len(sigmas) - 1))
-    return made(prediction=prediction, schedule=schedule), schedule
+    log_sigmas = _variance_preserving(config)
+    uniform = Tabulated(tuple(log_sigmas.tolist()), (1.0,) * (len(log_sigmas) - 1))
+    return made(prediction=prediction, log_sigmas=log_sigmas), uniform
 
 
 def _variance_preserving(config: Mapping[str, Any]) -> Tensor:
-    """Return sigma at each timestep, rising, float64."""
+    """Return ln sigma at each timestep, rising, float64."""
     scheduler: Any = importlib.import_module("diffusers").DDPMScheduler
     made = scheduler(**{name: config[name] for name in BETAS if name in config})
     abar = made.alphas_cumprod.double()
     if abar[-1] == 0:  # noise alone, of infinite sigma
         abar[-1] = abar[-2] / 4
-    return ((1 - abar) / abar).sqrt()
+    return ((1 - abar) / abar).log() / 2
 
 
 def describe(network: Any) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..noise import edm
-from ..noise.density import Tabulated
 from .base import Features, Loss, Noised, Output
 from .continuous import ContinuousTarget
 
@@ -21,18 +23,20 @@ class ScheduledTarget(ContinuousTarget):
 
     Args:
         prediction: What the network predicts: "epsilon", "v_prediction", "sample", or "flow" (eps - y).
-        schedule: Uniform over the timesteps, ln sigma of each as its edges; None for flow matching, which has no table.
-        timesteps: How many there are.
+        log_sigmas: ln sigma of each timestep, rising; None for flow matching, which has no table.
+        timesteps: How many there are, if there is no table.
         shape: Shape of one sample, e.g. (4, 32, 32); learnt from the first training batch if not given.
 
-    Raises: ValueError on an unknown prediction, or a table that is missing or not wanted.
+    Raises: ValueError on an unknown prediction, or on a table that is missing or has no use.
     Source: arXiv 2006.11239, eq. 14 (epsilon); 2202.00512, appendix D (v); 2403.03206, eq. 13 (flow).
     """
+
+    log_sigmas: Tensor | None
 
     def __init__(
         self,
         prediction: str,
-        schedule: Tabulated | None,
+        log_sigmas: Tensor | None = None,
         *,
         timesteps: int = 1000,
         shape: tuple[int, ...] | None = None,
@@ -40,22 +44,35 @@ class ScheduledTarget(ContinuousTarget):
         super().__init__(1.0, shape=shape)
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
-        if (schedule is None) != (prediction == "flow"):
-            raise ValueError(f"prediction={prediction!r} {'takes no' if schedule else 'needs a'} schedule of sigma")
-        self.prediction, self.schedule, self.timesteps = prediction, schedule, timesteps
+        if (log_sigmas is None) != (prediction == "flow"):
+            raise ValueError(f"prediction={prediction!r} {'needs' if log_sigmas is None else 'takes no'} log_sigmas")
+        self.prediction, self.timesteps = prediction, timesteps if log_sigmas is None else len(log_sigmas)
+        self.register_buffer("log_sigmas", None if log_sigmas is None else log_sigmas.double(), persistent=False)
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Return the timestep of a level, float32, between two of them by ln sigma."""
-        if self.schedule is None:
+        table = self.log_sigmas
+        if table is None:
             return self.timesteps * sigma.float() / (1 + sigma.float())
-        return ((self.timesteps - 1) * self.schedule.cdf(sigma)).float()
+        level = sigma.double().log()
+        above = torch.searchsorted(table, level).clamp(1, len(table) - 1)
+        share = (level - table[above - 1]) / (table[above] - table[above - 1])
+        return (above - 1 + share.clamp(0, 1)).float()
 
     def sigma(self, timestep: Tensor) -> Tensor:
         """Return the level of a timestep, float64; inf where flow matching is at noise alone."""
-        if self.schedule is None:
-            t = timestep.double() / self.timesteps
-            return t / (1 - t)
-        return self.schedule.ppf(timestep.double() / (self.timesteps - 1))
+        t, table = timestep.double(), self.log_sigmas
+        if table is None:
+            return t / (self.timesteps - t)
+        below = t.long().clamp(0, len(table) - 2)
+        return torch.lerp(table[below], table[below + 1], (t - below).clamp(0, 1)).exp()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        table = self.log_sigmas
+        super()._apply(fn, recurse)
+        if table is not None and self.log_sigmas is not None:
+            self.log_sigmas = table.to(self.log_sigmas.device)  # never in halves, which tell few timesteps apart
+        return self
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return c_skip and c_out, with which D = c_skip z + c_out F, and c_in, each of sigma's shape, float32."""
