@@ -59,20 +59,25 @@ def call(net: Any, name: str, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
     if name == WAN:
         return net(z, timestep=t, encoder_hidden_states=x).sample
     if name == PIXART:
-        sizes = {"resolution": torch.full((len(x), 2), 64.0), "aspect_ratio": torch.ones(len(x), 1)}
+        height, width = (8.0 * side for side in z.shape[2:])
+        sizes = {
+            "resolution": torch.tensor([[height, width]] * len(x)),
+            "aspect_ratio": torch.tensor([[height / width]] * len(x)),
+        }
         mask = (x != 0).any(-1)
         return net(z, timestep=t, encoder_hidden_states=x, encoder_attention_mask=mask, added_cond_kwargs=sizes).sample
     texts = {"encoder_hidden_states": x[:, 1:], "pooled_projections": x[:, 0, :10]}
     if name == SD3:
         return net(z, timestep=t, **texts).sample
     flux = pytest.importorskip("diffusers").FluxPipeline
-    ids = flux._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)
+    height, width = z.shape[2:]
+    ids = flux._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32)
     guidance = torch.ones(len(x)) if net.config.guidance_embeds else None
     packed = net(
-        flux._pack_latents(z, len(z), 4, 8, 8), timestep=t / 1000, img_ids=ids, txt_ids=torch.zeros(5, 3),
+        flux._pack_latents(z, len(z), 4, height, width), timestep=t / 1000, img_ids=ids, txt_ids=torch.zeros(5, 3),
         guidance=guidance, **texts,
     ).sample  # fmt: skip
-    return flux._unpack_latents(packed, 64, 64, 8)
+    return flux._unpack_latents(packed, 8 * height, 8 * width, 8)
 
 
 def pipeline(name: str, transformer: Any) -> tuple[Any, dict[str, Any]]:

@@ -41,6 +41,8 @@ def trained(name, blocks=2, folder=None, steps=4, lr=1e-3, **options):
 @torch.no_grad()
 def test_one_block_computes_what_the_network_does(name, config):
     net, (x, z) = tiny.network(name, **config), tiny.batch(name, 3)
+    if name != tiny.DIT:  # which takes squares alone
+        z = z[..., : z.shape[-2] // 2, :]
     model = db.convert(net, 1)
     t = torch.tensor([1, 500, 999])
     expected = tiny.call(net, name, x, z, t)
