@@ -152,7 +152,8 @@ def test_two_blocks_of_a_video_network_are_the_pipelines_two_transformers():
 @pytest.mark.parametrize("name", [tiny.DIT, tiny.PIXART, tiny.FLUX, tiny.WAN])
 @torch.no_grad()
 def test_each_block_is_a_network(name):
-    model = db.convert(tiny.network(name), (1, 3), shared="frozen")
+    with torch.enable_grad():
+        model = trained(name, (1, 3), shared="frozen", lr=1e-2).train()  # weights and averages differ
     (x, z), routed = tiny.batch(name), db.to_original(model)
     edge = model.target.timestep(torch.tensor(model.partition.edges[1])) / own(model, 1)
     for block, t in ((0, int(edge) + 2), (1, int(edge) - 1)):
@@ -161,7 +162,22 @@ def test_each_block_is_a_network(name):
         network = db.to_original(model, block)
         assert network.config.num_layers + network.config.get("num_single_layers", 0) == (1, 3)[block]
         expected = tiny.call(network, name, x, z, t)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert model.training
+
+
+def test_a_pipeline_evaluates():
+    (x, z), t = tiny.batch(tiny.DIT), torch.ones(4)
+    routed = db.to_original(db.convert(tiny.network(tiny.DIT, dropout=0.5).train(), 2))
+    first, second = (routed(z, timestep=t, class_labels=x).sample for _ in range(2))
+    assert torch.equal(first, second) and routed.model.training
+
+
+def test_flow_matching_is_trained_at_the_levels_of_its_shift():
+    for shift in (1.0, 3.0):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        partition = db.convert(tiny.network(tiny.FLUX), 2, scheduler=scheduler.config).partition
+        assert partition.edges[1] == pytest.approx(shift)
 
 
 def test_a_middle_block_of_sd3_is_no_network():
@@ -178,6 +194,9 @@ def test_labels_are_dropped_in_training_alone():
     assert torch.equal(stem.arguments(x, x)["class_labels"], x)
     assert 50 < (stem.train().arguments(x, x)["class_labels"] == 1000).sum() < 200
     assert stem.unconditional(x).unique().tolist() == [1000]
+    layer = db.convert(tiny.network(tiny.DIT), 1).train().blocks[0].layers[0].layer
+    labels = [layer.norm1.emb(torch.ones(1000), x, hidden_dtype=torch.float32) for _ in range(2)]
+    assert torch.equal(*labels), "layers drop none: each would drop others"
 
 
 def test_half_weights_keep_the_timestep():

@@ -46,7 +46,13 @@ def test_the_right_prediction_gives_the_target_and_no_loss(prediction):
 
 def test_halves_keep_the_table():
     made = target("epsilon").bfloat16()
-    assert float(made.timestep(LOG_SIGMAS[300].exp())) == pytest.approx(300, abs=1e-3)
+    torch.testing.assert_close(made.timestep(LOG_SIGMAS.exp()), torch.arange(1000.0), rtol=0, atol=1e-3)
+
+
+def test_latents_in_halves_keep_their_noise():
+    y = torch.ones(1, 4096, dtype=torch.bfloat16)
+    z = target("epsilon").noised(y, torch.tensor([0.001]), seed=0, offset=0)
+    assert float((z - 1).std()) == pytest.approx(0.001, rel=0.1)
 
 
 def test_timesteps_lie_between_the_tables_by_ln_sigma():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..blocks import DiffusionBlocks
 from ..targets.scheduled import ScheduledTarget
-from .registry import Converter, Places, find, rebuild_network
+from .registry import Converter, Places, built_in, rebuild_network
 from .routed import Routed
 
 
@@ -59,7 +59,7 @@ def to_original(model: DiffusionBlocks, block: int | None = None) -> nn.Module:
 
 def _converter_of(model: DiffusionBlocks) -> Converter:
     origin = model.origin
-    converter = None if origin is None else find(origin["kind"])
+    converter = None if origin is None else built_in(origin["kind"])
     if origin is None or converter is None or converter.cut is None:
         raise ValueError("to_original needs a model from `convert` of a network of transformers, diffusers or timm")
     if not isinstance(model.target, ScheduledTarget) and origin["options"].get("cond") != 0:

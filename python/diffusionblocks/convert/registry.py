@@ -82,7 +82,8 @@ def convert(network: nn.Module, blocks: int | Sequence[int], **options: Any) -> 
     """Return a network of a known class as denoising blocks, which train a copy: the network stays as it is.
 
     Known: transformers' ViT, DeiT and DINOv2, BERT and ModernBERT, Llama, Qwen, Mistral and GPT-2, with the heads
-    listed in docs/guides/transformers.md, and what `register` added. For others see `from_layers`.
+    listed in docs/guides/transformers.md, timm's ViT, DeiT and EVA-02, diffusers' DiT, PixArt, SD3, Flux and Wan
+    (docs/guides/diffusers.md), and what `register` added. For others see `from_layers`.
 
     Args:
         network: Pretrained or not. `del network` afterwards frees its memory.
@@ -129,10 +130,13 @@ def rebuild_network(origin: dict[str, Any]) -> nn.Module:
 
 def find(name: str) -> Converter | None:
     """Return the converter of a class by its dotted name, None if there is none."""
+    return _CONVERTERS.get(name) or built_in(name)
+
+
+def built_in(name: str) -> Converter | None:
+    """Return this package's own converter of a class by its dotted name, None if there is none."""
     library = name.partition(".")[0]
-    if name not in _CONVERTERS and library in _LIBRARIES:
-        return _converters(library).get(name)
-    return _CONVERTERS.get(name)
+    return _converters(library).get(name) if library in _LIBRARIES else None
 
 
 def _converters(library: str) -> dict[str, Converter]:
