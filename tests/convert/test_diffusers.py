@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -107,7 +109,7 @@ def test_one_block_is_the_network_again(name, tmp_path):
         model = trained(name, blocks=1)
     network = db.to_original(model)
     network.save_pretrained(tmp_path)
-    if name != tiny.WAN:  # which diffusers loads with accelerate alone
+    if name != tiny.WAN or importlib.util.find_spec("accelerate"):  # without which diffusers doesn't load Wan
         network = getattr(diffusers, name).from_pretrained(tmp_path)
     (x, z), t = tiny.batch(name), torch.full((4,), 700)
     found = tiny.call(network, name, x, z, t)
