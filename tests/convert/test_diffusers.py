@@ -102,6 +102,19 @@ def test_blocks_learn_offloaded_and_files_give_them_back(name, tmp_path):
     assert torch.equal(ours, theirs) and ours.shape == y[:2].shape
 
 
+def test_a_plan_needs_no_memory():
+    model = db.convert(tiny.network(tiny.DIT, num_layers=2), 2)
+    assert list(db.plan(model, tiny.batch(tiny.DIT), device="cpu").rows) == [1, 2]
+
+
+@ALL
+@pytest.mark.filterwarnings("ignore:Mismatch dtype:UserWarning")
+def test_settings_that_save_memory(name):
+    model, batch = db.convert(tiny.network(name), 2), tiny.batch(name)
+    trainer = db.Trainer(model, device="cpu", precision="bfloat16", checkpoint_layers=True, visit=1, seed=0)
+    assert all(trainer.step(*batch).loss.isfinite() for _ in range(2))
+
+
 @ALL
 @torch.no_grad()
 def test_one_block_is_the_network_again(name, tmp_path):

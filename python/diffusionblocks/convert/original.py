@@ -25,7 +25,7 @@ def to_original(model: DiffusionBlocks, block: int | None = None) -> nn.Module:
         block: A network of this block's layers alone, which computes what that block does: model.logits(x, block), or
             of masked tokens and latents the block's denoiser (with averages, under model.averages()). None: of one
             block the whole network. Of several blocks of diffusers' network a module in its place, which asks the block
-            that owns the timestep: `pipe.transformer = db.to_original(model)`. Otherwise all layers,
+            that owns the timestep: `pipe.transformer = db.to_original(model)`. Of several blocks otherwise all layers,
             which were never trained to follow each other: a start for training end to end, and a warning says so.
 
     Returns:
