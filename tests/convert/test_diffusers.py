@@ -268,6 +268,8 @@ def test_batches_that_do_not_fit(name, x, y, words):
 def test_schedulers_of_another_kind_are_refused():
     with pytest.raises(ValueError, match=r"with betas or for flow matching.*got one of.*sigma_data"):
         db.convert(tiny.network(tiny.DIT), 1, scheduler=diffusers.EDMEulerScheduler().config)
+    with pytest.raises(TypeError, match=r"pipe\.scheduler\.config, got a DDIMScheduler"):
+        db.convert(tiny.network(tiny.DIT), 1, scheduler=diffusers.DDIMScheduler())
 
 
 def test_a_call_is_of_one_block():

@@ -132,6 +132,8 @@ class LatentTarget(ScheduledTarget):
 
 def _noise(stem: Stem, family: LatentFamily, config: Mapping[str, Any]) -> tuple[LatentTarget, NoiseDensity]:
     """Return the target, and the density by which its levels are drawn in training."""
+    if not isinstance(config, Mapping):
+        raise TypeError(f"scheduler must be a config, pipe.scheduler.config, got a {type(config).__name__}")
     steps, prediction = config.get("num_train_timesteps", 1000), config.get("prediction_type", "epsilon")
     made = functools.partial(LatentTarget, stem, square=family.square)
     if prediction == "flow_prediction" or "shift" in config:
@@ -171,7 +173,7 @@ def describe(network: Any) -> dict[str, Any]:
 def build(described: dict[str, Any], *, kind: str) -> nn.Module:
     """Return an untrained network of class `kind`, as described."""
     made: Any = getattr(importlib.import_module("diffusers"), kind)
-    # diffusers' own `to` warns of modules that it would keep in float32, of which these classes have none
+    # diffusers' own `to` warns of modules that it keeps in float32; a converted network has weights of one type
     return nn.Module.to(made.from_config(described["config"]), getattr(torch, described["dtype"]))
 
 
