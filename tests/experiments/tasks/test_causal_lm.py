@@ -230,7 +230,7 @@ def test_bad_input_is_named():
         CausalLMConfig(group_size=4)
     with pytest.raises(ValueError, match="combine='mean' needs blocks that don't look at z"):
         config(KINDS["own z"], combine="mean")
-    with pytest.raises(ValueError, match="combine must be 'mean' or 'none', got 'carry'"):
+    with pytest.raises(ValueError, match="combine must be one of 'mean', 'none', got 'carry'"):
         config(combine="carry")
     with pytest.raises(ValueError, match="must be even"):
         CausalLMConfig(dim=12, heads=4)
