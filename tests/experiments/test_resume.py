@@ -25,7 +25,7 @@ from diffusionblocks.experiments.tasks import task_of
 from diffusionblocks.training.finite import NonFiniteLoss
 
 HERE = Path(__file__).parents[1]
-KILLS = int(os.environ.get("KILLS", "5"))  # of a run
+KILLS = int(os.environ.get("KILLS", "3"))  # of a run
 # Forks trainings from one process, so that a restart costs no import of torch. A line on stdin starts a child that
 # trains; its pid is printed, and its exit status once it ends.
 SERVER = """

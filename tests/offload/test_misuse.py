@@ -50,12 +50,20 @@ def assert_alike(one, other):
     assert one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler: a shell starts what runs in the background without one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
 @PLACES
-def test_ctrl_c_ends_a_step_and_not_a_part_of_it(tmp_path, place):
+def test_ctrl_c_ends_a_step_and_not_a_part_of_it(ctrl_c, tmp_path, place):
     made = run(trainer(tmp_path / "waiting", place), 2)
     hook = made.model.blocks[made.block].layers[0].register_forward_hook(lambda module, given, h: interrupt())
     with pytest.raises(KeyboardInterrupt):
@@ -67,7 +75,7 @@ def test_ctrl_c_ends_a_step_and_not_a_part_of_it(tmp_path, place):
 
 @PLACES
 @pytest.mark.parametrize("method", ["empty", "bind"])
-def test_ctrl_c_however_often_loses_no_block_that_moves(tmp_path, place, method, monkeypatch):
+def test_ctrl_c_however_often_loses_no_block_that_moves(ctrl_c, tmp_path, place, method, monkeypatch):
     made = run(trainer(tmp_path / "waiting", place), 2)
     part = made.offloader.parts[f"block_{made.offloader.active if method == 'empty' else made.block}"]
     whole = getattr(part, method)
@@ -87,7 +95,7 @@ def test_ctrl_c_however_often_loses_no_block_that_moves(tmp_path, place, method,
     assert_alike(run(made, 7), run(trainer(tmp_path / "other", place), 7))
 
 
-def test_a_second_ctrl_c_stops_a_step_at_once_and_other_handlers_stay():
+def test_a_second_ctrl_c_stops_a_step_at_once_and_other_handlers_stay(ctrl_c):
     after = []
     with pytest.raises(KeyboardInterrupt), uninterrupted():
         interrupt()

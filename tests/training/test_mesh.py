@@ -180,7 +180,7 @@ def test_a_mesh_without_its_processes_is_refused(tmp_path):
         ValueError, match="needs 4 processes, and there are 1: start them by torchrun --nproc-per-node 4"
     ):
         mesh_worker.trainer(tmp_path, mesh=(2, 2))
-    with pytest.raises(ValueError, match="mesh must be two numbers"):
+    with pytest.raises(ValueError, match="mesh must be a tuple of 2"):
         mesh_worker.trainer(tmp_path, mesh=(2,))
 
 
