@@ -126,6 +126,7 @@ LABELS = torch.zeros(2, dtype=torch.int64)
     (MASKED, {}, TOKENS, TOKENS, r"given nothing: x must be \(B, 0\)"),
     (MASKED, {}, TOKENS[:, :0], TOKENS.repeat(1, 2), "16 tokens are more than"),
     (MASKED, {}, TOKENS[:, :0], PADDED, "hold padding .id 0.*pack texts into full windows"),
+    (MASKED, {}, TOKENS[:, :0], torch.full_like(TOKENS, tiny.MASK), "the tokenizer's mask .id 19.*give whole texts"),
     (LLAMA, dict(pad_token_id=0), PADDED, TOKENS, "hold padding .id 0"),
     (LLAMA, {}, TOKENS, TOKENS[:, 1:], "x has 8 tokens, y or z 7: y holds the token after each"),
 ])  # fmt: skip

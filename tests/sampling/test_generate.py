@@ -74,6 +74,10 @@ def test_texts_end():
     for one, other in zip(ended.tolist(), free.tolist(), strict=True):
         end = other.index(eos, 2) + 1 if eos in other[2:] else len(one)
         assert one[:end] == other[: min(end, len(one))] and set(one[end:]) <= {7}
+    either = db.generate(
+        model, x[:, :2], max_new_tokens=8, top_k=1, eos_token_id=[eos, int(free[1, 4])], pad_token_id=7
+    )
+    assert either[1, 5:].tolist() == [7] * (either.shape[1] - 5)
     calls = []
 
     def stop(tokens, scores):
@@ -91,8 +95,10 @@ def test_masks_are_filled_and_the_rest_stays():
     made = db.generate(model, prompt, max_new_tokens=3, steps=4)
     assert made.shape == (3, 7) and int(made.max()) < tiny.VOCAB
     assert torch.equal(made[:, [0, 2, 3]], y[:, [0, 2, 3]])
+    tokenized = torch.where(prompt == model.target.mask_id, tiny.MASK, prompt)  # the mask as a tokenizer has it
+    assert torch.equal(db.generate(model, tokenized, max_new_tokens=3, steps=4), made)
     eos = int(made[0, 4])
-    ended = db.generate(model, prompt, max_new_tokens=3, steps=4, eos_token_id=eos, pad_token_id=1)
+    ended = db.generate(model, prompt, max_new_tokens=3, steps=4, eos_token_id=[eos], pad_token_id=1)
     assert ended[0, 4] == eos and ended[0, 5:].tolist() == [1, 1]
 
 
@@ -117,5 +123,9 @@ def test_what_writes_no_text_is_refused():
     with pytest.raises(ValueError, match="temperature"):
         db.generate(model, x, max_new_tokens=1, temperature=0.0)
     gpt = tiny.convert(tiny.network("GPT2LMHeadModel"))
-    with pytest.raises(ValueError, match="position embeddings"):
+    with pytest.raises(TypeError, match=r"give \.input_ids"):
+        db.generate(model, {"input_ids": x}, max_new_tokens=1)
+    with pytest.raises(ValueError, match="eos_token_id must be among the model's 20 tokens"):
+        db.generate(model, x, max_new_tokens=1, eos_token_id=99)
+    with pytest.raises(ValueError, match=r"max_new_tokens=8.*position embeddings"):
         db.generate(gpt, x, max_new_tokens=8)

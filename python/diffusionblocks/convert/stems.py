@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..targets.devices import on_host
 from ..targets.masked import MaskedTarget
 from .conditioning import Z_GAIN, Conditioned, NoiseEmbedding
 from .embedding import Images, TokenEmbedding, Tokens, check_windows
@@ -90,15 +91,20 @@ class MaskedStem(nn.Module):
 
 
 class WindowTarget(MaskedTarget):
-    """MaskedTarget of windows that are full of text: padding is refused."""
+    """MaskedTarget of windows that are full of text: padding and the tokenizer's own masks are refused."""
 
-    def __init__(self, vocab_size: int, padding: int | None):
+    def __init__(self, vocab_size: int, padding: int | None, mask_token_id: int):
         super().__init__(vocab_size)
-        self.padding = padding
+        self.padding, self.mask_token_id = padding, mask_token_id
 
     def check(self, y: Tensor) -> None:
         super().check(y)
         check_windows(y, self.padding)
+        if on_host(y) and bool((y == self.mask_token_id).any()):
+            raise ValueError(
+                f"y holds the tokenizer's mask (id {self.mask_token_id}), which would be learned as text: give whole "
+                "texts, the noise masks them"
+            )
 
 
 class CausalStem(nn.Module):

@@ -74,7 +74,7 @@ def convert_transformers(
     layers = network.get_submodule(layers_name(network, family))
     counts = spread_layers(len(layers), blocks) if isinstance(blocks, int) else tuple(blocks)
     cond = config.hidden_size // 4 if cond is None else cond
-    target = _target(network, family)
+    target = _target(network, family, mask_token_id)
     stem = _stem(network, family, target, cond, mask_token_id)
     around = StemHead(stem, _head(network, family, noisy=family.kind == "causal" and cond > 0))
     wrap = ConditionedNoisy if family.kind == "causal" else Conditioned
@@ -109,10 +109,10 @@ def assemble(
     )
 
 
-def _target(network: Any, family: Family) -> Target:
+def _target(network: Any, family: Family, mask_token_id: int | None) -> Target:
     config = network.config
-    if family.kind == "masked":
-        return WindowTarget(config.vocab_size, padding_of(config))
+    if mask_token_id is not None:
+        return WindowTarget(config.vocab_size, padding_of(config), mask_token_id)
     if family.kind == "causal":
         return TokenTarget(spread_codebook(config.vocab_size, min(config.hidden_size, CODE_DIM)))
     return LabelTarget(config.num_labels, config.hidden_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     stopping_criteria: Stop | None = None,
     seed: int = 0,
@@ -45,11 +45,11 @@ def generate(
 
     Args:
         model: A converted causal or masked language model.
-        tokens: Prompts, (B, n) int64, n >= 1, all of one length.
+        tokens: Prompts, (B, n) int64, n >= 1, all of one length: a tokenizer's `input_ids`. The mask's id is a mask.
         max_new_tokens: How many are written, at most.
         steps: Steps of the trajectory, at least one per block: for each token, or for all masks.
         temperature, top_k, top_p: Filter the network's logits, before what z tells of the token is added.
-        eos_token_id: Ends a text; what comes behind it is `pad_token_id`, by default the same.
+        eos_token_id: Ends a text, or ids that do; what comes behind is `pad_token_id`, by default the first of them.
         stopping_criteria: As transformers calls it, of tokens (B, N) and None -> whether each text, (B,), or all of
             them have ended; causal models alone.
         seed: Of the noise and the draws.
@@ -58,19 +58,19 @@ def generate(
     Raises: ValueError or TypeError on arguments that don't fit, or a model that writes no text.
     """
     _check(model, tokens, max_new_tokens)
+    ends = _ids(model, "eos_token_id", eos_token_id)
+    pads = _ids(model, "pad_token_id", pad_token_id) or ends[:1]
     keep = functools.partial(filtered, temperature=temperature, top_k=top_k, top_p=top_p)
     levels = step_levels(model.partition, max(steps, model.partition.blocks))
-    pad = eos_token_id if pad_token_id is None else pad_token_id
+    eos, pad = torch.tensor(ends, dtype=torch.int64, device=tokens.device), pads[0] if pads else None
     training = model.training
     try:
         model.eval()
         with model.averages():
             if isinstance(model.target, MaskedTarget):
                 made = _fill(model, tokens, max_new_tokens, levels, keep, seed)
-                return _end(made, tokens.shape[1], eos_token_id, pad)
-            return _write(
-                Writer(model, levels, keep, seed), tokens, max_new_tokens, eos_token_id, pad, stopping_criteria
-            )
+                return _end(made, tokens.shape[1], eos, pad)
+            return _write(Writer(model, levels, keep, seed), tokens, max_new_tokens, eos, pad, stopping_criteria)
     finally:
         model.train(training)
 
@@ -79,6 +79,11 @@ def _check(model: DiffusionBlocks, tokens: Tensor, max_new_tokens: int) -> None:
     stem = model.blocks[0].around(model.stem_head).stem
     if not (isinstance(model.target, MaskedTarget) or hasattr(stem, "decode")):
         raise ValueError("this model writes no text: generate takes causal and masked language models of db.convert")
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            f"tokens must be an int64 tensor (B, n), got {type(tokens).__name__}: of tokenizer(prompts, "
+            "return_tensors='pt') give .input_ids"
+        )
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
         raise ValueError(f"tokens must be non-empty int64 prompts (B, n), got {tuple(tokens.shape)} {tokens.dtype}")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -86,14 +91,30 @@ def _check(model: DiffusionBlocks, tokens: Tensor, max_new_tokens: int) -> None:
     if isinstance(model.target, MaskedTarget):
         model.target.check_noised(tokens)
     else:
-        # as long as it becomes but for the last token, which isn't read
-        stem.check(torch.cat([tokens, tokens[:, :1].expand(-1, max_new_tokens - 1)], 1))
+        stem.check(tokens)
+        try:  # as long as it becomes but for the last token, which isn't read
+            stem.check(torch.cat([tokens, tokens[:, :1].expand(-1, max_new_tokens - 1)], 1))
+        except ValueError as error:
+            raise ValueError(f"the prompts with max_new_tokens={max_new_tokens}: {error}") from error
+
+
+def _ids(model: DiffusionBlocks, name: str, given: int | Sequence[int] | None) -> list[int]:
+    """Return token ids as a list. Raises: ValueError if the model has no such token."""
+    ids = [] if given is None else [given] if isinstance(given, int) else list(given)
+    target = model.target
+    size = target.mask_id if isinstance(target, MaskedTarget) else len(target.table)
+    if any(not 0 <= i < size for i in ids):
+        raise ValueError(f"{name} must be among the model's {size} tokens, got {given}")
+    return ids
 
 
 def _fill(model: DiffusionBlocks, tokens: Tensor, count: int, levels: list[float], keep: Filter, seed: int) -> Tensor:
     """Return prompts, and `count` masks behind them, with all masks filled. Source: Shi et al. 2024 (MD4), alg. 2."""
     target = model.target
     assert isinstance(target, MaskedTarget)
+    own = getattr(model.blocks[0].around(model.stem_head).stem, "mask_token_id", None)
+    if own is not None:
+        tokens = torch.where(tokens == own, target.mask_id, tokens)  # the tokenizer's mask
     z = torch.cat([tokens, torch.full_like(tokens[:, :1], target.mask_id).expand(-1, count)], 1)
     read = Sampler(model, z[:, :0])
     for i, (t, s) in enumerate(itertools.pairwise(levels)):
@@ -102,27 +123,26 @@ def _fill(model: DiffusionBlocks, tokens: Tensor, count: int, levels: list[float
     return z
 
 
-def _end(tokens: Tensor, begin: int, eos: int | None, pad: int | None) -> Tensor:
-    """Return texts whose tokens behind the first `eos`, from `begin` on, are `pad`."""
-    if eos is None or pad is None:
+def _end(tokens: Tensor, begin: int, eos: Tensor, pad: int | None) -> Tensor:
+    """Return texts whose tokens behind the first of `eos`, from `begin` on, are `pad`."""
+    if not len(eos) or pad is None:
         return tokens
-    ended = tokens[:, begin:] == eos
+    ended = torch.isin(tokens[:, begin:], eos)
     behind = ended.cumsum(1) - ended.long() > 0
     return torch.cat([tokens[:, :begin], tokens[:, begin:].masked_fill(behind, pad)], 1)
 
 
-def _write(writer: Writer, tokens: Tensor, count: int, eos: int | None, pad: int | None, stop: Stop | None) -> Tensor:
+def _write(writer: Writer, tokens: Tensor, count: int, eos: Tensor, pad: int | None, stop: Stop | None) -> Tensor:
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(count):
         token = writer.next(tokens)
         if pad is not None:
             token = torch.where(ended.unsqueeze(1), pad, token)
         tokens = torch.cat([tokens, token], 1)
-        if eos is not None:
-            ended = ended | (token.squeeze(1) == eos)
+        ended = ended | torch.isin(token.squeeze(1), eos)
         if stop is not None:
             ended = ended | torch.as_tensor(stop(tokens, None), device=tokens.device)
-        if (eos is not None or stop is not None) and bool(ended.all()):
+        if (len(eos) or stop is not None) and bool(ended.all()):
             break
     return tokens
 

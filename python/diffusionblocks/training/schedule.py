@@ -47,8 +47,8 @@ def own_blocks(model: DiffusionBlocks, config: TrainerConfig, mesh: Mesh) -> fro
     what = "train_blocks" if config.train_blocks is not None else "mesh"
     if (len(own) < len(every) or mesh.ranks > 1) and adaptive_density(model, config):
         raise ValueError(
-            f"{what} with a partition that adapts to all that is measured: set adapt=False, which keeps it, or build "
-            "the model with a density measured before, and adapt=False"
+            f"{what} with a partition that adapts to all that is measured: set adapt=False (--no-adapt), which keeps "
+            "it, or build the model with a density measured before, and adapt=False"
         )
     if len(own) < len(every):
         _check_apart(model, config, what)
@@ -76,7 +76,7 @@ def _check_trained(model: DiffusionBlocks, own: Iterable[int]) -> None:
     idle = [b for b in sorted(own) if not trained & {"shared", f"block_{b}"}]
     if idle:
         others = tuple(b for b in sorted(own) if b not in idle)
-        rather = f", or leave it out: train_blocks={others}" if others else ""
+        rather = f", or leave it out: train_blocks={others}, adapt=False" if others else ""
         raise ValueError(f"block {idle[0]} has nothing to train: none of its parameters requires a gradient{rather}")
 
 
