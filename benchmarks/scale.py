@@ -18,6 +18,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -144,7 +145,7 @@ def pays_until(network: Network, cluster: Cluster, count: int) -> float:
     return dataclasses.replace(network, head=low).end_weights / network.layer_weights
 
 
-def run(groups: int, ranks: int, batch: int, *, copies: int = 1) -> dict[str, float]:
+def run(groups: int, ranks: int, batch: int, *, copies: int = 1) -> dict[str, Any]:
     """Run scale_run.py in a mesh, or `copies` of it at the same time; return what the first process says."""
     script, given = str(Path(__file__).with_name("scale_run.py")), [str(groups), str(ranks), str(batch)]
     count = groups * ranks
@@ -155,21 +156,20 @@ def run(groups: int, ranks: int, batch: int, *, copies: int = 1) -> dict[str, fl
         for _ in range(copies)
     ]
     said = [process.communicate()[0] for process in started]
-    found: dict[str, float] = json.loads(said[0].splitlines()[-1])
+    found: dict[str, Any] = json.loads(said[0].splitlines()[-1])
     return found
 
 
 def check(batch: int = 512) -> list[str]:
     """Return the lines of a table: what the model says of meshes of two processes here, and what they take."""
-    alone = run(1, 1, batch)["step"]
-    beside, half = run(1, 1, batch, copies=2)["step"], run(1, 1, batch // 2, copies=2)["step"]
+    alone, beside, half = run(1, 1, batch), run(1, 1, batch, copies=2), run(1, 1, batch // 2, copies=2)
     apart, together = run(2, 1, batch), run(1, 2, batch)
     rows = {
-        "one process": (BLOCKS_RUN * alone, BLOCKS_RUN * alone),
-        "two, a block each": (beside, apart["step"]),
-        "two, sharing each batch": (BLOCKS_RUN * (half + together["sum"]), BLOCKS_RUN * together["step"]),
+        "one process": (sum(beside["steps"]), sum(alone["steps"])),
+        "two, a block each: the first one's": (beside["steps"][0], apart["steps"][0]),
+        "two, sharing each batch": (sum(half["steps"]) + BLOCKS_RUN * together["sum"], sum(together["steps"])),
     }
-    lines = ["| processes | the model, ms of equal work | measured | off by |", "|---|---|---|---|"]
+    lines = ["| processes | the model, ms | measured | off by |", "|---|---|---|---|"]
     return lines + [f"| {n} | {told:.1f} | {took:.1f} | {took / told - 1:+.0%} |" for n, (told, took) in rows.items()]
 
 

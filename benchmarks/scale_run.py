@@ -1,6 +1,6 @@
 """A small run for scale.py's check: steps of a block, alone or in a mesh under torchrun, and sums of its gradients.
 
-python benchmarks/scale_run.py GROUPS RANKS BATCH; prints JSON: ms a step, ms to sum as many bytes as it sums
+python benchmarks/scale_run.py GROUPS RANKS BATCH; prints JSON: ms of a step of each own block, ms of such a sum
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def main(groups: int, ranks: int, batch: int) -> None:
     mesh = (groups, ranks) if groups * ranks > 1 else None
     trainer = db.Trainer(model(), mesh=mesh, adapt=False, visit=10, seed=0, device="cpu", ema=0.0, log_every=10**6)
     x, y = torch.randn(batch, 64), torch.randint(10, (batch,))
-    seconds = []
+    seconds: dict[int, list[float]] = {block: [] for block in sorted(trainer.own)}
     for _ in range(STEPS * BLOCKS):
-        own, began = trainer.block in trainer.own, time.perf_counter()
+        block, began = trainer.block, time.perf_counter()
         trainer.step(x, y)
-        if own:
-            seconds.append(time.perf_counter() - began)
+        if block in trainer.own:
+            seconds[block].append(time.perf_counter() - began)
     summed = 0.0
     if ranks > 1:
         gradients = torch.ones(sum(p.numel() for p in trainer.model.parts()["block_0"].parameters()))
@@ -49,7 +49,8 @@ def main(groups: int, ranks: int, batch: int) -> None:
             times.append(time.perf_counter() - began)
         summed = statistics.median(times)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(json.dumps({"step": 1e3 * statistics.median(seconds[STEPS // 4 :]), "sum": 1e3 * summed}), flush=True)
+        steps = [1e3 * statistics.median(times[STEPS // 4 :]) for times in seconds.values()]  # blocks may differ
+        print(json.dumps({"steps": steps, "sum": 1e3 * summed}), flush=True)
 
 
 if __name__ == "__main__":
