@@ -136,11 +136,11 @@ def last_layers(base: Weights, ranges: int) -> list[Fork]:
     return [Fork(shared | layers, tuple(range(ranges)), weights)]
 
 
-LONE, MERGED_FROM = "A0 lone", "A2 ranges, 30 % of all noise"
+LONE = "A0 lone"  # what the others are compared with
 ARMS = {
     LONE: Arm(lone),
     "A1 ranges": Arm(experts()),
-    MERGED_FROM: Arm(experts(everywhere=0.3)),
+    "A2 ranges, 30 % of all noise": Arm(experts(everywhere=0.3)),
     "A3 A2 + agreement with the base": Arm(experts(everywhere=0.3, agreement=0.1), cost=4 / 3),
     "A4 mixture of two": Arm(mixture, finer=2),
     "A5 LoRA a range": Arm(lora),

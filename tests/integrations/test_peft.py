@@ -84,6 +84,16 @@ def test_layers_of_a_block_are_numbered_from_its_own_first(tmp_path):
         close(peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter"))(x).logits, model.logits(x, 1))
 
 
+def test_a_block_without_an_adapter_is_not_saved(tmp_path):
+    network = tiny.network(LLAMA)
+    network.add_adapter(peft.LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 1]))
+    model = db.convert(network, 2, cond=0)
+    with pytest.raises(ValueError, match="block 1 has no adapter"):
+        save_adapter(model, tmp_path / "adapter", 1)
+    assert not (tmp_path / "adapter").exists()
+    save_adapter(model, tmp_path / "adapter", 0)
+
+
 def test_the_base_stays_and_has_no_state(tmp_path):
     model, trainer = trained(LLAMA, tmp_path)
     before = db.convert(tiny.network(LLAMA), 2, cond=0).state_dict()

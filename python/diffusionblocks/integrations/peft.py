@@ -39,7 +39,7 @@ def save_adapter(model: DiffusionBlocks, folder: str | Path, block: int | None =
         block: Write this block's adapter, for the network that `to_original(model, block)` gives of the same blocks
             without adapters. None: that of all layers, for the network that was converted.
 
-    Raises: ValueError if the model has no adapter, or more was trained than such a folder has a place for.
+    Raises: ValueError if the model or the block has no adapter, or more was trained than such a folder has a place for.
     """
     name, config = _adapter_of(model)
     chosen = list(range(len(model.blocks))) if block is None else [block]
@@ -53,6 +53,8 @@ def save_adapter(model: DiffusionBlocks, folder: str | Path, block: int | None =
     with model.averages():
         for part in ("shared", *(f"block_{b}" for b in chosen)):
             tensors |= _part_of_adapter(model, part, name, config, paths)
+    if not tensors:
+        raise ValueError(f"block {block} has no adapter: the config's layers_to_transform leaves its layers out")
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
     config.inference_mode = True  # as peft's own save_pretrained
