@@ -5,7 +5,7 @@ python benchmarks/warm_start.py [--out FOLDER] [--seeds 0 1 2] [--quick]
 A small Llama learns the King James Bible by characters, then Python's help, at equal layer evaluations: all layers end
 to end; in blocks, each alone; in blocks, to whose loss the ordinary cross-entropy of the whole network is added,
 through the other blocks, frozen (so all are at hand). Read are bits a character of the whole network, of each block and
-of the blocks' mean. Each way has the best of three learning rates, on the validation split.
+of the blocks' mean. Each way has the best of four learning rates, on the validation split.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from diffusionblocks.experiments.run_folder import machine
 from diffusionblocks.training.schedule import learning_rate
 
 LENGTH, BATCH, BLOCKS = 64, 16, 2
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 READ = 256  # windows that are read
 PRETRAINED, TUNED = 4000, 1000  # steps of all layers
 
