@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import forks
+import pages
 import tables
 import torch
 import tyro
@@ -194,7 +195,7 @@ class Study:
     8-bit rows need torchao; rows that can't be run are left out by --only); or "choice": every learning rate and
     warm-up, to choose from on the validation split of seeds that no table uses."""
     folder: Path = tables.RESULTS
-    """Its rows go to RUN_STUDY.jsonl there; from the default one, its tables to docs/results.md."""
+    """Its rows go to RUN_STUDY.jsonl there; from the default one, its tables to docs/lab-book.md."""
     seeds: tuple[int, ...] = (0, 1, 2)
     only: tuple[str, ...] = ()
     """Variants to run; all by default."""
@@ -231,7 +232,7 @@ def main(study: Study) -> None:
         key = "loss" if study.study == "forks" else task.metric.key
         print(f"{name} seed {seed}: val {row['val'][key]:.4g} test {row['test'][key]:.4g}", flush=True)
         if study.folder.resolve() == tables.RESULTS:
-            tables.renew()
+            pages.renew()
     if rows.exists():
         print(tables.report(rows))
 

@@ -1,22 +1,17 @@
-"""The tables of docs/results.md, from the studies' rows: python benchmarks/tables.py"""
+"""The tables of the lab book, from the studies' rows."""
 
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.experiments.run_folder import write
-
 Row = dict[str, Any]
 Column = Callable[[list[Row]], str]
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, RESULTS = ROOT / "docs" / "results.md", ROOT / "benchmarks" / "results" / "cpu-2core"
-# A comment that names a study and which of its tables, and the table that stands below it.
-MARKED = re.compile(r"^<!-- (\w+) (\d) -->\n(?:\|.*\n)*", re.MULTILINE)
+RESULTS = ROOT / "benchmarks" / "results" / "cpu-2core"
 
 
 def gather(path: Path) -> dict[str, list[Row]]:
@@ -226,23 +221,3 @@ def report(path: Path) -> str:
         if any(variant.startswith(f"{name}, ") for variant in groups) and base in groups:
             parts += ["", *ablation_table(groups, base, name)]
     return "\n".join([parts[0], "", *parts[1:]]) + "\n"
-
-
-def renewed(page: str) -> str:
-    """The page with every marked table as the rows have it now."""
-
-    def table(found: re.Match[str]) -> str:
-        name, which = found.groups()
-        tables = report(RESULTS / f"{name}.jsonl").rstrip().split("\n\n")
-        return f"<!-- {name} {which} -->\n{tables[int(which)]}\n"
-
-    return MARKED.sub(table, page)
-
-
-def renew() -> None:
-    """Bring the rows onto the page."""
-    write(PAGE, renewed(PAGE.read_text()))
-
-
-if __name__ == "__main__":
-    renew()

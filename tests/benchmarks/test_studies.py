@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("study", "variants", "tables"):
+    for name in ("study", "variants", "tables", "pages", "summary"):
         sys.modules.pop(name, None)
 
 
@@ -106,8 +106,17 @@ def test_every_architecture_takes_a_split_of_its_layers(name):
     assert replace(base, split=split).total_steps == base.total_steps
 
 
-def test_the_page_of_results_has_the_figures_of_the_rows(benchmarks):
-    tables = benchmarks("tables")
-    page = tables.PAGE.read_text()
-    assert tables.renewed(page) == page, "python benchmarks/tables.py renews docs/results.md"
-    assert len(tables.MARKED.findall(page)) >= 8
+def test_the_pages_of_results_have_the_figures_of_the_rows(benchmarks):
+    pages = benchmarks("pages")
+    for path in pages.PAGES:
+        page = path.read_text()
+        assert pages.renewed(page) == page, f"python benchmarks/pages.py renews {path.name}"
+        assert len(pages.MARKED.findall(page)) >= (8 if path.name == "lab-book.md" else 1)
+
+
+def test_the_summary_marks_the_best_way(benchmarks):
+    summary = benchmarks("summary")
+    (line,) = [line for line in summary.LINES if line.task == "DiT, digits"]
+    *_, ordinary, blocks, alone, memory = summary.cells(line)
+    assert alone.startswith("**4.52 ±") and not ordinary.startswith("**") and blocks.endswith("(B = 3)")
+    assert 0 < float(memory) < 1
