@@ -1,4 +1,7 @@
-"""The `dblocks` command."""
+"""Train transformers one block at a time, and use what was trained: dblocks train vit-digits.
+
+`dblocks COMMAND --help` lists a command's options; `dblocks --version` prints the version.
+"""
 
 from __future__ import annotations
 
