@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -129,6 +130,18 @@ def test_a_checkpoint_of_other_settings_or_another_model_is_refused(tmp_path, se
         settings = {"model": models[settings["model"]]()}
     with pytest.raises(CheckpointError, match=words):
         trainer(tmp_path / "back", **settings).load(tmp_path / "checkpoint")
+
+
+def test_a_switch_of_the_optimizer_that_changes_its_state_is_refused(tmp_path):
+    made = [
+        db.Trainer(small.model(), device="cpu", adapt=False, optimizer=partial(torch.optim.AdamW, lr=1e-3, **switch))
+        for switch in ({}, {"capturable": True}, {"amsgrad": True})
+    ]
+    made[0].step(*small.batch())
+    made[0].save(tmp_path)
+    made[1].load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"optimizer='AdamW', the trainer has optimizer='AdamW\(amsgrad=True\)'"):
+        made[2].load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["BlockAdamW", "SGD"])

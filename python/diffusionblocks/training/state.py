@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ FIXED = (
     "moments",
     "adapt",
 )  # settings that a checkpoint can't go on without
+IMPLEMENTATION = ("capturable", "differentiable")  # an optimizer's switches that leave its state as it is
 
 
 def save(trainer: Trainer, folder: Path, extra: dict[str, Any]) -> None:
@@ -194,8 +196,17 @@ def _recipe(trainer: Trainer) -> dict[str, Any]:
 
 def _settings(trainer: Trainer) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(trainer.config), default=str))
-    kinds = sorted({type(optimizer).__name__ for optimizer in trainer.optimizers.values()})
+    kinds = sorted(set(map(_kind, trainer.optimizers.values())))
     return {name: values[name] for name in FIXED} | {"optimizer": " ".join(kinds), "averages": trainer.config.ema > 0}
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """Return an optimizer's class and the switches that aren't at its defaults: its state depends on them."""
+    offered = inspect.signature(type(optimizer)).parameters.values()
+    switches = {p.name: p.default for p in offered if isinstance(p.default, bool) and p.name not in IMPLEMENTATION}
+    own = {name: optimizer.defaults.get(name, default) for name, default in switches.items()}
+    turned = [f"{name}={value}" for name, value in own.items() if value != switches[name]]
+    return f"{type(optimizer).__name__}({', '.join(turned)})" if turned else type(optimizer).__name__
 
 
 def _check_settings(saved: dict[str, Any], own: dict[str, Any], folder: Path) -> None:
