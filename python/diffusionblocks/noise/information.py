@@ -18,6 +18,7 @@ from torch import Tensor
 from .density import Tabulated
 
 BINS = 64
+ROWS = 256  # of a codebook that its noise is computed from: the time goes with their number
 
 
 def prior_error(table: Tensor, sigmas: Tensor, *, draws: int = 2048, seed: int = 0) -> Tensor:
@@ -50,10 +51,14 @@ def closed_form_density(table: Tensor, *, tail: float = 1e-3) -> Tabulated:
     """The density of information over ln sigma for a codebook when nothing else is known, as training noise.
 
     table: (K, d). The range is cut where less than `tail` of the information lies beyond either end; both ends follow
-    from the closed form alone, so the same codebook always gets the same range.
+    from the closed form alone, so the same codebook always gets the same range. More than ROWS rows are read by ROWS of
+    them: sigma, where K random points are told apart, goes with 1 / sqrt(ln K), so the noise is shifted by that.
     Raises: ValueError if the codebook has fewer than two rows or two equal rows.
     """
     _check_table(table)
+    shift = 0.0
+    if (rows := len(table)) > ROWS:
+        table, shift = table[torch.linspace(0, rows - 1, ROWS).long()], math.log(math.log(ROWS) / math.log(rows)) / 2
     scale = (
         float(torch.pdist(table.detach().double()).median()) if len(table) > 2 else float((table[0] - table[1]).norm())
     )
@@ -63,7 +68,8 @@ def closed_form_density(table: Tensor, *, tail: float = 1e-3) -> Tabulated:
     kept = _inner(share / share.sum(), tail)
     cut = torch.linspace(float(log_edges[kept[0]]), float(log_edges[kept[1] + 1]), BINS + 1, dtype=torch.float64)
     centres = (cut[1:] + cut[:-1]) / 2
-    return Tabulated(tuple(cut.tolist()), tuple(_information(prior_error(table, centres.exp()), centres).tolist()))
+    mass = _information(prior_error(table, centres.exp()), centres)
+    return Tabulated(tuple((cut + shift).tolist()), tuple(mass.tolist()))
 
 
 def _information(error: Tensor, log_sigma: Tensor) -> Tensor:
