@@ -21,6 +21,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    os.environ["THIN"] = str(config.getoption("--thin"))  # for the scripts that tests run: numerics.thinned
     if config.getoption("--without-library"):  # an editable install would find it even from a copy that has none
         sys.modules.update({"dbkernels._C": None, "dbkernels._C_cuda": None})
 

@@ -66,6 +66,10 @@ def test_a_dry_run_goes_through_every_stage_whatever_fails(tmp_path):
     rows = lines(out / "forks" / "mdlm_text_forks.jsonl")
     assert [row["variant"].partition(": ")[2] for row in rows] == ["A0 lone", "A4 mixture of two"]
     assert {"inject_noise.json", "training.json"} <= {path.name for path in (out / "bench").iterdir()}
+    trained = json.loads((out / "bench" / "training.json").read_text())["rows"]
+    ours = [row for row in trained if row["contender"].split(",")[0] == "ours"]
+    assert ours and all("ms_50" in row for row in ours)
+    assert not [row for row in trained if row.get("note", "").startswith(("wrong", "case"))]
     ended = {line["command"]: line["returncode"] for line in lines(out / "stages.jsonl")}
     assert ended == {"pytest": 1, "inject_noise-1": 0, "inject_noise": 0, "training": 0, "forks": 0}
 

@@ -43,6 +43,11 @@ def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def spared():
+    """Nothing: the command is tested whole, its pictures too."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     config = tmp_path_factory.mktemp("config") / "mine.yaml"

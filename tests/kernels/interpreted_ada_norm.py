@@ -9,7 +9,7 @@ from dbkernels.ada_norm import _backward, _forward
 from dbkernels.gated_residual_norm import _backward as _gated_backward
 from dbkernels.gated_residual_norm import _forward as _gated_forward
 from dbkernels.triton import ada_norm_launch as ada_norm
-from numerics import EPSILON
+from numerics import EPSILON, thinned
 
 torch.manual_seed(0)
 
@@ -29,13 +29,13 @@ def strided(shape, dtype):
 def cases():
     # (O, I, D): one row a program and several, a tile of many steps, odd widths, rows beyond a register's width
     shapes = [(3, 5, 24), (2, 70, 17), (1, 3, 1100), (4, 1, 8), (1, 2, 5000)]
-    for shape, rms, affine in itertools.product(shapes, (False, True), (False, True)):
-        yield shape, torch.float32, rms, affine
+    for index, (shape, rms) in enumerate(itertools.product(shapes, (False, True))):
+        yield shape, torch.float32, rms, index % 4 in (1, 2)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         yield (2, 9, 40), dtype, False, True
 
 
-for shape, dtype, rms, affine in cases():
+for shape, dtype, rms, affine in thinned(cases()):
     O, _, D = shape
     what = (shape, dtype, rms, affine)
     x, branch, grad, grad_h = (strided(shape, dtype) for _ in range(4))

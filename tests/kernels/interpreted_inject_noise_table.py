@@ -8,7 +8,7 @@ import torch
 from dbkernels.inject_noise import inject_noise_table_reference
 from dbkernels.inject_noise_table import row_sums
 from dbkernels.triton.inject_noise_table import launch, launch_sums
-from numerics import EPSILON
+from numerics import EPSILON, thinned
 
 torch.manual_seed(0)
 # indices' shape, noise levels' shape, rows of the table, its width
@@ -20,7 +20,12 @@ CASES = [
     ((70,), (70,), 2, 6),
 ]
 
-COMBINED = [*itertools.product(CASES, (torch.float32, torch.bfloat16)), *itertools.product(CASES[:2], EPSILON)]
+COMBINED = thinned(
+    [
+        *itertools.product(CASES, (torch.float32, torch.bfloat16)),
+        *itertools.product(CASES[:2], (torch.float16, torch.float64)),
+    ]
+)
 
 
 def wide(dtype):

@@ -9,7 +9,7 @@ import dbkernels
 from dbkernels import gated_residual_norm_reference
 from dbkernels._modulation import definition
 from dbkernels.triton.ada_norm_launch import Backward, Forward, Inputs, Wanted
-from numerics import EPSILON
+from numerics import EPSILON, thinned
 
 for module in ("dbkernels.ada_norm", "dbkernels.gated_residual_norm"):
     sys.modules[module].direct = lambda *tensors: True
@@ -80,8 +80,8 @@ CASES = [((2, 5, 24), torch.float32, "chunks", True), ((2, 5, 24), torch.float32
          ((2, 5, 24), torch.bfloat16, "flat", True), ((2, 5, 24), torch.float16, "token", True),
          ((2, 300, 16), torch.bfloat16, "chunks", False), ((2, 300, 16), torch.float32, "flat", True),
          ((1, 2, 4500), torch.bfloat16, "chunks", True), ((2, 9, 40), torch.float64, "flat", True)]  # fmt: skip
-for case in CASES:
-    for rms in (False, True):
+for index, case in thinned(enumerate(CASES)):
+    for rms in (False, True) if index in (0, 6) else (bool(index % 2),):
         check_case(*case, rms)
 
 # An upstream gradient that is one number expanded, only some gradients wanted, nothing differentiated

@@ -1,8 +1,15 @@
 """Comparisons shared by the kernel tests."""
 
+import os
+
 import torch
 
 EPSILON = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23, torch.float64: 2.0**-52}
+
+
+def thinned(cases):
+    """Return every N-th of the cases that one test goes through, where pytest runs with `--thin N`."""
+    return list(cases)[:: int(os.environ.get("THIN", "1"))]
 
 
 def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from diffusionblocks.experiments.config import from_yaml, to_yaml
 from diffusionblocks.experiments.data.batches import prepare
 from diffusionblocks.experiments.metrics.bound import held_out_loss
 from diffusionblocks.experiments.models.dit import DiTConfig, DiTHead, DiTStem, patchify, unpatchify
+from diffusionblocks.experiments.plotting import plots
 from diffusionblocks.experiments.tasks.base import Addresses
 from diffusionblocks.experiments.tasks.dit import DiTTask, repeated
 from diffusionblocks.noise.partition import step_levels
@@ -191,7 +192,7 @@ def test_a_run_from_start_to_pictures(tmp_path, quick_judge):
         assert result["test"]["images"] == 4 * 360 and result["test"]["frechet"] > 0
     assert ours["memory"]["activations"] < 0.6 * control["memory"]["activations"]
     assert sum(ours["memory"].values()) == pytest.approx(sum(ours["plan"].values()), rel=0.05)
-    drawn = {path.name for path in (tmp_path / "run").glob("*.png")}
+    drawn = {path.name for path in plots.draw(tmp_path / "run")}
     assert drawn == {"loss.png", "levels.png", "memory.png", "partition.png"}
 
 
