@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from variants import COMPARED, EIGHT_BIT, STUDIES, choices, on_gpu, tiny
 
 from diffusionblocks.experiments import commands
 from diffusionblocks.experiments.baselines import end_to_end as baselines
+from diffusionblocks.experiments.baselines.tiny_recursive import Recursions, tiny_recursive
+from diffusionblocks.experiments.baselines.unrolled import unrolled
 from diffusionblocks.experiments.config import TrainConfig, to_dict
 from diffusionblocks.experiments.presets import RUNS
 from diffusionblocks.experiments.run_folder import machine
@@ -175,12 +178,25 @@ class Mean(torch.nn.Module):
         return torch.stack([network(x) for network in self.networks]).mean(0)
 
 
+def recurring(train: Callable[..., baselines.Result]) -> Callable[[Task], Row]:
+    """A way to train for many passes."""
+    return lambda task: dataclasses.asdict(train(task, CPU))
+
+
+RECURRENCES: dict[str, Callable[..., baselines.Result]] = {
+    "one step of the chain": partial(unrolled, steps=1),
+    "2 steps, unrolled": partial(unrolled, steps=2),
+    "4 steps, unrolled": partial(unrolled, steps=4),
+    "tiny recursive, 2 x 2": partial(tiny_recursive, recursions=Recursions(latent=2, deep=2, supervised=4)),
+    "tiny recursive, 6 x 3": tiny_recursive,
+}
 CONTROLS: dict[str, Callable[[Task], Row]] = {
     "end-to-end": end_to_end,
     "shallow": shallow,
     "shallow, equal compute": shallow_longer,
     "shallow, averaged": shallow_averaged,
     EIGHT_BIT: eight_bit,
+    **{name: recurring(train) for name, train in RECURRENCES.items()},
     **{name: other(name) for name in commands.OTHERS},
 }
 
@@ -191,8 +207,8 @@ class Study:
 
     run: str = "vit-digits"
     study: str = "main"
-    """Which of the run's studies: main, blocks, partition, overlap, sharing, branch, capacity, forks, moments (whose
-    8-bit rows need torchao; rows that can't be run are left out by --only); or "choice": every learning rate and
+    """Which of the run's studies: main, blocks, partition, overlap, sharing, branch, capacity, forks, recurrence,
+    moments (whose 8-bit rows need torchao; rows that can't be run are left out by --only); or "choice": every learning rate and
     warm-up, to choose from on the validation split of seeds that no table uses."""
     folder: Path = tables.RESULTS
     """Its rows go to RUN_STUDY.jsonl there; from the default one, its tables to docs/lab-book.md."""
@@ -243,6 +259,8 @@ def work(study: Study, base: TrainConfig) -> list[tuple[str, TrainConfig, int]]:
     if study.study not in every:
         raise ValueError(f"study must be one of {', '.join(every)} for {study.run}, got {study.study!r}")
     compared = (EIGHT_BIT,) if study.study == "moments" else ()
+    if study.study == "recurrence":
+        compared = (*RECURRENCES, "end-to-end")
     if study.study == "main":
         compared = COMPARED.get(base.architecture, ("end-to-end",))
     configs = dict.fromkeys(compared, base) | every[study.study](base)

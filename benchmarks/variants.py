@@ -163,6 +163,11 @@ def recurrent(base: Any) -> Variants:
     return {"a tenth": base, "equal compute": replace(base, share=1.0, lr=1e-3)}
 
 
+def recurrence(base: Any) -> Variants:
+    """Nothing but what is compared: ways to train one core, or a tiny network, for many passes at equal compute."""
+    return {}
+
+
 FORKED, FORKED_AT = (32, 64), 16_000  # widths, and steps of the bases
 EIGHT_BIT = "moments in 8 bits (torchao)"
 # With what an architecture is compared in its main study, if not with the end-to-end network alone.
@@ -191,7 +196,7 @@ STUDIES: dict[str, dict[str, Callable[[Any], Variants]]] = {
         "forks": forks,
     },
     "causal_lm": {"main": causal_lm, "sharing": sharing, "branch": branched},
-    "recurrent": {"main": recurrent},
+    "recurrent": {"main": recurrent, "recurrence": recurrence},
 }
 
 

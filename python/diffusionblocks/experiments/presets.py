@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .config import TrainConfig
 from .models.dit import DiTConfig
+from .models.recurrent import RecurrentConfig
 from .models.vit import ViTConfig
 from .tasks.causal_lm import CausalLMRun
 from .tasks.dit import DiTRun
@@ -16,6 +17,7 @@ from .tasks.vit import ViTRun
 
 _FASHION = ViTConfig(image_size=28, patch=4, dim=128, layers=12, mlp=512, cond=32)
 _CIFAR = ViTConfig(image_size=32, channels=3, num_classes=100, patch=4, dim=128, layers=12, mlp=3072, cond=21)
+_SMALL_CORE = RecurrentConfig(layers=2, prelude=1, coda=1)
 
 RUNS: dict[str, tuple[str, TrainConfig]] = {
     "vit-digits": ("8x8 digits, embedded; minutes on two CPU cores", ViTRun()),
@@ -59,6 +61,20 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
         "where water flows, 6x6 cells",
         RecurrentRun(
             task="mazes", size=6, out=Path("runs/recurrent-mazes"), lr=2e-3, tune_lr=(2.5e-4, 5e-4, 1e-3, 2e-3),
+        ),
+    ),
+    "recurrent-mazes-large": (
+        "where water flows, 20x20 cells",
+        RecurrentRun(
+            task="mazes", size=20, out=Path("runs/recurrent-mazes-large"), batch_size=8, steps=200, share=1.0, lr=2e-3,
+            tune_lr=(5e-4, 2e-3), evaluated=64, model=_SMALL_CORE,
+        ),
+    ),
+    "recurrent-sudoku": (
+        "Sudoku, 6x6 cells (9x9: --size 9; hard ones: --guesses 1); minutes on two CPU cores",
+        RecurrentRun(
+            task="sudoku", size=6, out=Path("runs/recurrent-sudoku"), steps=300, share=1.0, lr=2e-3,
+            tune_lr=(5e-4, 2e-3), evaluated=256, model=_SMALL_CORE,
         ),
     ),
     "dit-digits": ("8x8 digits made from noise, embedded; minutes on two CPU cores", DiTRun()),

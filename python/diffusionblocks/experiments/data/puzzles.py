@@ -37,8 +37,8 @@ class Puzzle(ABC):
         self.size = size
 
     @abstractmethod
-    def make(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw puzzles x and their answers y, both (count, tokens) int64."""
+    def draw(self, count: int, share: range, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw puzzles of a share, in sixteenths of all, and their answers: x and y, both (count, tokens) int64."""
 
     @abstractmethod
     def ask(self, x: Tensor) -> str:
@@ -49,7 +49,26 @@ class Puzzle(ABC):
         return " ".join("?" if value < 0 else str(value) for value in y.tolist())
 
 
-class Sums(Puzzle):
+class Drawn(Puzzle):
+    """A task whose puzzles are made anew for every batch; the hash of a puzzle decides its share."""
+
+    @abstractmethod
+    def make(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw puzzles x and their answers y, both (count, tokens) int64."""
+
+    def draw(self, count: int, share: range, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        pieces: list[tuple[Tensor, Tensor]] = []
+        while sum(len(x) for x, _ in pieces) < count:
+            x, y = self.make(count, generator)
+            member = in_share(digest(x), share)
+            pieces.append((x[member], y[member]))
+            if len(pieces) == 64 and not any(len(x) for x, _ in pieces):
+                raise ValueError(f"with size={self.size} a split has no puzzles, there are so few: take a larger one")
+        x, y = (torch.cat(parts)[:count] for parts in zip(*pieces, strict=True))
+        return x, y
+
+
+class Sums(Drawn):
     """Running sums: `size` base-3 digits; answer i is the sum of digits 0 to i, modulo 3."""
 
     def __init__(self, size: int):
@@ -65,7 +84,7 @@ class Sums(Puzzle):
         return " ".join(map(str, x.tolist()))
 
 
-class Mazes(Puzzle):
+class Mazes(Drawn):
     """Flood fill on `size` x `size` cells: walls are 1, the entrance is 2; a cell's answer is whether it is reachable
     from the entrance.
     """
@@ -95,9 +114,6 @@ class Mazes(Puzzle):
         return "\n".join("".join(cells[row : row + self.size]) for row in range(0, len(cells), self.size))
 
 
-PUZZLES: dict[str, type[Puzzle]] = {"sums": Sums, "mazes": Mazes}
-
-
 def draw(puzzle: Puzzle, count: int, split: str, key: int) -> tuple[Tensor, Tensor]:
     """Draw `count` puzzles of a split with their answers.
 
@@ -115,19 +131,13 @@ def draw(puzzle: Puzzle, count: int, split: str, key: int) -> tuple[Tensor, Tens
     """
     if split not in SHARES:
         raise ValueError(f"split must be one of {', '.join(SHARES)}, got {split!r}")
-    generator, share = torch.Generator().manual_seed(key), SHARES[split]
-    pieces: list[tuple[Tensor, Tensor]] = []
-    while sum(len(x) for x, _ in pieces) < count:
-        x, y = puzzle.make(count, generator)
-        part = digest(x) % 16
-        member = (share.start <= part) & (part < share.stop)
-        pieces.append((x[member], y[member]))
-        if len(pieces) == 64 and not any(len(x) for x, _ in pieces):
-            raise ValueError(
-                f"with size={puzzle.size} there are so few puzzles that {split} has none: take a larger one"
-            )
-    x, y = (torch.cat(parts)[:count] for parts in zip(*pieces, strict=True))
-    return x, y
+    return puzzle.draw(count, SHARES[split], torch.Generator().manual_seed(key))
+
+
+def in_share(digests: Tensor, share: range) -> Tensor:
+    """Return which puzzles (B,) are in a share, by their digests."""
+    part = digests % 16
+    return (share.start <= part) & (part < share.stop)
 
 
 def digest(x: Tensor) -> Tensor:

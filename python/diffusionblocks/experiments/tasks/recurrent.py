@@ -21,7 +21,8 @@ from ...sampling.samplers import euler
 from ...targets.labels import spread_codebook
 from ...targets.tokens import TokenTarget
 from ..config import Hidden, TrainConfig
-from ..data.puzzles import PUZZLES, Puzzle, PuzzleBatches, draw
+from ..data.puzzles import Mazes, Puzzle, PuzzleBatches, Sums, draw
+from ..data.sudoku import Sudoku
 from ..metrics.bound import accuracy, bound
 from ..models.layers import RotaryLayer
 from ..models.recurrent import Coda, Prelude, Recurrent, RecurrentConfig, layer_evaluations
@@ -29,6 +30,7 @@ from .base import Batches, Metric, Row, Task
 
 WIDTH = 16  # of the codebook
 PASSES = (1, 2, 4, 8, 16, 32)
+PUZZLES: dict[str, type[Puzzle]] = {"sums": Sums, "mazes": Mazes, "sudoku": Sudoku}
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,12 @@ class RecurrentRun(TrainConfig):
 
     architecture: ClassVar[str] = "recurrent"
 
-    task: Literal["sums", "mazes"] = "sums"
-    """Puzzles: running sums, or which cells of a maze water reaches."""
+    task: Literal["sums", "mazes", "sudoku"] = "sums"
+    """Puzzles: running sums, which cells of a maze water reaches, or Sudoku."""
     size: int = 16
-    """Digits of a sum, or cells along a side of a maze."""
+    """Digits of a sum, cells along a side of a maze, or of a Sudoku: 4, 6 or 9."""
+    guesses: int = 0
+    """The least number of guesses that a solver of the Sudokus needs: 0 takes easy ones, too."""
     out: Path = Path("runs/recurrent-sums")
     blocks: int = 1
     overlap: float = 0.0
@@ -73,12 +77,14 @@ class RecurrentRun(TrainConfig):
             raise ValueError(f"share must be in (0, 1], got {self.share}")
         if self.evaluated < 1:
             raise ValueError(f"evaluated must be at least 1, got {self.evaluated}")
+        if self.guesses < 0 or (self.guesses and self.task != "sudoku"):
+            raise ValueError(f"guesses={self.guesses} must be 0, or positive for task='sudoku'")
         self.puzzle  # noqa: B018  (raises on a bad size)
 
     @property
     def puzzle(self) -> Puzzle:
         """The task."""
-        return PUZZLES[self.task](self.size)
+        return Sudoku(self.size, self.guesses) if self.task == "sudoku" else PUZZLES[self.task](self.size)
 
     @property
     def block_counts(self) -> range:
@@ -202,9 +208,10 @@ class RecurrentTask(Task):
         def after(passes: int) -> Row:
             return solved(torch.cat([network(part, passes) for part in x.split(BATCH)]), y)
 
+        rows = {passes: after(passes) for passes in {*PASSES, self.config.sampling_steps}}
         row = {
-            **after(self.config.sampling_steps),
-            "passes": [{"passes": passes, **after(passes)} for passes in PASSES],
+            **rows[self.config.sampling_steps],
+            "passes": [{"passes": passes, **rows[passes]} for passes in PASSES],
             "layer_evaluations": self.config.budget,
         }
         network.train()
