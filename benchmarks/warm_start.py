@@ -160,7 +160,7 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     shrink = 200 if options.quick else 1
     new = text.load("topics", vocab_size=96)
-    old = new.train if options.quick else text.encode("\n".join(text.load_documents("king-james")), new.alphabet)
+    old = new.train if options.quick else new.vocabulary.encode("\n".join(text.load_documents("king-james")))
     splits = {name: text.rows(getattr(new, name), LENGTH)[:READ] for name in ("val", "test")}
     options.out.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:

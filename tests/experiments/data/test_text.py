@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffusionblocks.experiments.data import text
+from diffusionblocks.experiments.data.vocabulary import Characters
 
 
 def test_the_embedded_text_is_split_without_loss_or_overlap():
@@ -16,23 +17,23 @@ def test_the_embedded_text_is_split_without_loss_or_overlap():
     total = sum(map(len, documents)) + 2 * (len(documents) - 1)
     parts = [len(data.train), len(data.val), len(data.test)]
     assert sum(parts) == total > 3e5 and parts[1] == parts[2] == int(0.05 * total)
-    assert len(data.alphabet) == 64 and int(data.train.max()) == 63
+    assert len(data.vocabulary.alphabet) == 64 and int(data.train.max()) == 63
     known = (data.test < 63).double().mean()
     assert known > 0.98, "nearly all characters are in the alphabet"
 
 
 def test_text_survives_encoding_and_decoding():
     data = text.load("topics", vocab_size=64)
-    assert data.decode(text.encode("the value of x", data.alphabet)) == "the value of x"
-    assert data.decode(text.encode("a☃b", data.alphabet)) == f"a{text.UNKNOWN}b"
+    assert data.decode(data.vocabulary.encode("the value of x")) == "the value of x"
+    assert data.decode(data.vocabulary.encode("a☃b")) == f"a{text.UNKNOWN}b"
 
 
 def test_an_alphabet_smaller_than_the_vocabulary(tmp_path):
     """A network may say any of its symbols, also those that no character of the text stands for."""
     (tmp_path / "genome.txt").write_text("acgt" * 50, encoding="utf-8")
     data = text.load(str(tmp_path / "genome.txt"), vocab_size=9)
-    assert data.alphabet[:4] == "acgt" and data.decode(torch.arange(9)) == data.alphabet
-    assert data.decode(text.encode("tag?", data.alphabet)) == f"tag{text.UNKNOWN}"
+    assert data.vocabulary.alphabet[:4] == "acgt" and data.decode(torch.arange(9)) == data.vocabulary.alphabet
+    assert data.decode(data.vocabulary.encode("tag?")) == f"tag{text.UNKNOWN}"
 
 
 def test_characters_beyond_the_alphabet_are_counted_and_told(tmp_path):
@@ -59,14 +60,14 @@ def test_too_many_of_them_are_refused(tmp_path):
 @pytest.mark.parametrize("prompt", ["aé", "a\ufffd"])
 def test_a_prompt_beyond_the_alphabet_is_refused_with_a_count(prompt):
     with pytest.raises(ValueError, match="1 of 2 characters, the model knows 'acgt'"):
-        text.check_prompt(prompt, "acgt" + text.UNKNOWN)
+        Characters("acgt" + text.UNKNOWN).check(prompt)
 
 
 def test_every_split_must_have_its_windows(tmp_path):
     (tmp_path / "short.txt").write_text("acgt" * 300, encoding="utf-8")  # 60 characters to validate and to test
     data = text.load(str(tmp_path / "short.txt"), vocab_size=9)
     data.check_windows(30, 2)
-    with pytest.raises(ValueError, match="a split holds 60 characters, less than 2 windows of length=31"):
+    with pytest.raises(ValueError, match="a split holds 60 tokens, less than 2 windows of length=31"):
         data.check_windows(31, 2)
 
 

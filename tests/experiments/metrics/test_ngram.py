@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from diffusionblocks.experiments.data.text import TextData, encode
+from diffusionblocks.experiments.data.text import TextData
+from diffusionblocks.experiments.data.vocabulary import Characters
 from diffusionblocks.experiments.metrics.language import judged
 from diffusionblocks.experiments.metrics.ngram import NGram
 
@@ -31,8 +32,8 @@ def test_witten_bell_by_hand():
 
 def test_loops_are_likely_and_told_by_distinct_2():
     alphabet = "ab cdehlort�"
-    train = encode("the cat ate the red hat or the old bed " * 30, alphabet)
-    data = TextData(train, train[:50], train[200:400], alphabet)
+    train = Characters(alphabet).encode("the cat ate the red hat or the old bed " * 30)
+    data = TextData(train, train[:50], train[200:400], Characters(alphabet))
     loop = train[:39].repeat(5)[:160].view(2, 80)
     mixed = torch.randint(len(alphabet), (2, 80), generator=torch.Generator().manual_seed(0))
     bits = {name: judged(data, tokens) for name, tokens in {"loop": loop, "mixed": mixed}.items()}

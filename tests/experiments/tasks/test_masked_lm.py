@@ -218,7 +218,7 @@ def test_given_tokens_stay_and_decide_the_others():
 
 def test_a_prompt_stays_but_for_its_gaps(trained):
     task, model = trained[0], trained[1].model
-    prompt = task.data.alphabet[:3] + MASK + task.data.alphabet[3]
+    prompt = task.vocabulary.alphabet[:3] + MASK + task.vocabulary.alphabet[3]
     files = commands.sample(task, model, task.config.out / "prompted", count=3, seed=0, prompt=prompt, length=9)
     texts = files[0].read_text()[:-1].split("\n\n----\n\n")
     assert [len(text) for text in texts] == [9] * 3 and MASK not in "".join(texts)

@@ -28,7 +28,9 @@ class Rules:
         boxes = [("box", r // rows * rows + c // columns) for r, c in places]
         names = list(zip(*groups, boxes, strict=True))  # the three units of each cell
         self.units = [[i for i, own in enumerate(names) if name in own] for name in sorted(set().union(*names))]
-        self.peers = [[j for j in range(self.cells) if j != i and set(names[i]) & set(names[j])] for i in range(self.cells)]
+        self.peers = [
+            [j for j in range(self.cells) if j != i and set(names[i]) & set(names[j])] for i in range(self.cells)
+        ]
 
     def start(self, puzzle: list[int]) -> list[int] | None:
         """Return the state of a puzzle's tokens, propagated; None if they contradict each other."""
@@ -159,7 +161,10 @@ class Sudoku(Puzzle):
 
 @functools.cache
 def _pool(size: int, guesses: int) -> Tensor:
-    """Return POOL puzzles and their solutions, tokens (POOL, 2, cells) int64. Raises: ValueError if they are too easy."""
+    """Return POOL puzzles and their solutions, tokens (POOL, 2, cells) int64.
+
+    Raises: ValueError if next to no puzzle needs so many guesses.
+    """
     rules, rng = Rules(size), random.Random(stream(0, "sudoku", size))
     found: list[tuple[list[int], list[int]]] = []
     tried = 0

@@ -1,4 +1,4 @@
-"""Text as character tokens, from a file, a folder, a hub dataset or the standard library's help.
+"""Text as tokens, from a file, a folder, a hub dataset or the standard library's help.
 
 Stateless: the windows of a batch are a function of (seed, step).
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ...noise.rng import stream
 from ...targets.devices import send
+from .vocabulary import UNKNOWN, BytePairs, Characters, Vocabulary, from_facts
 
-UNKNOWN = "\ufffd"
 EMBEDDED = "topics"
 UNKNOWN_LIMIT = 0.1  # share of characters beyond the alphabet, above which a text of one's own is refused
 HELD_OUT = 0.05  # share of the characters in validation, and in test
@@ -26,23 +26,23 @@ HELD_OUT = 0.05  # share of the characters in validation, and in test
 
 @dataclass(frozen=True)
 class TextData:
-    """Tokens (N,) int64 of each split. Token i stands for alphabet[i]; the last one for every other character."""
+    """Tokens (N,) int64 of each split, and their vocabulary."""
 
     train: Tensor
     val: Tensor
     test: Tensor
-    alphabet: str
+    vocabulary: Vocabulary
 
     def decode(self, tokens: Tensor) -> str:
         """Return the text of tokens (N,)."""
-        return decode(tokens, self.alphabet)
+        return self.vocabulary.decode(tokens)
 
     def check_windows(self, length: int, least: int) -> None:
         """Raise ValueError unless every split has at least `least` windows of `length` tokens."""
         shortest = min(len(self.train), len(self.val), len(self.test))
         if shortest < least * length:
             raise ValueError(
-                f"a split holds {shortest} characters, less than {least} windows of length={length}: give more text, "
+                f"a split holds {shortest} tokens, less than {least} windows of length={length}: give more text, "
                 "or shorten the windows"
             )
 
@@ -51,39 +51,20 @@ class TextData:
         splits = {"train": self.train, "val": self.val, "test": self.test}
         digests = {name: hashlib.sha256(tokens.numpy().tobytes()).hexdigest() for name, tokens in splits.items()}
         sizes = {name: {"samples": len(splits[name]), "sha256": digests[name]} for name in splits}
-        return {"alphabet": self.alphabet, "splits": sizes}
+        return {**self.vocabulary.facts(), "splits": sizes}
 
 
-def decode(tokens: Tensor, alphabet: str) -> str:
-    """Return the text of tokens (N,)."""
-    return "".join(alphabet[i] for i in tokens.tolist())
-
-
-def encode(text: str, alphabet: str) -> Tensor:
-    """Encode a text as tokens (N,) int64; characters outside the alphabet become its last token."""
-    token = {character: i for i, character in enumerate(alphabet)}
-    return torch.tensor([token.get(character, len(alphabet) - 1) for character in text], dtype=torch.int64)
-
-
-def check_prompt(prompt: str, alphabet: str) -> None:
-    """Raise ValueError if a prompt has characters that aren't in the alphabet: the model would see others."""
-    unknown = sorted(set(prompt) - set(alphabet.rstrip(UNKNOWN)))
-    if unknown:
-        count = sum(character in unknown for character in prompt)
-        raise ValueError(
-            f"prompt has {''.join(unknown)!r}, {count} of {len(prompt)} characters, the model knows "
-            f"{alphabet.rstrip(UNKNOWN)!r}: leave it out"
-        )
-
-
-def load(source: str, *, vocab_size: int) -> TextData:
+def load(source: str, *, vocab_size: int, tokens: str = "characters", stored: dict[str, Any] | None = None) -> TextData:
     """Load a text, shuffle its documents, hold out the end for validation and test, and encode it.
 
     Args:
         source: "topics" (Python's help, 465 kB, part of the standard library); "king-james" (the Bible, 4 MB, of
             Debian's package bible-kjv); a text file or a folder of .txt files; or "hub:NAME", the column "text" of a
             hub dataset or of a local copy.
-        vocab_size: vocabulary size: the most frequent characters of the training split, and one token for all others.
+        vocab_size: vocabulary size.
+        tokens: "characters", the most frequent ones of the training split, and one token for all others; or "bpe",
+            byte pairs, trained on the training split.
+        stored: a run's facts, whose byte pairs are taken.
 
     Raises:
         FileNotFoundError: there is no such file, or program of Debian's.
@@ -99,11 +80,21 @@ def load(source: str, *, vocab_size: int) -> TextData:
     if held < 1:
         raise ValueError(f"{source} holds {len(text)} characters: too few to hold any out")
     train, val, test = text[: -2 * held], text[-2 * held : -held], text[-held:]
+    if tokens == "bpe":
+        known = stored is not None and "tokenizer" in stored
+        vocabulary = from_facts(stored) if known else BytePairs.train(train, vocab_size)  # type: ignore[arg-type]
+    else:
+        vocabulary = _characters(text, train, vocab_size, source)
+    return TextData(*map(vocabulary.encode, (train, val, test)), vocabulary)
+
+
+def _characters(text: str, train: str, vocab_size: int, source: str) -> Characters:
+    """Return the most frequent characters of the training split, in order."""
     counts = Counter(train)
     frequent = [character for character, _ in counts.most_common(vocab_size - 1)]
     alphabet = "".join(sorted(frequent)).ljust(vocab_size, UNKNOWN)
     _tell_unknown(text, counts, frequent, source)
-    return TextData(encode(train, alphabet), encode(val, alphabet), encode(test, alphabet), alphabet)
+    return Characters(alphabet)
 
 
 def _tell_unknown(text: str, train: Counter[str], known: list[str], source: str) -> None:
@@ -120,7 +111,7 @@ def _tell_unknown(text: str, train: Counter[str], known: list[str], source: str)
     )
     if share > UNKNOWN_LIMIT and source != EMBEDDED:
         raise ValueError(f"{said}. More than {UNKNOWN_LIMIT:.0%} is refused: raise it, or remove them from the text")
-    warnings.warn(said, stacklevel=3)
+    warnings.warn(said, stacklevel=4)
 
 
 def load_documents(source: str) -> list[str]:
@@ -162,7 +153,7 @@ class Windows:
 
     def __init__(self, tokens: Tensor, length: int, batch_size: int, *, seed: int, device: torch.device | str):
         if len(tokens) < length:
-            raise ValueError(f"the text holds {len(tokens)} characters, a window {length}: give more, or shorten it")
+            raise ValueError(f"the text holds {len(tokens)} tokens, a window {length}: give more, or shorten it")
         self.tokens, self.length, self.batch_size = tokens, length, batch_size
         self.seed, self.device = seed, device
 

@@ -19,9 +19,10 @@ import dbkernels
 
 from ...blocks import DiffusionBlocks
 from ...noise.rng import stream
-from ...sampling.decoding import distinct_2, filtered
+from ...sampling.decoding import filtered
 from ...sampling.sampler import Sampler
-from ..data.text import TextData, decode, rows
+from ..data.text import TextData, rows
+from ..data.vocabulary import Vocabulary
 from . import pretrained
 from .ngram import NGram
 
@@ -86,7 +87,7 @@ class TextOptions:
 
     Attributes:
         prompt: text to continue.
-        length: characters to generate.
+        length: tokens to generate.
         steps: denoising steps; None takes the config's.
         judge: "ngram", or a pretrained network that computes MAUVE, see `pretrained.mauve`.
         temperature: divisor of the logits.
@@ -111,10 +112,10 @@ class TextOptions:
         return filtered(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
-def write_texts(folder: Path, samples: Tensor, alphabet: str) -> Path:
+def write_texts(folder: Path, samples: Tensor, vocabulary: Vocabulary) -> Path:
     """Write tokens (B, N) as text to samples.txt; return the file."""
     file = folder / "samples.txt"
-    file.write_text(SEPARATOR.join(decode(sample, alphabet) for sample in samples) + "\n", encoding="utf-8")
+    file.write_text(SEPARATOR.join(vocabulary.decode(sample) for sample in samples) + "\n", encoding="utf-8")
     return file
 
 
@@ -140,10 +141,23 @@ def judged(data: TextData, samples: Tensor) -> dict[str, Any]:
         judge_bits, judge_test_bits: bits per character, the logarithm of the generative perplexity.
         distinct_2, distinct_2_test: share of distinct pairs of characters, since loops are likely under the judge too.
     """
-    judge = _judge(data.decode(data.train), len(data.alphabet))
-    both = {"": samples, "_test": _real(data, samples)}
-    bits = {f"judge{k}_bits": sum(judge.bits(data.decode(row)) for row in part) / len(part) for k, part in both.items()}
-    return bits | {f"distinct_2{k}": distinct_2(part) for k, part in both.items()}
+    judge = _judge(data.decode(data.train), data.vocabulary.characters)
+    parts = {"": samples, "_test": _real(data, samples)}
+    texts = {name: [data.decode(row) for row in part] for name, part in parts.items()}
+    bits = {f"judge{k}_bits": sum(map(judge.bits, written)) / len(written) for k, written in texts.items()}
+    return bits | {f"distinct_2{name}": distinct_2(written) for name, written in texts.items()}
+
+
+def distinct_2(texts: Sequence[str]) -> float:
+    """Return the share of distinct pairs of characters in texts."""
+    pairs = [pair for text in texts for pair in itertools.pairwise(text)]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+def per_character(found: dict[str, Any], rate: float) -> dict[str, Any]:
+    """Return a split's scores in bits per character, of bits per token. rate: tokens per character."""
+    scale = {list: lambda value: [rate * v for v in value], float: lambda value: rate * value}
+    return {name: value if name == "levels" else scale[type(value)](value) for name, value in found.items()}
 
 
 def _real(data: TextData, samples: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Task(ABC):
         now = self.data.facts()
         names = [
             name
-            for name in ("alphabet", "class_names", "image_size", "channels")
+            for name in ("alphabet", "tokenizer", "class_names", "image_size", "channels")
             if self.stored.get(name) != now.get(name)
         ]
         for name, split in now["splits"].items():

@@ -20,8 +20,9 @@ from ...targets.labels import spread_codebook
 from ...targets.tokens import TokenTarget
 from ..config import Hidden, TrainConfig, check_at_least
 from ..data import text
+from ..data.vocabulary import from_facts
 from ..metrics.bound import bound, cross_entropy
-from ..metrics.language import TextOptions, estimates, judged, write_scores, write_texts
+from ..metrics.language import TextOptions, estimates, judged, per_character, write_scores, write_texts
 from ..models.causal_lm import CausalHead, CausalLayer, CausalLM, CausalLMConfig, CausalStem
 from ..models.generation import Generator, ancestral
 from .base import Batches, Metric, Row, Task, parse_options
@@ -38,6 +39,8 @@ class CausalLMRun(TrainConfig):
     text: str = "topics"
     """"topics" (Python's own help), "king-james" (Debian's package bible-kjv), a text file, a folder of .txt files, or
     hub:NAME."""
+    tokens: Literal["characters", "bpe"] = "characters"
+    """The text's tokens: characters, or byte pairs, as many as --model.vocab-size."""
     length: int = 64
     """Tokens of a training window."""
     out: Path = Path("runs/lm-text")
@@ -79,7 +82,8 @@ class CausalLMTask(Task):
     @cached_property
     def data(self) -> text.TextData:
         """The splits."""
-        return text.load(self.config.text, vocab_size=self.config.model.vocab_size)
+        c = self.config
+        return text.load(c.text, vocab_size=c.model.vocab_size, tokens=c.tokens, stored=self.stored)
 
     def batches(self, device: torch.device) -> Batches:
         c = self.config
@@ -117,7 +121,8 @@ class CausalLMTask(Task):
         x = self.windows(split, model.device)
         found = bound(model, x, x, count=64, seed=self.config.seed)
         sigmas = step_levels(model.partition, steps or self.config.sampling_steps)
-        return {"bits": found["bound_bits"], **found, **estimates(model, x[::8], sigmas, seed=self.config.seed)}
+        found |= estimates(model, x[::8], sigmas, seed=self.config.seed)
+        return per_character({"bits": found["bound_bits"], **found}, self.data.vocabulary.rate(x))
 
     def windows(self, split: str, device: torch.device) -> Tensor:
         """The windows of a split that are evaluated."""
@@ -133,15 +138,16 @@ class CausalLMTask(Task):
         whole = self.model(model.partition).to(model.device)
         whole.load_state_dict(model.state_dict())
         size = self.config.model.group_size
-        text.check_prompt(how.prompt, self.facts["alphabet"])
-        prompt = text.encode(how.prompt, self.facts["alphabet"]).to(model.device).expand(count, -1)
+        vocabulary = from_facts(self.facts)
+        vocabulary.check(how.prompt)
+        prompt = vocabulary.encode(how.prompt).to(model.device).expand(count, -1)
         unread, prompt = prompt.tensor_split([prompt.shape[1] % size], 1)  # whole groups are read, up to its end
         levels = step_levels(whole.partition, how.steps or self.config.sampling_steps)
         generator = Generator(whole, levels, seed=seed, keep=how.keep)
         tokens = generator.generate(prompt, -(-how.length // size) * size)
         asked = tokens[:, : prompt.shape[1] + how.length]
         tokens = torch.cat([unread, asked], 1)
-        files = [write_texts(folder, tokens, self.facts["alphabet"])]
+        files = [write_texts(folder, tokens, vocabulary)]
         return [*files, write_scores(folder, self.data, tokens, how.judge)] if how.judge else files
 
     def network(self) -> nn.Module:
@@ -154,7 +160,7 @@ class CausalLMTask(Task):
         network.eval()
         x = self.windows(split, device)
         nats = [cross_entropy(network(part), part) * len(part) for part in x.split(64)]
-        found: Row = {"bits": sum(nats) / len(x) / math.log(2)}
+        found: Row = {"bits": sum(nats) / len(x) / math.log(2) * self.data.vocabulary.rate(x)}
         if split == "test":  # the validation split is read for every rate that is tried
             start = torch.zeros(WRITTEN, 0, dtype=torch.int64, device=device)
             written = ancestral(network, start, self.config.length, seed=self.config.seed)

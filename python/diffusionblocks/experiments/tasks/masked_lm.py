@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,10 @@ from ...noise.partition import Partition, step_levels
 from ...noise.rng import stream
 from ...targets.masked import MaskedTarget
 from ..config import Hidden, TrainConfig, check_at_least
-from ..data.text import TextData, Windows, check_prompt, decode, encode, load, rows
+from ..data.text import TextData, Windows, load, rows
+from ..data.vocabulary import Vocabulary, from_facts
 from ..metrics import masked_diffusion
-from ..metrics.language import TextOptions, write_scores, write_texts
+from ..metrics.language import TextOptions, per_character, write_scores, write_texts
 from ..models.masked_lm import Head, MaskedLMConfig, Stem, layers
 from .base import Batches, Metric, Row, Task, parse_options
 
@@ -28,15 +30,17 @@ MASK = "\u2591"  # how a mask is shown, and written in a prompt
 
 @dataclass(frozen=True)
 class MaskedLMRun(TrainConfig):
-    """A masked diffusion model of text, by characters."""
+    """A masked diffusion model of text."""
 
     architecture: ClassVar[str] = "masked_lm"
 
     text: str = "topics"
     """"topics" (Python's own help), "king-james" (Debian's package bible-kjv), a text file, a folder of .txt files, or
     hub:NAME."""
+    tokens: Literal["characters", "bpe"] = "characters"
+    """The text's tokens: characters, or byte pairs, as many as --model.vocab-size."""
     length: int = 64
-    """Characters of a window."""
+    """Tokens of a window."""
     out: Path = Path("runs/mdlm-text")
     overlap: float = 0.0
     batch_size: int = 16
@@ -77,7 +81,8 @@ class MaskedLMTask(Task):
     @cached_property
     def data(self) -> TextData:
         """The splits."""
-        return load(self.config.text, vocab_size=self.config.model.vocab_size)
+        c = self.config
+        return load(c.text, vocab_size=c.model.vocab_size, tokens=c.tokens, stored=self.stored)
 
     def batches(self, device: torch.device) -> Batches:
         c = self.config
@@ -99,11 +104,11 @@ class MaskedLMTask(Task):
         return DiffusionBlocks(copies, layers(c.model), target, partition, shared=c.shared)
 
     def evaluate(self, model: DiffusionBlocks, split: str, *, steps: int | None = None) -> Row:
-        """The bound, and what a model of single characters reaches. steps: times a window is read at."""
+        """The bound, and what a model of single tokens reaches. steps: times a window is read at."""
         tokens = self.windows(split).to(model.device)
         found = masked_diffusion.bound(model, tokens, levels=steps or self.config.levels, seed=self.config.seed)
         unigram = masked_diffusion.unigram_bits(self.data.train, self.windows(split), self.config.model.vocab_size)
-        return {**found, "unigram": unigram}
+        return per_character({**found, "unigram": unigram}, self.data.vocabulary.rate(tokens))
 
     def sample(self, model: DiffusionBlocks, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
         """samples.txt, trajectory.txt, the first as each block leaves it, and with a judge judge.json, their scores.
@@ -119,7 +124,7 @@ class MaskedLMTask(Task):
         drafts = [f"after block {b}, its last step from t = {s.t:.2f}\n{self.show(s.z[0])}" for b, s in left.items()]
         trajectory = folder / "trajectory.txt"
         trajectory.write_text("\n\n".join(drafts) + "\n", encoding="utf-8")
-        files = [write_texts(folder, steps[-1].z, self.facts["alphabet"]), trajectory]
+        files = [write_texts(folder, steps[-1].z, self.vocabulary), trajectory]
         return [*files, write_scores(folder, self.data, steps[-1].z, how.judge)] if how.judge else files
 
     def windows(self, split: str) -> Tensor:
@@ -131,13 +136,23 @@ class MaskedLMTask(Task):
 
         Raises: ValueError if the prompt is longer than that.
         """
-        if len(prompt) > length:
-            raise ValueError(f"the prompt's {len(prompt)} characters don't fit in length={length}; give more")
-        check_prompt(prompt.replace(MASK, ""), self.facts["alphabet"])
-        tokens, mask_id = encode(prompt, self.facts["alphabet"]), self.config.model.vocab_size
-        gaps = torch.tensor([symbol == MASK for symbol in prompt], dtype=torch.bool)
-        return torch.cat([tokens.masked_fill(gaps, mask_id), torch.full((length - len(prompt),), mask_id)])
+        vocabulary, mask_id = self.vocabulary, self.config.model.vocab_size
+        vocabulary.check(prompt.replace(MASK, ""))
+        pieces = [vocabulary.encode(piece) for piece in prompt.split(MASK)]
+        tokens = torch.cat([pieces[0], *(torch.cat([torch.tensor([mask_id]), piece]) for piece in pieces[1:])])
+        if len(tokens) > length:
+            raise ValueError(f"the prompt's {len(tokens)} tokens don't fit in length={length}; give more")
+        return torch.cat([tokens, torch.full((length - len(tokens),), mask_id)])
 
     def show(self, tokens: Tensor) -> str:
         """The text of tokens with masks, (N,)."""
-        return decode(tokens, self.facts["alphabet"] + MASK)
+        runs = itertools.groupby(tokens.tolist(), lambda token: token == self.config.model.vocab_size)
+        parts = ((hidden, list(run)) for hidden, run in runs)
+        return "".join(
+            MASK * len(run) if hidden else self.vocabulary.decode(torch.tensor(run)) for hidden, run in parts
+        )
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokens' meaning, which a run stores."""
+        return from_facts(self.facts)
