@@ -122,6 +122,18 @@ def masked_lm(base: Any) -> Variants:
     return {**dit(base), "B=3 per_block": replace(base, shared="per_block")}
 
 
+def tokens(base: Any) -> Variants:
+    """Characters and byte pairs of a longer text, in windows of as many tokens; and one block's layers alone."""
+    characters = replace(base, text="king-james", steps=base.steps // 2, levels=base.blocks)
+    pairs = replace(characters, tokens="bpe", model=replace(base.model, vocab_size=2048))
+    named = {"characters": characters, "2,048 byte pairs": pairs}
+    return {
+        f"{name}, {way}": config
+        for name, kind in named.items()
+        for way, config in {f"B={base.blocks}": kind, **lone(kind)}.items()
+    }
+
+
 def capacity(base: Any) -> Variants:
     """One narrow layer a block, trained up to fifteen times as long: what becomes of a lone block that is filled?"""
     found: Variants = {}
@@ -192,6 +204,7 @@ STUDIES: dict[str, dict[str, Callable[[Any], Variants]]] = {
         "sharing": sharing,
         "branch": branched,
         "capacity": capacity,
+        "tokens": tokens,
         "moments": moments,
         "forks": forks,
     },

@@ -52,7 +52,7 @@ def test_splits_never_meet_even_where_there_are_few_puzzles(puzzle):
 
 
 def test_a_split_without_puzzles_is_refused():
-    with pytest.raises(ValueError, match="a split has no puzzles, there are so few: take a larger one"):
+    with pytest.raises(ValueError, match="so few puzzles that a split has none: take a larger one"):
         draw(Sums(2), 4, "test", 0)
 
 

@@ -63,7 +63,9 @@ class Drawn(Puzzle):
             member = in_share(digest(x), share)
             pieces.append((x[member], y[member]))
             if len(pieces) == 64 and not any(len(x) for x, _ in pieces):
-                raise ValueError(f"with size={self.size} a split has no puzzles, there are so few: take a larger one")
+                raise ValueError(
+                    f"with size={self.size} there are so few puzzles that a split has none: take a larger one"
+                )
         x, y = (torch.cat(parts)[:count] for parts in zip(*pieces, strict=True))
         return x, y
 
