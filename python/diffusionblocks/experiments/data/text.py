@@ -80,12 +80,14 @@ def load(source: str, *, vocab_size: int, tokens: str = "characters", stored: di
     if held < 1:
         raise ValueError(f"{source} holds {len(text)} characters: too few to hold any out")
     train, val, test = text[: -2 * held], text[-2 * held : -held], text[-held:]
-    if tokens == "bpe":
-        known = stored is not None and "tokenizer" in stored
-        vocabulary = from_facts(stored) if known else BytePairs.train(train, vocab_size)  # type: ignore[arg-type]
+    vocabulary: Vocabulary
+    if stored is not None and "tokenizer" in stored:
+        vocabulary = from_facts(stored)
+    elif tokens == "bpe":
+        vocabulary = BytePairs.train(train, vocab_size)
     else:
         vocabulary = _characters(text, train, vocab_size, source)
-    return TextData(*map(vocabulary.encode, (train, val, test)), vocabulary)
+    return TextData(vocabulary.encode(train), vocabulary.encode(val), vocabulary.encode(test), vocabulary)
 
 
 def _characters(text: str, train: str, vocab_size: int, source: str) -> Characters:
