@@ -101,8 +101,9 @@ class Mazes(Drawn):
         wet = torch.zeros_like(score, dtype=torch.bool).scatter(1, score.argmax(1, keepdim=True), True)
         x = torch.where(wet, 2, (score < WALLS).long())
         free, wet = (x != 1).view(-1, self.size, self.size), wet.view(-1, self.size, self.size)
-        for _ in range(self.tokens):
-            near = pad(wet, (1, 1, 1, 1))
+        before = torch.zeros_like(wet)
+        while not torch.equal(before, wet):
+            before, near = wet, pad(wet, (1, 1, 1, 1))
             wet = free & (wet | near[:, 2:, 1:-1] | near[:, :-2, 1:-1] | near[:, 1:-1, 2:] | near[:, 1:-1, :-2])
         return x, wet.flatten(1).long()
 
