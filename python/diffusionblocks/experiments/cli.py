@@ -111,8 +111,8 @@ def sample(
         count: Number of samples.
         seed: Seed of the noise they start from.
         steps: Steps of the sampling trajectory; the run's own by default.
-        prompt: Text to continue; for masked models write \u2591 for each character to fill in.
-        length: Characters to generate (masked models: total length including the prompt).
+        prompt: Text to continue; for masked models write \u2591 for each token (by default a character) to fill in.
+        length: Tokens to generate, by default characters (masked models: total length including the prompt).
         temperature: Divides the logits of tokens.
         top_k: Keep only the k likeliest tokens.
         top_p: Keep only the likeliest tokens, of this total probability.
