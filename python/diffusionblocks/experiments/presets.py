@@ -74,7 +74,7 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
         "Sudoku, 6x6 cells (9x9: --size 9; hard ones: --guesses 1); minutes on two CPU cores",
         RecurrentRun(
             task="sudoku", size=6, out=Path("runs/recurrent-sudoku"), steps=300, share=1.0, lr=2e-3,
-            tune_lr=(5e-4, 2e-3), evaluated=256, model=_SMALL_CORE,
+            tune_lr=(5e-4, 1e-3, 2e-3), evaluated=256, model=_SMALL_CORE,
         ),
     ),
     "dit-digits": ("8x8 digits made from noise, embedded; minutes on two CPU cores", DiTRun()),
