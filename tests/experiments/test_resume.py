@@ -24,12 +24,13 @@ from diffusionblocks.training.finite import NonFiniteLoss
 
 HERE = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILLS", "3"))  # of a run
-# Forks trainings from one process, so that a restart costs no import of torch. A line on stdin starts a child that
-# trains; its exit status and its seconds of CPU are printed once it ends. SIGPROF, which nothing handles, ends it at
-# once after so many of these seconds (0: never): the same point however busy the machine is.
+# Forks trainings from one process, so that a restart costs no import: not torch's, nor what a run's data and its first
+# step import. A line on stdin starts a child that trains; its exit status and its seconds of CPU are printed once it
+# ends. SIGPROF, which nothing handles, ends it at once after so many of these seconds (0: never): the same point
+# however busy the machine is.
 SERVER = """
 import os, signal, sys
-import pathlib, pytest, torch, spared, tiny_all
+import pathlib, pytest, sklearn.datasets, torch, torch._dynamo, spared, tiny_all
 from diffusionblocks.experiments import commands
 from diffusionblocks.experiments.metrics import frechet
 spared.spare(pytest.MonkeyPatch())
