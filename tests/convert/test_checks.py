@@ -89,6 +89,7 @@ def test_networks_that_were_changed(name, change, words):
     ("GPT2LMHeadModel", dict(add_cross_attention=True), {}, "is_decoder or add_cross_attention"),
     (LLAMA, {}, dict(mask_token_id=3), "mask_token_id is for masked language models"),
     (VIT, {}, dict(blocks=5), "layers"),
+    *((VIT, {}, dict(cond=cond), "cond must be a whole number of at least 0") for cond in (-1, True, 2.5)),
     (VIT, {}, dict(shared="some"), "shared must be one of"),
 ])  # fmt: skip
 def test_configs_and_options(name, config, options, words):
@@ -96,7 +97,7 @@ def test_configs_and_options(name, config, options, words):
         db.convert(tiny.network(name, **config), **{"blocks": 2, **options})
 
 
-@pytest.mark.parametrize("mask", [None, -1, tiny.VOCAB])
+@pytest.mark.parametrize("mask", [None, -1, tiny.VOCAB, "19", True])
 def test_a_masked_language_model_needs_its_mask(mask):
     with pytest.raises(ValueError, match=r"mask_token_id=tokenizer\.mask_token_id"):
         db.convert(tiny.network(MASKED), blocks=2, mask_token_id=mask)
@@ -105,8 +106,20 @@ def test_a_masked_language_model_needs_its_mask(mask):
 def test_a_head_that_is_not_listed():
     transformers = pytest.importorskip("transformers")
     net = transformers.BertForTokenClassification(transformers.BertConfig(**tiny.TEXTS, num_hidden_layers=1))
-    with pytest.raises(TypeError, match=r"no converter for .*BertForTokenClassification; known: .*BertForMaskedLM"):
+    with pytest.raises(
+        TypeError, match=r"no converter for .*BertForTokenClassification; known beside it: BertForMaskedLM, "
+    ):
         db.convert(net, blocks=1)
+    with pytest.raises(TypeError, match=r"no converter for .*LlamaModel; known beside it: LlamaForCausalLM\. Load"):
+        db.convert(tiny.network(LLAMA, layers=1).model, blocks=1)
+
+
+@pytest.mark.parametrize("option", ["scheduler", "family", "share"])
+def test_options_that_are_not_of_this_class(option):
+    with pytest.raises(
+        TypeError, match=rf"no option '{option}' for a ViTForImageClassification, only shared, overlap,"
+    ):
+        db.convert(tiny.network(VIT, layers=1), 1, **{option: 1})
 
 
 IMAGE, TOKENS = torch.zeros(2, 3, 8, 8), torch.ones(2, 8, dtype=torch.int64)

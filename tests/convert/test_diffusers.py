@@ -272,6 +272,48 @@ def test_schedulers_of_another_kind_are_refused():
         db.convert(tiny.network(tiny.DIT), 1, scheduler=diffusers.DDIMScheduler())
 
 
+LINEAR = {"beta_schedule": "linear"}
+
+
+@pytest.mark.parametrize(("name", "config", "words"), [
+    (tiny.DIT, dict(LINEAR, rescale_betas_zero_snr=True), "noise alone at its last timestep.*'v_prediction' or"),
+    (tiny.DIT, dict(LINEAR, num_train_timesteps=0), "num_train_timesteps must be a whole number of at least 2, got 0"),
+    (tiny.DIT, dict(LINEAR, trained_betas=[0.0, 0.1], num_train_timesteps=2), "must leave less of the image"),
+    (tiny.DIT, dict(beta_schedule="curved"), "beta_schedule: curved"),
+    (tiny.DIT, dict(LINEAR, prediction_type="noise"), "prediction must be one of"),
+    (tiny.SD3, dict(shift=0.0), "shift must be positive"),
+])  # fmt: skip
+def test_schedulers_that_tell_no_noise_are_refused(name, config, words):
+    with pytest.raises(ValueError, match=words):
+        db.convert(tiny.network(name, num_layers=1, **NO_DUAL[name]), 1, scheduler=config)
+
+
+NO_DUAL = {tiny.DIT: {}, tiny.SD3: dict(dual_attention_layers=())}
+
+
+@torch.no_grad()
+def test_timesteps_are_a_number_or_one_per_sample():
+    x, z = tiny.batch(tiny.DIT)
+    routed = db.to_original(db.convert(tiny.network(tiny.DIT, num_layers=2), 2))
+    expected = routed(z, timestep=torch.full((4,), 500), class_labels=x).sample
+    for t in (500, 500.0, torch.tensor(500), torch.tensor([500])):
+        assert torch.equal(routed(z, timestep=t, class_labels=x).sample, expected)
+    for t in (-1, 1000, torch.tensor([1.0, 2.0, 3.0, float("nan")])):
+        with pytest.raises(ValueError, match=r"timesteps must be in \[0, 999\], got"):
+            routed(z, timestep=t, class_labels=x)
+    with pytest.raises(ValueError, match=r"a number or one per sample, \(B,\), got \(3,\)"):
+        routed(z, timestep=torch.ones(3), class_labels=x)
+
+
+@torch.no_grad()
+def test_what_stands_in_a_networks_place_is_saved(tmp_path):
+    x, z = tiny.batch(tiny.DIT)
+    routed = db.to_original(db.convert(tiny.network(tiny.DIT, num_layers=2), 2))
+    routed.save_pretrained(tmp_path)
+    again = db.to_original(db.load(tmp_path))
+    assert torch.equal(*(net(z, timestep=9, class_labels=x).sample for net in (routed, again)))
+
+
 def test_a_call_is_of_one_block():
     x, z = tiny.batch(tiny.DIT)
     routed = db.to_original(db.convert(tiny.network(tiny.DIT), 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,44 @@ def test_an_unknown_class_is_refused_with_the_ways_out():
         db.convert(nn.Linear(1, 1), blocks=2)
     for words in ("ViTForImageClassification", "from_layers(layers, stem=, head=, target=, blocks=)", "@register"):
         assert words in str(caught.value)
+
+
+def instance(name):
+    """Return a module of a class of that name, as a library's own wrapper."""
+    return type(name, (nn.Module,), {})()
+
+
+@pytest.mark.parametrize(("network", "words"), [
+    ("bert-base", "got 'bert-base': load it by from_pretrained first"),
+    (nn.Linear, "got <class 'torch.nn.modules.linear.Linear'>: load it"),
+    (SimpleNamespace(), "got a SimpleNamespace: load it"),  # a config
+    (SimpleNamespace(transformer=Net()), "convert its transformer"),  # a pipeline
+    (nn.DataParallel(Net()), r"DataParallel wraps the network: convert its \.module, and train by Trainer\(mesh="),
+    (instance("DistributedDataParallel"), r"convert its \.module"),
+    (instance("OptimizedModule"), r"convert its \._orig_mod, and compile blocks by Trainer\(compile=True\)"),
+    (instance("PeftModel"), r"convert its \.get_base_model\(\).*import diffusionblocks\.integrations\.peft"),
+    (small.model(), "DiffusionBlocks already"),
+])  # fmt: skip
+def test_what_is_no_bare_network_is_refused_with_what_to_do(network, words):
+    with pytest.raises(TypeError, match=words):
+        db.convert(network, 2)
+
+
+def test_options_of_others_are_refused_with_the_known_ones():
+    @db.register(Net)
+    def own(network, blocks, overlap=0.1):
+        raise AssertionError("not called")
+
+    with pytest.raises(TypeError, match="no option 'cond' for a Net, only overlap"):
+        db.convert(Net(), 2, cond=0)
+
+
+def test_weights_without_a_shape_are_refused():
+    db.register(Net)(converter)
+    network = Net()
+    network.head = nn.LazyLinear(3)
+    with pytest.raises(ValueError, match=r"lazy weight, head\.weight, without a shape yet: run it on a batch once"):
+        db.convert(network, 2)
 
 
 def test_too_many_blocks_are_refused():

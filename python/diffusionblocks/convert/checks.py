@@ -6,10 +6,42 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from ..blocks import DiffusionBlocks
 from .families import Family
 
+WRAPPERS = {  # class of what wraps a network: how to get at that, and what to do
+    "OptimizedModule": ("_orig_mod", "compile blocks by Trainer(compile=True)"),
+    "DataParallel": ("module", "train by Trainer(mesh=...) under torchrun"),
+    "DistributedDataParallel": ("module", "train by Trainer(mesh=...) under torchrun"),
+    "FullyShardedDataParallel": ("module before it is wrapped", "train by Trainer(offload=...)"),
+    "PeftModel": ("get_base_model(), adapter and all", "import diffusionblocks.integrations.peft before"),
+}
 MASKED_ATTENTION = ("sdpa", "eager")  # take masks of any shape
+
+
+def check_given(network: Any) -> None:
+    """Raise TypeError or ValueError, saying what to do, unless this is a network, and bare."""
+    kind = type(network).__name__
+    if isinstance(network, DiffusionBlocks):
+        raise TypeError("the network is DiffusionBlocks already: train it, or convert the network that it was made of")
+    if not isinstance(network, nn.Module):
+        found = repr(network) if isinstance(network, (str, type)) else f"a {kind}"
+        instead = "convert its transformer" if hasattr(network, "transformer") else "load it by from_pretrained first"
+        raise TypeError(f"network must be a torch.nn.Module, got {found}: {instead}")
+    for wrapper in (base.__name__ for base in type(network).__mro__):
+        if wrapper in WRAPPERS:
+            inner, instead = WRAPPERS[wrapper]
+            raise TypeError(f"{kind} wraps the network: convert its .{inner}, and {instead}")
+    check_initialized("network", network)
+
+
+def check_initialized(name: str, module: nn.Module) -> None:
+    """Raise ValueError if a weight has no shape yet, as those of torch's lazy modules."""
+    for key, t in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(t):
+            raise ValueError(f"{name} has a lazy weight, {key}, without a shape yet: run it on a batch once before")
 
 
 def check_network(network: Any, family: Family, mask_token_id: int | None) -> None:
@@ -31,11 +63,7 @@ def check_latent_network(network: Any) -> None:
     """Raise ValueError, saying what to do, unless one of diffusers' networks can be converted."""
     name = type(network).__name__
     _check_weights(network, name)
-    if network.gradient_checkpointing:
-        raise ValueError(
-            f"{name}'s gradient checkpointing isn't of its layers, and would be lost: "
-            "network.disable_gradient_checkpointing(), and Trainer(checkpoint_layers=True)"
-        )
+    _check_plain_layers(name, network.gradient_checkpointing, "disable_gradient_checkpointing()")
     config = network.config
     if (config.out_channels or config.in_channels) < config.in_channels or config.get("image_dim"):
         raise ValueError(f"{name} is given images beside latents and texts, which blocks aren't: it isn't converted")
@@ -50,11 +78,7 @@ def check_timm_network(network: Any, rebuilt: nn.Module) -> None:
     """
     name = type(network).__name__
     _check_weights(network, name)
-    if network.grad_checkpointing:
-        raise ValueError(
-            f"{name}'s gradient checkpointing isn't of its layers, and would be lost: "
-            "network.set_grad_checkpointing(False), and Trainer(checkpoint_layers=True)"
-        )
+    _check_plain_layers(name, network.grad_checkpointing, "set_grad_checkpointing(False)")
     if getattr(network, "distilled_training", False) or getattr(network, "rope_mixed", False):
         raise ValueError(f"{name} with distilled_training or a rotary table for each layer isn't converted")
     if network.num_classes < 2 or not network.global_pool:
@@ -63,6 +87,14 @@ def check_timm_network(network: Any, rebuilt: nn.Module) -> None:
             "network.reset_classifier(num_classes, global_pool)"
         )
     _check_like(network, rebuilt, f"timm.create_model({network.pretrained_cfg['architecture']!r}) makes with its sizes")
+
+
+def _check_plain_layers(name: str, checkpointing: bool, off: str) -> None:
+    if checkpointing:
+        raise ValueError(
+            f"{name}'s gradient checkpointing isn't of its layers, and would be lost: network.{off}, and "
+            "Trainer(checkpoint_layers=True)"
+        )
 
 
 def _check_like(network: nn.Module, rebuilt: nn.Module, what: str) -> None:
@@ -133,6 +165,11 @@ def _check_labels(network: Any, family: Family, name: str) -> None:
 
 def _check_linear(network: Any, family: Family, name: str, count: int, what: str) -> None:
     linear = network.get_submodule(family.after[-1])
+    if hasattr(linear, "base_layer"):
+        raise ValueError(
+            f"{name}'s {family.after[-1]} has an adapter, and the loss takes its plain weight: leave it out of "
+            f"target_modules, or train it whole, modules_to_save=[{family.after[-1]!r}]"
+        )
     if type(linear) is not nn.Linear or linear.out_features != count:
         raise ValueError(
             f"{name}'s {family.after[-1]} must be a torch.nn.Linear to config.{what}={count} logits, got {linear}: "
@@ -164,10 +201,10 @@ def _check_mask(config: Any, family: Family, name: str, mask_token_id: int | Non
     if family.kind != "masked":
         if mask_token_id is not None:
             raise ValueError(f"mask_token_id is for masked language models, {name} is none")
-    elif mask_token_id is None or not 0 <= mask_token_id < config.vocab_size:
+    elif type(mask_token_id) is not int or not 0 <= mask_token_id < config.vocab_size:
         raise ValueError(
-            f"{name} needs mask_token_id in [0, {config.vocab_size}), got {mask_token_id}: its config doesn't know it, "
-            "give the tokenizer's, mask_token_id=tokenizer.mask_token_id"
+            f"{name} needs mask_token_id in [0, {config.vocab_size}), got {mask_token_id!r}: its config doesn't know "
+            "it, give the tokenizer's, mask_token_id=tokenizer.mask_token_id"
         )
 
 

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_whole
 from ..blocks import DiffusionBlocks
 from ..denoiser import StemHead
 from ..noise.density import LogNormal, NoiseDensity, Tabulated
-from ..noise.partition import spread_layers
 from ..targets.scheduled import ScheduledTarget
 from .checks import check_latent_network
 from .dit import DiTHead, DiTLayer, DiTStem, PixArtHead, PixArtStem
 from .latents import Head, Layer, Stem
-from .layers import partition_for
+from .layers import layer_counts, partition_for
 from .mmdit import FluxHead, FluxStem, MMDiTHead, SD3Stem
 from .registry import Converter, Places
 from .wan import WanHead, WanStem
@@ -98,7 +98,7 @@ def convert_diffusers(
     """
     check_latent_network(network)
     layers = [layer for name, _ in family.layers for layer in network.get_submodule(name)]
-    counts = spread_layers(len(layers), blocks) if isinstance(blocks, int) else tuple(blocks)
+    counts = layer_counts(len(layers), blocks)
     stem = family.stem(network)
     target, density = _noise(stem, family, family.scheduler if scheduler is None else scheduler)
     around = StemHead(stem, family.head(network, stem.patch))
@@ -135,10 +135,13 @@ def _noise(stem: Stem, family: LatentFamily, config: Mapping[str, Any]) -> tuple
     if not isinstance(config, Mapping):
         raise TypeError(f"scheduler must be a config, pipe.scheduler.config, got a {type(config).__name__}")
     steps, prediction = config.get("num_train_timesteps", 1000), config.get("prediction_type", "epsilon")
+    check_whole("the scheduler's num_train_timesteps", steps, 2)
     made = functools.partial(LatentTarget, stem, square=family.square)
     if prediction == "flow_prediction" or "shift" in config:
         # sigma = t / (1 - t): the logit-normal t of arXiv 2403.03206, eq. 19, moved by `shift`, is log-normal in sigma
-        shift = config.get("shift") or config.get("flow_shift") or 1.0
+        shift = next((config[name] for name in ("shift", "flow_shift") if config.get(name) is not None), 1.0)
+        if not shift > 0:
+            raise ValueError(f"the scheduler's shift must be positive, got {shift}")
         ends = (1 / (steps - 1), float(steps - 1))
         return made(prediction="flow", timesteps=family.timesteps or steps), LogNormal(math.log(shift), 1.0, *ends)
     if "beta_schedule" not in config:
@@ -146,17 +149,28 @@ def _noise(stem: Stem, family: LatentFamily, config: Mapping[str, Any]) -> tuple
             "scheduler must be the config of one of diffusers' schedulers with betas or for flow matching, "
             f"pipe.scheduler.config; got one of {', '.join(config)}"
         )
-    log_sigmas = _variance_preserving(config)
+    log_sigmas = _variance_preserving(config, prediction)
     uniform = Tabulated(tuple(log_sigmas.tolist()), (1.0,) * (len(log_sigmas) - 1))
     return made(prediction=prediction, log_sigmas=log_sigmas), uniform
 
 
-def _variance_preserving(config: Mapping[str, Any]) -> Tensor:
+def _variance_preserving(config: Mapping[str, Any], prediction: str) -> Tensor:
     """Return ln sigma at each timestep, rising, float64."""
     scheduler: Any = importlib.import_module("diffusers").DDPMScheduler
-    made = scheduler(**{name: config[name] for name in BETAS if name in config})
+    try:
+        made = scheduler(**{name: config[name] for name in BETAS if name in config})
+    except NotImplementedError as error:
+        raise ValueError(f"the scheduler's beta_schedule: {error}") from error
     abar = made.alphas_cumprod.double()
+    if not (abar[0] < 1 and abar[-1] >= 0 and (abar.diff() < 0).all()):
+        raise ValueError("the scheduler's betas must leave less of the image at each timestep than at the one before")
     if abar[-1] == 0:  # noise alone, of infinite sigma
+        if prediction == "epsilon":
+            raise ValueError(
+                "the scheduler has noise alone at its last timestep (rescale_betas_zero_snr=True), of which "
+                "prediction_type='epsilon' tells no image: set the one that the network was trained with, "
+                "'v_prediction' or 'sample', or rescale_betas_zero_snr=False"
+            )
         abar[-1] = abar[-2] / 4
     return ((1 - abar) / abar).log() / 2
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..arguments import check_whole
 from ..blocks import DiffusionBlocks
 from ..denoiser import StemHead
 from ..noise.density import LogNormal, NoiseDensity, Uniform
@@ -16,6 +17,7 @@ from ..noise.partition import Partition, make_partition, spread_layers
 from ..targets.base import Target
 from ..targets.codebook import CodebookTarget
 from ..targets.masked import T_MIN, MaskedTarget
+from .checks import check_initialized
 from .conditioning import Conditioned, PlainHead, PlainStem, pass_by_keyword, takes
 
 CONTEXT = 0.5  # share of a batch at sigma_max, where the answer must come from x alone
@@ -66,7 +68,7 @@ def from_layers(
     """
     layers = list(layers)
     _check_modules(layers, stem, head, target)
-    counts = spread_layers(len(layers), blocks) if isinstance(blocks, int) else tuple(blocks)
+    counts = layer_counts(len(layers), blocks)
     plain = [not takes(layer, "h", "cond") for layer in layers]
     plain_stem = not takes(stem, "x", "z", "c_noise")
     for layer in (layer for layer, p in zip(layers, plain, strict=True) if not p):
@@ -74,8 +76,10 @@ def from_layers(
     if not plain_stem:
         pass_by_keyword(stem, "x", "z", "c_noise")
     if any(plain) or plain_stem:
-        width = dim or _width(layers[0])
-        cond = cond or max(8, width // 4)
+        width = _width(layers[0]) if dim is None else dim
+        cond = max(8, width // 4) if cond is None else cond
+        check_whole("dim", width, 1)
+        check_whole("cond", cond, 1)
         layers = [Conditioned(layer, width, cond) if p else layer for layer, p in zip(layers, plain, strict=True)]
         if plain_stem:
             stem = PlainStem(stem, width, _z_dim(target), cond)
@@ -88,6 +92,21 @@ def from_layers(
         shared=shared,
         context=(CONTEXT if isinstance(target, CodebookTarget) else 0.0) if context is None else context,
     )
+
+
+def layer_counts(depth: int, blocks: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the number of layers of each block: spread evenly over `blocks` of them, or as `blocks` gives them.
+
+    Raises: TypeError or ValueError, naming blocks.
+    """
+    counts = blocks if isinstance(blocks, (list, tuple)) else [blocks]
+    if any(type(count) is not int for count in counts):
+        raise TypeError(f"blocks must be their number or the layers of each, e.g. 2 or (6, 6), got {blocks!r}")
+    if isinstance(blocks, int):
+        return spread_layers(depth, blocks)
+    if sum(counts) != depth or min(counts) < 1:
+        raise ValueError(f"blocks={blocks} must share the network's {depth} layers, each block at least one")
+    return tuple(counts)
 
 
 def partition_for(
@@ -109,6 +128,7 @@ def _check_modules(layers: list[nn.Module], stem: nn.Module, head: nn.Module, ta
     for name, module in named.items():
         if not isinstance(module, nn.Module):
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+        check_initialized(name, module)
     if not isinstance(target, Target):
         raise TypeError(f"target must be a Target such as LabelTarget(num_classes, dim), got {type(target).__name__}")
     if not layers:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
 from ..blocks import DiffusionBlocks
+from .checks import check_given
 
 Convert = TypeVar("Convert", bound=Callable[..., DiffusionBlocks])
 
@@ -90,22 +92,42 @@ def convert(network: nn.Module, blocks: int | Sequence[int], **options: Any) -> 
         blocks: How many blocks, or the layers of each.
         options: The converter's own, e.g. shared="per_block", overlap=0.05, cond=0.
 
-    Raises: TypeError if the class isn't known; ValueError if the network or an option doesn't fit.
+    Raises: TypeError if the class or an option isn't known; ValueError if the network or an option doesn't fit.
     """
-    names = [_name(kind) for kind in type(network).__mro__]
-    for name in names:
+    check_given(network)
+    for name in map(_name, type(network).__mro__):
         found = find(name)
         if found is not None:
+            _check_options(found.convert, type(network).__name__, options)
+            if name.startswith("transformers.") and name not in _CONVERTERS and getattr(network, "peft_config", None):
+                raise ValueError("the network has an adapter: import diffusionblocks.integrations.peft first")
             # A copy: blocks move their weights away, and some have stems and heads of their own.
             model = found.convert(copy.deepcopy(network), blocks, **options)
             if found.describe is not None and found.build is not None:
-                described, counts = found.describe(network), blocks if isinstance(blocks, int) else list(blocks)
+                described, counts = found.describe(network), list(blocks) if isinstance(blocks, Sequence) else blocks
                 model.origin = {"kind": name, "network": described, "blocks": counts, "options": options}
             return model
+    raise TypeError(_unknown(type(network)))
+
+
+def _check_options(converter: Callable[..., DiffusionBlocks], name: str, options: dict[str, Any]) -> None:
+    """Raise TypeError unless a converter takes these options."""
+    converter = inspect.unwrap(converter)  # of a network with an adapter: that of one without
+    bound = getattr(converter, "keywords", {})
+    parameters = [p for p in list(inspect.signature(converter).parameters.values())[2:] if p.name not in bound]
+    known = [p.name for p in parameters]
+    wrong = [name for name in options if name not in known]
+    if wrong and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        raise TypeError(f"convert has no option {wrong[0]!r} for a {name}, only {', '.join(known)}")
+
+
+def _unknown(kind: type) -> str:
     known = {*_CONVERTERS, *(name for library in _LIBRARIES for name in _converters(library))}
-    raise TypeError(
-        f"no converter for {names[0]}; known: {', '.join(sorted(known))}. Use from_layers(layers, stem=, head=, "
-        "target=, blocks=), or @register(Class) a converter"
+    near = {name for name in known if name.rpartition(".")[0] == kind.__module__}  # e.g. with a head, where it has none
+    listed = ", ".join(sorted(name.rpartition(".")[2] for name in near or known))
+    return (
+        f"no converter for {_name(kind)}; known{' beside it' if near else ''}: {listed}. Load the network as one of "
+        "these, use from_layers(layers, stem=, head=, target=, blocks=), or @register(Class) a converter"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,13 +46,17 @@ class Routed(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, hidden_states: Tensor, *, timestep: Tensor, return_dict: bool = True, **arguments: Any
+        self, hidden_states: Tensor, *, timestep: Tensor | float, return_dict: bool = True, **arguments: Any
     ) -> tuple[Tensor] | Any:
-        """Return what the network would, computed by a block.
+        """Return what the network would, computed by a block. timestep: one for all samples, or one for each, (B,).
 
-        Raises: ValueError if the timesteps of one call belong to several blocks; TypeError on an argument that blocks
-            can't serve, such as a ControlNet's residuals.
+        Raises: ValueError if timesteps aren't the network's, or those of one call belong to several blocks; TypeError
+            on an argument that blocks can't serve, such as a ControlNet's residuals.
         """
+        timestep = torch.as_tensor(timestep, device=hidden_states.device)
+        if timestep.shape not in ((), (1,), (len(hidden_states),)):
+            raise ValueError(f"timestep must be a number or one per sample, (B,), got {tuple(timestep.shape)}")
+        timestep = timestep.expand(len(hidden_states))
         target = self.model.target
         assert isinstance(target, ScheduledTarget)
         owners = self.model.partition.block_of(target.sigma(timestep)).unique().tolist()
@@ -76,6 +81,10 @@ class Routed(nn.Module):
             stream = layer(stream, None)
         made: Tensor = around.head.features(stream)
         return made
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the blocks' folder: `to_original(load(folder))` gives this module back."""
+        self.model.save_pretrained(folder)
 
     def cache_context(self, name: str, **arguments: Any) -> contextlib.AbstractContextManager[None]:
         """Return a context in which nothing is cached: pipelines of videos enter one around each call."""

@@ -40,8 +40,8 @@ def entrances(z_dim: int, width: int, cond: int, dtype: torch.dtype) -> tuple[nn
     return (z_projection(z_dim, width).to(dtype) if cond else None), noise
 
 
-class LabelStem(nn.Module):
-    """x -> tokens; z (B, d) is added to the first one."""
+class EmbeddingStem(nn.Module):
+    """Base class: x -> tokens, and what z and its noise level enter by; None for both where they don't."""
 
     takes_float32 = True
 
@@ -52,6 +52,10 @@ class LabelStem(nn.Module):
     @property
     def sees_z(self) -> bool:
         return self.z is not None
+
+
+class LabelStem(EmbeddingStem):
+    """x -> tokens; z (B, d) is added to the first one."""
 
     def clean(self, x: Tensor) -> Tokens:
         """Return the tokens of x alone."""
@@ -107,23 +111,14 @@ class WindowTarget(MaskedTarget):
             )
 
 
-class CausalStem(nn.Module):
+class CausalStem(EmbeddingStem):
     """Tokens x (B, N), and z (B, N, d) of those that follow each, -> a clean and a noisy stream, (B, 2 N, D).
 
     Noisy token i is x_i's embedding plus a little of z_i, at x_i's position. It attends to the clean tokens before
     that and to itself; clean tokens attend as ever. So without z it computes what x_i computes in the network itself.
     """
 
-    takes_float32 = True
     aligned = True  # y holds a token for each of x's
-
-    def __init__(self, embedding: TokenEmbedding, z: nn.Linear | None, noise: NoiseEmbedding | None):
-        super().__init__()
-        self.embedding, self.z, self.noise = embedding, z, noise
-
-    @property
-    def sees_z(self) -> bool:
-        return self.z is not None
 
     @staticmethod
     def cache() -> Cache:

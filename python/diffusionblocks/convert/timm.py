@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import check_whole
 from ..blocks import DiffusionBlocks
 from ..denoiser import StemHead
-from ..noise.partition import spread_layers
 from ..targets.labels import LabelTarget
 from .checks import check_timm_network
 from .conditioning import Conditioned
 from .embedding import Images, Tokens
+from .layers import layer_counts
 from .registry import Converter, Places
 from .stems import LabelStem, entrances
 from .transformers import assemble
@@ -50,8 +51,9 @@ def convert_timm(
     with torch.device("meta"):
         check_timm_network(network, build(described))
     layers, width = list(network.blocks), network.embed_dim
-    counts = spread_layers(len(layers), blocks) if isinstance(blocks, int) else tuple(blocks)
+    counts = layer_counts(len(layers), blocks)
     cond = width // 4 if cond is None else cond
+    check_whole("cond", cond, 0)
     target = LabelTarget(network.num_classes, width)
     stem = LabelStem(TimmEmbedding(network), *entrances(width, width, cond, next(network.parameters()).dtype))
     if cond:

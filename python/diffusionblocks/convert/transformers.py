@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import check_whole
 from ..blocks import DiffusionBlocks
 from ..denoiser import StemHead
 from ..noise.information import closed_form_density
-from ..noise.partition import spread_layers
 from ..targets.base import Target
 from ..targets.codebook import CodebookTarget, spread_codebook
 from ..targets.labels import LabelTarget
@@ -24,7 +24,7 @@ from .checks import check_network, layers_name
 from .conditioning import Conditioned
 from .embedding import Head, ImageEmbedding, Layer, TokenEmbedding, padding_of
 from .families import FAMILIES, Family
-from .layers import CONTEXT, partition_for
+from .layers import CONTEXT, layer_counts, partition_for
 from .registry import Converter, Places
 from .stems import (
     CausalStem,
@@ -72,8 +72,9 @@ def convert_transformers(
     check_network(network, family, mask_token_id)
     config: Any = network.config
     layers = network.get_submodule(layers_name(network, family))
-    counts = spread_layers(len(layers), blocks) if isinstance(blocks, int) else tuple(blocks)
+    counts = layer_counts(len(layers), blocks)
     cond = config.hidden_size // 4 if cond is None else cond
+    check_whole("cond", cond, 0)
     target = _target(network, family, mask_token_id)
     stem = _stem(network, family, target, cond, mask_token_id)
     around = StemHead(stem, _head(network, family, noisy=family.kind == "causal" and cond > 0))

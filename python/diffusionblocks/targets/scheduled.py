@@ -60,12 +60,18 @@ class ScheduledTarget(ContinuousTarget):
         return (above - 1 + share.clamp(0, 1)).float()
 
     def sigma(self, timestep: Tensor) -> Tensor:
-        """Return the level of a timestep, float64; inf where flow matching is at noise alone."""
+        """Return the level of a timestep, float64; inf where flow matching is at noise alone.
+
+        Raises: ValueError if a timestep is outside of the network's, for which their values are read.
+        """
         t, table = timestep.double(), self.log_sigmas
+        last = self.timesteps if table is None else self.timesteps - 1
+        if not ((t >= 0) & (t <= last)).all():
+            raise ValueError(f"timesteps must be in [0, {last}], got {float(t.min()):g} to {float(t.max()):g}")
         if table is None:
             return t / (self.timesteps - t)
-        below = t.long().clamp(0, len(table) - 2)
-        return torch.lerp(table[below], table[below + 1], (t - below).clamp(0, 1)).exp()
+        below = t.long().clamp(max=len(table) - 2)
+        return torch.lerp(table[below], table[below + 1], t - below).exp()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         table = self.log_sigmas
