@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .card import CARD, model_card
 from .checkpoint.shards import save_shards
 from .noise.partition import Partition
 from .targets.base import Target
@@ -124,7 +126,8 @@ class Offloadable(nn.Module):
     def save_pretrained(self, folder: str | Path, *, extra: dict[str, Any] | None = None) -> None:
         """Write the model's folder: a safetensors shard per block, model.safetensors.index.json and config.json.
 
-        With averaged weights where there are any; offloaded blocks one at a time. `load` reads it.
+        With averaged weights where there are any; offloaded blocks one at a time. `load` reads it. A model card,
+        README.md, is added unless there is one.
         extra: JSON values of one's own, kept in config.json under "extra".
         Raises: CheckpointError or OSError if the folder can't be used.
         """
@@ -137,6 +140,17 @@ class Offloadable(nn.Module):
         }
         with self.averages():
             save_shards(folder, {part: functools.partial(self.part_weights, part) for part in self.parts()}, config)
+        card = Path(folder, CARD)
+        if not card.exists():
+            card.write_text(model_card(self, card.resolve().parent.name), encoding="utf-8")
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the model's folder to the Hugging Face Hub, and return the commit's address.
+
+        options: private, token, commit_message and extra, as for integrations.hub.push_to_hub.
+        """
+        hub = importlib.import_module(".integrations.hub", __package__)  # which imports huggingface_hub
+        return str(hub.push_to_hub(self, repo_id, **options))
 
 
 def check_free(model: Any) -> None:

@@ -138,7 +138,7 @@ def test_a_full_disk_is_one_error_and_frees_what_was_half_written(folder: Path) 
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match=r"nothing was saved, the folder holds no earlier save; .*/file/run"):
+    with pytest.raises(NotADirectoryError, match=r"nothing was saved: a file stands in its place: .*/file/run"):
         save(tmp_path / "file" / "run", {}, {})
 
 

@@ -189,6 +189,14 @@ def test_a_foreign_index_is_refused_and_never_overwritten(folder: Path, content:
     assert (folder / INDEX).read_bytes() == content and len(names(folder)) == 5
 
 
+@pytest.mark.parametrize("path", ["file", "file/below"])
+def test_a_file_is_no_folder(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="nothing was saved: a file stands in its place"):
+        save_shards(tmp_path / path, model(), CONFIG)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_another_programs_model_is_never_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")

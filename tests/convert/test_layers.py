@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -186,7 +188,13 @@ LAYER = small.Residual(DIM)
     (None, dict(head=3), TypeError, "head must be a torch.nn.Module, got int"),
     (None, dict(target="labels"), TypeError, "target must be a Target"),
     (None, dict(blocks=5), ValueError, "layers"), (None, dict(blocks=0), ValueError, "blocks"),
-    (None, dict(blocks=(1, 1)), ValueError, "the partition places 2 layers, the network has 4"),
+    *((None, dict(blocks=b), TypeError, "blocks must be their number or the layers of each, e.g. 2 or")
+      for b in ("2", True, 2.5, None, (2, 2.0), "ab")),
+    *((None, dict(blocks=b), ValueError, "must share the network's 4 layers, each block at least one")
+      for b in ((1, 1), (0, 4), ())),
+    *((None, dict(cond=c), ValueError, "cond must be a whole number of at least 1") for c in (0, -1, True, 2.5)),
+    (None, dict(dim=0), ValueError, "dim must be a whole number"),
+    (None, dict(stem=nn.LazyLinear(DIM)), ValueError, "stem has a lazy weight"),
     (None, dict(shared="some"), ValueError, "shared must be one of"),
     (None, dict(context=1.5), ValueError, "context must be a share"),
     (None, dict(target=db.ContinuousTarget(0.5)), ValueError, r"a plain stem\(x\) can't take a ContinuousTarget's z"),
@@ -278,6 +286,33 @@ def test_an_x_that_does_not_fit_a_plain_stem_is_named(x, words):
     for call in (lambda: model(x), lambda: model.loss(0, x, torch.tensor([0, 1])), lambda: db.sample(model, x)):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+LLAMA = {"config.json": {"architectures": ["LlamaForCausalLM"]}}
+
+
+@pytest.mark.parametrize(("files", "words"), [
+    (LLAMA, r"holds a LlamaForCausalLM: LlamaForCausalLM\.from_pretrained\(folder\) loads it, and convert"),
+    (LLAMA | {"model.safetensors.index.json": {"metadata": {}, "weight_map": {}}}, "holds a LlamaForCausalLM"),
+    ({"config.json": {"_class_name": "DiTTransformer2DModel"}}, "holds a DiTTransformer2DModel"),
+    ({"model_index.json": {}}, r"holds a pipeline.*convert\(pipe\.transformer"),
+    (LLAMA | {"adapter_config.json": {}}, "holds an adapter: peft"),
+    ({"manifest.json": {}}, r"holds a Trainer's checkpoint: Trainer\(model\)\.load"),
+    ({"config.json": {"model_type": "diffusionblocks"}}, "is missing: no save was completed there"),
+    ({"config.json": []}, "is missing: no save was completed there"),
+])  # fmt: skip
+def test_folders_of_others_are_refused_with_who_loads_them(tmp_path, files, words):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=words):
+        db.load(tmp_path)
+
+
+def test_what_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", "me/name"):
+        with pytest.raises(ValueError, match=r"is no folder.*huggingface_hub\.snapshot_download"):
+            db.load(path)
 
 
 def test_a_saved_model_that_does_not_fit_is_told_apart(tmp_path):

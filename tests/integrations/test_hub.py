@@ -11,6 +11,7 @@ import torch
 
 import diffusionblocks as db
 import tiny_transformers as tiny
+from diffusionblocks.card import model_card
 
 hub = pytest.importorskip("diffusionblocks.integrations.hub", exc_type=ImportError)
 pytest.importorskip("transformers")
@@ -31,6 +32,9 @@ class FolderHub:
 
     def file_exists(self, repo_id, name):
         return (self.root / repo_id / name).exists()
+
+    def hf_hub_download(self, repo_id, name):
+        return str(self.root / repo_id / name)
 
     def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
         for path in (self.root / repo_id).iterdir():
@@ -54,10 +58,14 @@ def test_an_offloaded_model_is_pushed_and_loaded(repository, tmp_path):
     for _ in range(4):
         trainer.step(x, y)
     model.eval()
-    assert hub.push_to_hub(model, "name", token="secret") == "hub/me/name" and FolderHub.calls[-1] == "secret"
+    assert model.push_to_hub("name", token="secret") == "hub/me/name" and FolderHub.calls[-1] == "secret"
     assert torch.equal(db.load(repository)(x), model(x))
     card = (repository / "README.md").read_text()
-    assert "A `LlamaForCausalLM` in 4 blocks" in card and 'snapshot_download("me/name"))' in card
+    assert (
+        card.count("\n# name\n") == 1
+        and "A `LlamaForCausalLM` in 4 blocks" in card
+        and 'snapshot_download("me/name"))' in card
+    )
     count = sum(p.numel() for p in model.blocks[3].parameters())
     low, high = model.partition.owned(3)
     assert f"| 3 | 1 | {high:.4g} to {low:.4g} | {count:,} |" in card
@@ -73,11 +81,31 @@ def test_a_smaller_model_replaces_a_larger_one_and_a_card_stays(repository):
     assert torch.equal(db.load(repository)(x), model(x))
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_another_programs_model_is_never_overwritten(repository, name):
+    repository.mkdir(parents=True)
+    (repository / name).write_text("{}")
+    with pytest.raises(ValueError, match="me/name holds a model that diffusionblocks didn't upload"):
+        tiny.convert(tiny.network("ViTForImageClassification", layers=1), 1).push_to_hub("name")
+    assert [path.name for path in repository.iterdir()] == [name]
+
+
+def test_a_folder_has_a_card_of_its_own_or_keeps_yours(tmp_path):
+    model = tiny.convert(tiny.network("ViTForImageClassification", layers=1), 1)
+    model.save_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'model = db.load("out")' in card and "transformers doesn't load these files" in card
+    assert "huggingface_hub" not in card
+    (tmp_path / "out" / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+
+
 def test_the_card_of_code_asks_for_it():
     layers = [torch.nn.Linear(8, 8) for _ in range(2)]
     model = db.from_layers(
         layers, stem=torch.nn.Linear(4, 8), head=torch.nn.Linear(8, 3), target=db.LabelTarget(3, 8), blocks=2,
         shared="per_block",
     )  # fmt: skip
-    card = hub.model_card(model, "me/name")
+    card = model_card(model, "name")
     assert ", build())" in card and "a stem and head of its own" in card and "`LabelTarget`" in card

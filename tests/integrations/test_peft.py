@@ -7,6 +7,7 @@ import torch
 
 import diffusionblocks as db
 import tiny_transformers as tiny
+from diffusionblocks.convert import registry
 
 peft = pytest.importorskip("peft")
 from diffusionblocks.integrations.peft import save_adapter  # noqa: E402
@@ -162,6 +163,40 @@ def test_what_modules_to_save_names_is_trained_too():
     assert {key for key, p in shared.named_parameters() if p.requires_grad} == {
         "stem_head.head.after.0.weight", "stem_head.head.after.0.bias"
     }  # fmt: skip
+
+
+def test_adapters_of_others_are_never_overwritten(tmp_path):
+    model = db.convert(adapted(LLAMA), 2, cond=0)
+    for _ in range(2):  # one's own are
+        save_adapter(model, tmp_path / "own")
+    (tmp_path / "file").write_text("mine")
+    adapted(LLAMA).save_pretrained(tmp_path / "other")
+    for _ in range(2):  # with its weights, then its config alone
+        before = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+        with pytest.raises(ValueError, match="an adapter that save_adapter didn't write"):
+            save_adapter(model, tmp_path / "other")
+        assert before == {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+        (tmp_path / "other" / "adapter_model.safetensors").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="file is a file: give a folder"):
+        save_adapter(model, tmp_path / "file")
+
+
+def test_an_adapter_on_the_head_is_refused():
+    network = tiny.network(LLAMA, tie_word_embeddings=False)
+    network.add_adapter(peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ValueError, match=r"lm_head has an adapter.*modules_to_save=\['lm_head'\]"):
+        db.convert(network, 2, cond=0)
+
+
+def test_an_adapter_needs_this_module(monkeypatch):
+    monkeypatch.setattr(registry, "_CONVERTERS", {})
+    with pytest.raises(ValueError, match=r"has an adapter: import diffusionblocks\.integrations\.peft first"):
+        db.convert(adapted(LLAMA), 2, cond=0)
+
+
+def test_options_of_others_are_refused():
+    with pytest.raises(TypeError, match="no option 'scheduler' for a LlamaForCausalLM, only shared,"):
+        db.convert(adapted(LLAMA), 2, scheduler={})
 
 
 def test_a_peft_model_is_refused_by_name():

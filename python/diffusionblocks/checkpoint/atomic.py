@@ -43,7 +43,9 @@ def saving(path: Path, own: re.Pattern[str], named: Collection[str]) -> Iterator
             with contextlib.suppress(OSError):  # report the first error; the next save sweeps again
                 sweep(path.parent, own, named)
         if isinstance(error, OSError) and error.errno is not None:
-            words = f"{error.strerror}; {_outcome(committed, before)}"
+            no_folder = isinstance(error, (FileExistsError, NotADirectoryError))
+            outcome = "nothing was saved: a file stands in its place" if no_folder else _outcome(committed, before)
+            words = f"{error.strerror}; {outcome}"
             raise OSError(error.errno, words, str(error.filename or path)) from error
         raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from ..blocks import DiffusionBlocks
 from ..checkpoint.manifest import CheckpointError
 from ..checkpoint.shards import load_shards, read_index
 from .registry import rebuild
+
+FOREIGN = {  # files of other folders, and how those are loaded
+    "manifest.json": "holds a Trainer's checkpoint: Trainer(model).load(folder) loads it",
+    "adapter_config.json": "holds an adapter: peft.PeftModel.from_pretrained(network, folder) loads it",
+    "model_index.json": "holds a pipeline: diffusers loads it, and convert(pipe.transformer, blocks=...) makes blocks",
+}
 
 
 def load(folder: str | Path, model: DiffusionBlocks | None = None) -> DiffusionBlocks:
@@ -37,7 +44,12 @@ def load(folder: str | Path, model: DiffusionBlocks | None = None) -> DiffusionB
         >>> torch.equal(model(x), again(x))
         True
     """
-    config, _ = read_index(folder)
+    try:
+        config, _ = read_index(folder)
+    except CheckpointError as error:
+        if held := _foreign(Path(folder)):
+            raise CheckpointError(f"{folder} {held}") from error
+        raise
     if config.get("model_type") != "diffusionblocks":
         raise CheckpointError(f"{folder} holds another library's model; give a folder that save_pretrained wrote")
     if model is None:
@@ -54,6 +66,21 @@ def load(folder: str | Path, model: DiffusionBlocks | None = None) -> DiffusionB
     model.load_state_dict(state, strict=False)
     model.take_facts(config["facts"])
     return model.eval()
+
+
+def _foreign(folder: Path) -> str | None:
+    """Return what a folder is or holds in place of a model of blocks, and how to load that; None if it isn't known."""
+    if not folder.is_dir():
+        return "is no folder: give one that save_pretrained wrote, or of the Hub huggingface_hub.snapshot_download(id)"
+    for file, held in FOREIGN.items():
+        if (folder / file).exists():
+            return held
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        name = config["_class_name"] if "_class_name" in config else config["architectures"][0]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return f"holds a {name}: {name}.from_pretrained(folder) loads it, and convert makes blocks of that"
 
 
 def _check(model: DiffusionBlocks, state: dict[str, Tensor], folder: str | Path) -> None:

@@ -1,23 +1,19 @@
-"""Models on the Hugging Face Hub: their folder, and a card of what it holds."""
+"""Models on the Hugging Face Hub."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from torch import nn
 
 from ..blocks import DiffusionBlocks
+from ..card import CARD, model_card
+from ..checkpoint.manifest import CheckpointError
 
-CARD = "README.md"
 SHARDS = "model.*.safetensors"
-SHARING = {
-    "shared": "All blocks have one stem and head, and trained them.",
-    "frozen": "All blocks have one stem and head, which weren't trained.",
-    "per_block": "Each block has a stem and head of its own.",
-}
 
 
 def push_to_hub(
@@ -41,14 +37,20 @@ def push_to_hub(
         commit_message: Of the upload, which is one commit.
         extra: As for save_pretrained.
 
-    Raises: OSError where the temporary folder has no room for the model; huggingface_hub's errors.
+    Raises:
+        CheckpointError: The repository holds another program's model, which is never overwritten.
+        OSError: The temporary folder has no room for the model; or one of huggingface_hub's errors.
     """
     hub = huggingface_hub.HfApi(token=token)
     repo_id = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    _refuse_foreign(hub, repo_id)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, extra=extra)
-        if not hub.file_exists(repo_id, CARD):
-            Path(folder, CARD).write_text(model_card(model, repo_id), encoding="utf-8")
+        card = Path(folder, CARD)
+        if hub.file_exists(repo_id, CARD):
+            card.unlink()
+        else:
+            card.write_text(model_card(model, repo_id.rpartition("/")[2], repo_id=repo_id), encoding="utf-8")
         commit = hub.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -58,51 +60,10 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-def model_card(model: DiffusionBlocks, repo_id: str) -> str:
-    """Return a model card, Markdown, of the facts that a model knows; its licence, data and results are left open."""
-    rows = "\n".join(_row(model, block) for block in range(len(model.blocks)))
-    if model.origin:
-        network, build, note = f"A `{model.origin['kind'].rpartition('.')[2]}`", "", ""
-    else:
-        network, build = "A network", ", build()"
-        note = "\n`build()` is the code that built the model, which a file can't hold: add it here.\n"
-    adapter = "import diffusionblocks.integrations.peft  # the network has an adapter\n"
-    dtypes = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
-    return f"""---
-library_name: diffusionblocks
-tags:
-- diffusionblocks
----
-
-# {repo_id.rpartition("/")[2]}
-
-{network} in {len(model.blocks)} blocks by DiffusionBlocks: each block is a denoiser for its own range of noise levels,
-trained without the others ([paper](https://arxiv.org/abs/2506.14202)).
-
-| block | layers | noise levels (sigma) | parameters |
-|---|---|---|---|
-{rows}
-
-{SHARING[model.shared]} The target is `{type(model.target).__name__}`. {_count(model)} parameters in all, {dtypes}.
-
-## Use
-
-```python
-import diffusionblocks as db
-{adapter if hasattr(model, "peft_config") else ""}from huggingface_hub import snapshot_download
-
-model = db.load(snapshot_download("{repo_id}"){build})
-answer = model(x)
-```
-{note}
-Licence, training data and results: not stated yet.
-"""
-
-
-def _row(model: DiffusionBlocks, block: int) -> str:
-    low, high = model.partition.owned(block)
-    return f"| {block} | {model.partition.layers[block]} | {high:.4g} to {low:.4g} | {_count(model.blocks[block])} |"
-
-
-def _count(module: nn.Module) -> str:
-    return f"{sum(p.numel() for p in module.parameters()):,}"
+def _refuse_foreign(hub: Any, repo_id: str) -> None:
+    foreign = hub.file_exists(repo_id, "model.safetensors")
+    if not foreign and hub.file_exists(repo_id, "config.json"):
+        config = json.loads(Path(hub.hf_hub_download(repo_id, "config.json")).read_text(encoding="utf-8"))
+        foreign = config.get("model_type") != "diffusionblocks"
+    if foreign:
+        raise CheckpointError(f"{repo_id} holds a model that diffusionblocks didn't upload: give another repo_id")

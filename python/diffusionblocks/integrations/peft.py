@@ -11,20 +11,23 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..blocks import DiffusionBlocks
+from ..checkpoint.manifest import CheckpointError
 from ..convert.checks import layers_name
 from ..convert.families import FAMILIES, Family
 from ..convert.registry import Converter, register
 from ..convert.transformers import CONVERTERS
 
+WEIGHTS, WRITER = "adapter_model.safetensors", "diffusionblocks"
 FRESH = (True, False, "gaussian", "orthogonal")  # init_lora_weights that leave the network's own weights alone
 
 
@@ -35,12 +38,15 @@ def save_adapter(model: DiffusionBlocks, folder: str | Path, block: int | None =
 
     Args:
         model: From `convert` with cond=0, of a network with an adapter.
-        folder: For adapter_config.json and adapter_model.safetensors; made if missing.
+        folder: For adapter_config.json and adapter_model.safetensors; made if missing. An adapter that this function
+            wrote there is replaced.
         block: Write this block's adapter, for the network that `to_original(model, block)` gives of the same blocks
             without adapters. None: that of all layers, for the network that was converted.
 
-    Raises: ValueError if the model or the block has no adapter, or more was trained than such a folder has a place for.
+    Raises: ValueError if the model or the block has no adapter, or more was trained than such a folder has a place
+        for; CheckpointError if the folder holds another program's adapter, which is never overwritten.
     """
+    _refuse_foreign(Path(folder))
     name, config = _adapter_of(model)
     chosen = list(range(len(model.blocks))) if block is None else [block]
     if block is not None:
@@ -56,9 +62,22 @@ def save_adapter(model: DiffusionBlocks, folder: str | Path, block: int | None =
     if not tensors:
         raise ValueError(f"block {block} has no adapter: the config's layers_to_transform leaves its layers out")
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt", "writer": WRITER})
     config.inference_mode = True  # as peft's own save_pretrained
     config.save_pretrained(str(folder))
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: give a folder")
+    weights = folder / WEIGHTS
+    if weights.exists():
+        with safe_open(weights, "pt") as file:
+            foreign = (file.metadata() or {}).get("writer") != WRITER
+    else:
+        foreign = (folder / "adapter_config.json").exists()
+    if foreign:
+        raise CheckpointError(f"{folder} holds an adapter that save_adapter didn't write; give another folder")
 
 
 def _part_of_adapter(
@@ -202,14 +221,9 @@ def _built(described: dict[str, Any], *, plain: Converter) -> Any:
     return network
 
 
-def _refuse(network: Any, blocks: Any, **options: Any) -> NoReturn:
-    raise TypeError(f"{type(network).__name__} wraps the network: convert peft_model.get_base_model(), adapter and all")
-
-
-register("peft.peft_model.PeftModel")(_refuse)
 for _kind, _plain in CONVERTERS.items():
     register(
         _kind,
         describe=functools.partial(_described, plain=_plain, family=FAMILIES[_kind]),
         build=functools.partial(_built, plain=_plain),
-    )(functools.partial(_converted, plain=_plain))
+    )(functools.update_wrapper(functools.partial(_converted, plain=_plain), _plain.convert))

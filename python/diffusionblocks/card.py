@@ -1,0 +1,68 @@
+"""Cards of models, Markdown: what the Hugging Face Hub shows of a folder, and how it is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+CARD = "README.md"
+SHARING = {
+    "shared": "All blocks have one stem and head, and trained them.",
+    "frozen": "All blocks have one stem and head, which weren't trained.",
+    "per_block": "Each block has a stem and head of its own.",
+}
+
+
+def model_card(model: Any, name: str, *, repo_id: str | None = None) -> str:
+    """Return a card of the facts that DiffusionBlocks know of themselves; licence, data and results are left open.
+
+    repo_id: The Hub's repository that the model is loaded from; None: the folder `name`.
+    """
+    rows = "\n".join(_row(model, block) for block in range(len(model.blocks)))
+    if model.origin:
+        library, _, kind = model.origin["kind"].partition(".")
+        network, build = f"A `{kind.rpartition('.')[2]}`", ""
+        note = f"\n{library} doesn't load these files: `db.to_original(model)` makes networks of its classes.\n"
+    else:
+        network, build = "A network", ", build()"
+        note = "\n`build()` is the code that built the model, which a file can't hold: add it here.\n"
+    adapter = "import diffusionblocks.integrations.peft  # the network has an adapter\n"
+    download = "from huggingface_hub import snapshot_download\n"
+    return f"""---
+library_name: diffusionblocks
+tags:
+- diffusionblocks
+---
+
+# {name}
+
+{network} in {len(model.blocks)} blocks by DiffusionBlocks: each block is a denoiser for its own range of noise levels,
+trained without the others ([paper](https://arxiv.org/abs/2506.14202)).
+
+| block | layers | noise levels (sigma) | parameters |
+|---|---|---|---|
+{rows}
+
+{SHARING[model.shared]} The target is `{type(model.target).__name__}`. {_count(model)} parameters in all.
+
+## Use
+
+```python
+import diffusionblocks as db
+{adapter if hasattr(model, "peft_config") else ""}{download if repo_id else ""}
+model = db.load({f'snapshot_download("{repo_id}")' if repo_id else f'"{name}"'}{build})
+answer = model(x)
+```
+{note}
+Licence, training data and results: not stated yet.
+"""
+
+
+def _row(model: Any, block: int) -> str:
+    low, high = model.partition.owned(block)
+    return f"| {block} | {model.partition.layers[block]} | {high:.4g} to {low:.4g} | {_count(model.blocks[block])} |"
+
+
+def _count(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()):,}"
