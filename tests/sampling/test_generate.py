@@ -13,6 +13,8 @@ from diffusionblocks.convert.conditioning import Conditioned
 from diffusionblocks.sampling.decoding import filtered
 from diffusionblocks.sampling.generate import Writer
 
+pytest.importorskip("transformers")
+MODEL = tiny.convert(tiny.network("LlamaForCausalLM", layers=1), 1, cond=0)
 EVERY = functools.partial(filtered, temperature=1.0)
 
 
@@ -109,6 +111,26 @@ def test_other_lengths_than_those_trained_on():
     assert model(x[:2, :3]).shape == (2, 3, tiny.VOCAB) and db.sample(model, x[:2, :5], steps=2).shape == (2, 5)
 
 
+@pytest.mark.parametrize(("options", "words"), [
+    *((dict(top_k=k), "top_k must be a whole number of at least 1, or None for all") for k in (0, -1, 2.5, True)),
+    *((dict(temperature=t), "temperature=.* must be positive") for t in (0.0, float("nan"), "1")),
+    *((dict(top_p=p), r"top_p=.* must be in \(0, 1\]") for p in (0, "1")),
+    *((dict(steps=s), "steps must be a whole number of at least 1") for s in (0, -3, 2.5)),
+    *((dict(max_new_tokens=n), "max_new_tokens must be a whole number") for n in (0, True, 2.0)),
+    *((dict(eos_token_id=i), "eos_token_id must be among the model's 20 tokens") for i in ("a", 2.5, True, [3, 20])),
+    (dict(attention_mask=torch.tensor([[0, 1], [1, 1]])), "attention_mask hides tokens: prompts must be of one"),
+])  # fmt: skip
+def test_arguments_that_do_not_fit_are_refused_by_name(options, words):
+    with pytest.raises(ValueError, match=words):
+        db.generate(MODEL, torch.ones(2, 2, dtype=torch.int64), **{"max_new_tokens": 1, **options})
+
+
+def test_a_mask_that_hides_nothing_is_taken():
+    x = torch.ones(2, 2, dtype=torch.int64)
+    made = [db.generate(MODEL, x, max_new_tokens=1, attention_mask=mask) for mask in (None, torch.ones_like(x))]
+    assert torch.equal(*made)
+
+
 def test_what_writes_no_text_is_refused():
     x, _ = tiny.batch("LlamaForCausalLM", 2)
     model = converted("LlamaForCausalLM")
@@ -116,16 +138,16 @@ def test_what_writes_no_text_is_refused():
         db.generate(tiny.convert(tiny.network("ViTForImageClassification")), x, max_new_tokens=1)
     with pytest.raises(ValueError, match="prompts"):
         db.generate(model, x[:, :0], max_new_tokens=1)
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        db.generate(model, x, max_new_tokens=0)
     with pytest.raises(ValueError, match="x's tokens"):
         db.generate(model, x + 30, max_new_tokens=1)
-    with pytest.raises(ValueError, match="temperature"):
-        db.generate(model, x, max_new_tokens=1, temperature=0.0)
+    with pytest.raises(TypeError, match="must be DiffusionBlocks, from convert, got LlamaForCausalLM"):
+        db.generate(tiny.network("LlamaForCausalLM", layers=1), x, max_new_tokens=1)
+    with pytest.raises(TypeError, match="stopping_criteria must be a function"):
+        db.generate(model, x, max_new_tokens=1, stopping_criteria=3)
+    with pytest.raises(ValueError, match="stopping_criteria: a masked model writes all tokens at once"):
+        db.generate(tiny.convert(tiny.network("BertForMaskedLM")), x, max_new_tokens=1, stopping_criteria=len)
     gpt = tiny.convert(tiny.network("GPT2LMHeadModel"))
     with pytest.raises(TypeError, match=r"give \.input_ids"):
         db.generate(model, {"input_ids": x}, max_new_tokens=1)
-    with pytest.raises(ValueError, match="eos_token_id must be among the model's 20 tokens"):
-        db.generate(model, x, max_new_tokens=1, eos_token_id=99)
     with pytest.raises(ValueError, match=r"max_new_tokens=8.*position embeddings"):
         db.generate(gpt, x, max_new_tokens=8)

@@ -136,6 +136,27 @@ def test_bad_arguments_are_refused_by_name():
         db.sample(model, x, steps=1)
     with pytest.raises(ValueError, match=r"shape of a sample isn't known yet.*model\.target\.shape"):
         db.sample(small.model("images"), small.batch("images")[0], steps=2)
+    with pytest.raises(ValueError, match=r"model\.target\.shape, e\.g\. \(128,\)"):
+        db.sample(small.model("masked"), torch.zeros(2, 0))
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    *((dict(guidance=g), "guidance must be 0 or more, got") for g in (-1, float("nan"), float("inf"), "2")),
+    *((dict(steps=s), "steps must be a whole number of at least 2, the number of blocks") for s in (0, 2.5, True)),
+    *((dict(batch=b), "batch must be a whole number of at least 1") for b in (0, 2.5)),
+])  # fmt: skip
+def test_numbers_that_do_not_fit_are_refused_by_name(options, words):
+    with pytest.raises(ValueError, match=words):
+        db.sample(small.model(), small.batch()[0], **options)
+
+
+def test_what_cannot_be_sampled_is_refused():
+    x = small.batch()[0]
+    with pytest.raises(ValueError, match=r"guidance=2\.0: masked tokens are sampled without guidance"):
+        db.sample(small.model("masked"), torch.zeros(2, 0), guidance=2.0)
+    for model, given in ((torch.nn.Linear(2, 2), x), (small.model(), x.tolist())):
+        with pytest.raises(TypeError, match="sample takes DiffusionBlocks and a tensor x"):
+            db.sample(model, given)
 
 
 @pytest.mark.parametrize("training", [False, True])

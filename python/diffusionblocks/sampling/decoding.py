@@ -6,10 +6,13 @@ Filters matter at the first denoising steps. At the last ones z determines the t
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from ..arguments import check_whole
 
 Filter = Callable[[Tensor], Tensor]
 
@@ -31,12 +34,7 @@ def filtered(
     Raises:
         ValueError: temperature isn't positive, top_k is less than 1, or top_p isn't in (0, 1].
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be positive: for the likeliest token take argmax")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be in (0, 1]")
+    check_filters(temperature, top_k, top_p)
     logits = logits.float()
     # the largest becomes 0, so no temperature makes it infinite; a temperature that rounds to 0 would make it NaN
     logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
@@ -48,6 +46,16 @@ def filtered(
         beyond = falling.cumsum(-1) - falling >= top_p  # likelier tokens already reach top_p
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
     return logits
+
+
+def check_filters(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError unless these are arguments of `filtered`."""
+    if not isinstance(temperature, numbers.Real) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature!r} must be positive: for the likeliest token take top_k=1")
+    if top_k is not None:
+        check_whole("top_k", top_k, 1, ", or None for all tokens")
+    if top_p is not None and (not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p={top_p!r} must be in (0, 1]")
 
 
 def distinct_2(tokens: Tensor) -> float:

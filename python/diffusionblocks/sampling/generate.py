@@ -12,12 +12,13 @@ from torch import Tensor
 
 import dbkernels
 
+from ..arguments import check_whole
 from ..blocks import STEPS, DiffusionBlocks
 from ..denoiser import StemHead
 from ..noise.partition import step_levels
 from ..noise.rng import draw, stream
 from ..targets.masked import MaskedTarget
-from .decoding import Filter, filtered
+from .decoding import Filter, check_filters, filtered
 from .sampler import Sampler
 
 Stop = Callable[[Tensor, Tensor | None], Any]
@@ -36,6 +37,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     stopping_criteria: Stop | None = None,
+    attention_mask: Tensor | None = None,
     seed: int = 0,
 ) -> Tensor:
     """Return prompts with new tokens behind them, with averaged weights where there are any.
@@ -52,14 +54,18 @@ def generate(
         eos_token_id: Ends a text, or ids that do; what comes behind is `pad_token_id`, by default the first of them.
         stopping_criteria: As transformers calls it, of tokens (B, N) and None -> whether each text, (B,), or all of
             them have ended; causal models alone.
+        attention_mask: A tokenizer's, (B, n), which must hide nothing: prompts of other lengths are given apart.
         seed: Of the noise and the draws.
 
     Returns: (B, n + new) int64.
     Raises: ValueError or TypeError on arguments that don't fit, or a model that writes no text.
     """
-    _check(model, tokens, max_new_tokens)
+    _check(model, tokens, max_new_tokens, attention_mask)
+    check_whole("steps", steps, 1)
+    _check_stop(model, stopping_criteria)
     ends = _ids(model, "eos_token_id", eos_token_id)
     pads = _ids(model, "pad_token_id", pad_token_id) or ends[:1]
+    check_filters(temperature, top_k, top_p)
     keep = functools.partial(filtered, temperature=temperature, top_k=top_k, top_p=top_p)
     levels = step_levels(model.partition, max(steps, model.partition.blocks))
     eos, pad = torch.tensor(ends, dtype=torch.int64, device=tokens.device), pads[0] if pads else None
@@ -75,7 +81,9 @@ def generate(
         model.train(training)
 
 
-def _check(model: DiffusionBlocks, tokens: Tensor, max_new_tokens: int) -> None:
+def _check(model: DiffusionBlocks, tokens: Tensor, max_new_tokens: int, attention_mask: Tensor | None) -> None:
+    if not isinstance(model, DiffusionBlocks):
+        raise TypeError(f"model must be DiffusionBlocks, from convert, got {type(model).__name__}")
     stem = model.blocks[0].around(model.stem_head).stem
     if not (isinstance(model.target, MaskedTarget) or hasattr(stem, "decode")):
         raise ValueError("this model writes no text: generate takes causal and masked language models of db.convert")
@@ -86,8 +94,12 @@ def _check(model: DiffusionBlocks, tokens: Tensor, max_new_tokens: int) -> None:
         )
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
         raise ValueError(f"tokens must be non-empty int64 prompts (B, n), got {tuple(tokens.shape)} {tokens.dtype}")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
+    if attention_mask is not None and not bool(torch.as_tensor(attention_mask).all()):
+        raise ValueError(
+            "attention_mask hides tokens: prompts must be of one length without padding; generate those of each length "
+            "apart, e.g. prompt by prompt, tokens[i : i + 1, attention_mask[i].bool()]"
+        )
+    check_whole("max_new_tokens", max_new_tokens, 1)
     if isinstance(model.target, MaskedTarget):
         model.target.check_noised(tokens)
     else:
@@ -98,13 +110,20 @@ def _check(model: DiffusionBlocks, tokens: Tensor, max_new_tokens: int) -> None:
             raise ValueError(f"the prompts with max_new_tokens={max_new_tokens}: {error}") from error
 
 
+def _check_stop(model: DiffusionBlocks, stop: Stop | None) -> None:
+    if stop is not None and not callable(stop):
+        raise TypeError(f"stopping_criteria must be a function of tokens and None, got {stop!r}")
+    if stop is not None and isinstance(model.target, MaskedTarget):
+        raise ValueError("stopping_criteria: a masked model writes all tokens at once; give eos_token_id, or cut them")
+
+
 def _ids(model: DiffusionBlocks, name: str, given: int | Sequence[int] | None) -> list[int]:
-    """Return token ids as a list. Raises: ValueError if the model has no such token."""
-    ids = [] if given is None else [given] if isinstance(given, int) else list(given)
+    """Return token ids as a list. Raises: ValueError if the model has no such tokens."""
+    ids: list[Any] = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     target = model.target
     size = target.mask_id if isinstance(target, MaskedTarget) else len(target.table)
-    if any(not 0 <= i < size for i in ids):
-        raise ValueError(f"{name} must be among the model's {size} tokens, got {given}")
+    if any(type(i) is not int or not 0 <= i < size for i in ids):
+        raise ValueError(f"{name} must be among the model's {size} tokens, got {given!r}")
     return ids
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
+import numbers
 
 from torch import Tensor
 
+from ..arguments import check_whole
 from ..blocks import DiffusionBlocks
 from ..noise.partition import step_levels
 from ..targets.codebook import CodebookTarget
@@ -32,7 +35,7 @@ def sample(
         x: Conditioning, (N, ...); for masked tokens (N, 0).
         steps: Steps of the trajectory, at least one per block.
         sampler: "euler", "heun" (two evaluations per step) or "dpmpp_2m"; masked tokens have one of their own.
-        guidance: Classifier-free guidance scale; 1 disables guidance and halves the cost.
+        guidance: Classifier-free guidance scale, 0 or more; 1 disables guidance and halves the cost.
         unconditional: x without the condition, for guidance != 1; by default the stem's `unconditional(x)`.
         seed: Of the noise.
         batch: Samples per call of the network.
@@ -40,10 +43,9 @@ def sample(
     Returns:
         Images or latents (N, ...), labels (N,) or tokens (N, L).
 
-    Raises: ValueError on an unknown sampler, too few steps, or guidance without an unconditional x.
+    Raises: ValueError on an argument that doesn't fit, or guidance without an unconditional x.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    _check(model, x, steps, sampler, guidance, batch)
     levels = step_levels(model.partition, steps)
     training = model.training
     try:
@@ -53,6 +55,19 @@ def sample(
     if isinstance(model.target, CodebookTarget):
         return model.target.evidence(z).argmax(-1)
     return z
+
+
+def _check(model: DiffusionBlocks, x: Tensor, steps: int, sampler: str, guidance: float, batch: int) -> None:
+    if not isinstance(model, DiffusionBlocks) or not isinstance(x, Tensor):
+        raise TypeError(f"sample takes DiffusionBlocks and a tensor x, got {type(model).__name__}, {type(x).__name__}")
+    if sampler not in list(SAMPLERS):
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    if not isinstance(guidance, numbers.Real) or not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance must be 0 or more, got {guidance!r}")
+    if guidance != 1 and isinstance(model.target, MaskedTarget):
+        raise ValueError(f"guidance={guidance}: masked tokens are sampled without guidance, leave it out")
+    check_whole("steps", steps, model.partition.blocks, ", the number of blocks")
+    check_whole("batch", batch, 1)
 
 
 def _trajectory(

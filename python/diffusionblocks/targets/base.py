@@ -71,6 +71,7 @@ class Target(nn.Module):
     """
 
     level = "sigma"  # name of a noise level
+    example_shape: tuple[int, ...] = (3, 32, 32)  # of a sample, in messages
     stratified = False  # spread a batch's levels evenly over their distribution instead of drawing each
 
     def __init__(self, sigma_data: float):
@@ -131,7 +132,7 @@ class Target(nn.Module):
         """Return the shape of one sample of z. Raises: ValueError if it isn't known."""
         if self.shape is None:
             raise ValueError(
-                "the shape of a sample isn't known yet: train, or set model.target.shape, e.g. (3, 32, 32)"
+                f"the shape of a sample isn't known yet: train, or set model.target.shape, e.g. {self.example_shape}"
             )
         return self.shape
 

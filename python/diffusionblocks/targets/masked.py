@@ -31,6 +31,7 @@ class MaskedTarget(Target):
     """
 
     level = "t"
+    example_shape = (128,)  # tokens of a text
     stratified = True
 
     def __init__(self, vocab_size: int):

@@ -25,6 +25,8 @@ class TokenTarget(CodebookTarget):
     Raises: ValueError if the table is not (K >= 2, d) or group_size is negative. Source: docs/method.md.
     """
 
+    example_shape = (128, 64)  # tokens of a text, and the codebook's width
+
     def __init__(self, table: Tensor, *, group_size: int = 1):
         super().__init__(table)
         if group_size < 0:
