@@ -58,6 +58,26 @@ def test_a_model_half_trained_in_bfloat16_predicts_and_is_saved(tmp_path, offloa
         trainer.step(x, y)
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("offload", [None, "disk"])
+def test_a_released_model_has_its_masters_and_is_trained_again(tmp_path, offload, ema):
+    settings = {"precision": "bfloat16", "offload": offload, "folder": tmp_path / "waiting", "ema": ema, "visit": 2}
+    first = db.Trainer(small.model(), device="cpu", lr=1e-5, **settings)
+    x, y = small.batch()
+    first.step(x, y)  # one block alone
+    masters = {key.split("/", 2)[2]: t for key, t in small.everything(first).items() if "/master/" in key}
+    model = first.model
+    first.offloader.release()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    own = {key: p for part in model.parts().values() for key, p in part.named_parameters()}
+    assert masters and all(torch.equal(own[key], t) for key, t in masters.items())
+    assert any(not torch.equal(t, t.bfloat16().float()) for t in masters.values())
+    second = db.Trainer(model, device="cpu", **settings)
+    second.step(x, y)
+    with second.averages():
+        assert model.loss(0, x, y).loss.isfinite()
+
+
 @pytest.mark.parametrize("shared", ["shared", "frozen"])
 def test_a_model_that_was_half_stays_half_and_is_saved_as_it_computes(tmp_path, shared):
     model, (x, y) = small.model(shared=shared).bfloat16(), small.batch()

@@ -18,6 +18,7 @@ from ..targets.labels import LabelTarget
 from ..targets.masked import MaskedTarget
 from ..targets.tokens import TokenTarget
 from ..training.config import TrainerConfig
+from ..training.settings import settings_from
 from ..training.trainer import Trainer
 
 CHECKPOINT = "blocks"  # folder of a checkpoint: what resuming the blocks takes
@@ -40,7 +41,7 @@ REFUSED = {  # TrainingArguments that must be unset, and what to do instead
     "optim_args": "optimizer= here",
     "optim_target_modules": "optimizer= here",
     "load_best_model_at_end": "diffusionblocks.load(trainer.state.best_model_checkpoint) after training",
-    "push_to_hub": "diffusionblocks.integrations.hub.push_to_hub(model, repo_id) after training",
+    "push_to_hub": "model.push_to_hub(repo_id) after training",
     "torch_empty_cache_steps": "leave it out: blocks change places in fixed buffers",
 }
 FIXED = {  # TrainingArguments that must keep their defaults, since BlockAdamW is the optimizer
@@ -128,15 +129,10 @@ class DiffusionBlocksTrainer(transformers.Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return transformers' scheduler, and make the trainer of the blocks, whose steps are known now.
-
-        Raises: ValueError if one was made before with bf16=True.
-        """
+        """Return transformers' scheduler, and make the trainer of the blocks, whose steps are known now."""
         scheduler, args = super().create_scheduler(num_training_steps, optimizer), self.args
-        if self.blocks is not None:  # of the training before
-            if args.bf16:
-                raise ValueError("train() again would begin from weights rounded to bfloat16: make a new trainer")
-            self.blocks.offloader.release()
+        if self.blocks is not None:
+            self.blocks.offloader.release()  # by the training before
         self.blocks = _BlockTrainer(
             self.model,
             lambda: scheduler.get_last_lr()[0] / args.learning_rate,
@@ -283,6 +279,9 @@ def _check(model: Any, args: Any, settings: dict[str, Any], compute_metrics: Any
         raise ValueError(f"{name} comes from TrainingArguments: set {GIVEN[name]} there")
     for name in settings.keys() & {"mesh", "train_blocks"}:
         raise ValueError(f"{name} needs diffusionblocks.Trainer: transformers' loop would count steps of other blocks")
-    TrainerConfig(steps=1, **{name: value for name, value in settings.items() if name != "optimizer"})
+    if "optimizers" in settings:
+        raise TypeError("optimizers: blocks have one each, of optimizer=, e.g. lambda p: torch.optim.SGD(p, lr=0.1)")
+    known = {name: value for name, value in settings.items() if name != "optimizer"}
+    settings_from(TrainerConfig, TrainerConfig(steps=1), known, "optimizer")
     if compute_metrics is not None and not isinstance(model.target, (LabelTarget, TokenTarget)):
         raise ValueError(f"compute_metrics is for labels and next tokens, not {type(model.target).__name__}")

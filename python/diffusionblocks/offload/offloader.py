@@ -77,7 +77,6 @@ class Offloader:
         check_free(model)
         self.model, self.device = model, torch.device(device)
         self.offload = offload if len(model.blocks) > 1 else None  # a lone block never waits
-        self.folder = Path(folder).absolute() if folder is not None else None
         modules, optimizers = model.parts(), {} if optimizers is None else optimizers
         if not isinstance(optimizers, Mapping) or not modules.keys() >= optimizers.keys():
             given = ", ".join(optimizers) if isinstance(optimizers, Mapping) else type(optimizers).__name__
@@ -90,7 +89,7 @@ class Offloader:
         self.active: int | None = None
         self.averaged = False
         self.lock = threading.RLock()  # a state_dict may be asked for while another thread trains
-        place = self.folder if offload == "disk" else None
+        place = Path(folder).absolute() if folder is not None and offload == "disk" else None
         self._slots = Slots.of(slots, self.device, place, pin) if self.offload else None
         try:
             for name, part in self.parts.items():
@@ -152,7 +151,7 @@ class Offloader:
 
     @exclusive
     def release(self) -> None:
-        """Bring everything to the host's memory and let go of the model, which then is an ordinary module again.
+        """Bring all to the host and let go of the model: an ordinary module, float32 where a Trainer had it in halves.
 
         Raises: RuntimeError within averages(), or if it was released already.
         """
@@ -289,6 +288,7 @@ class Offloader:
                 part.bind({key: t.detach().to("cpu", copy=True) for key, t in tensors.items()})
             else:
                 part.place(torch.device("cpu"))
+            part.widen()
         if self._slots:
             self._slots.close()
 

@@ -94,6 +94,13 @@ class Part:
         for name, t in own.items():
             t.data = views[name]
 
+    def widen(self) -> None:
+        """Make half weights float32 again where a Trainer made them half: their masters, where they have any."""
+        state = self._state()
+        for name, p in self._weights().items():
+            if self.wide and self._is_half(p):
+                p.data = state.get(f"master/{name}", p).data.float()
+
     def is_bound(self, views: Mapping[str, Tensor]) -> bool:
         """Return whether all tensors that move are these views."""
         own = self.moving()
