@@ -33,6 +33,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "MistralForCausalLM": ("MistralConfig", dict(LLAMA, sliding_window=3, head_dim=8)),
     "Qwen2ForCausalLM": ("Qwen2Config", QWEN),
     "Qwen3ForCausalLM": ("Qwen3Config", QWEN),
+    "SmolLM3ForCausalLM": ("SmolLM3Config", dict(LLAMA, no_rope_layer_interval=2, pad_token_id=0)),
     "GPT2LMHeadModel": (
         "GPT2Config", dict(n_embd=16, n_head=2, n_inner=32, vocab_size=VOCAB, n_positions=12, initializer_range=0.2)
     ),

@@ -10,7 +10,6 @@ import torch
 import diffusionblocks as db
 import tiny_transformers as tiny
 from diffusionblocks.convert.conditioning import Conditioned
-from diffusionblocks.noise.information import closed_form_density
 
 ALL = pytest.mark.parametrize("name", tiny.CLASSES)
 
@@ -238,8 +237,6 @@ def test_the_clean_stream_has_no_noise_level():
     assert not torch.allclose(noisy, plain[:, 8:], atol=1e-2)
 
 
-def test_a_large_vocabulary_has_a_narrow_codebook_and_is_laid_out_by_some_of_it():
-    net = tiny.network("LlamaForCausalLM", layers=1, vocab_size=30000, hidden_size=160)
-    model = tiny.convert(net, 1)
-    assert model.target.table.shape == (30000, 128)
-    assert model.partition.density == closed_form_density(model.target.table[:256])
+def test_a_large_vocabulary_has_a_narrow_codebook():
+    net = tiny.network("LlamaForCausalLM", layers=1, vocab_size=300, hidden_size=160)
+    assert tiny.convert(net, 1).target.table.shape == (300, 128)

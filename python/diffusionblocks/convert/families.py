@@ -75,6 +75,7 @@ FAMILIES = {
         ("mistral", "MistralForCausalLM", _LLAMA),
         ("qwen2", "Qwen2ForCausalLM", _LLAMA),
         ("qwen3", "Qwen3ForCausalLM", _LLAMA),
+        ("smollm3", "SmolLM3ForCausalLM", _LLAMA),
         ("gpt2", "GPT2LMHeadModel", _GPT2),
     )
 }  # fmt: skip

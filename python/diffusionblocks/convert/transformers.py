@@ -15,7 +15,6 @@ from torch import nn
 from ..arguments import check_whole
 from ..blocks import DiffusionBlocks
 from ..denoiser import StemHead
-from ..noise.information import closed_form_density
 from ..targets.base import Target
 from ..targets.codebook import CodebookTarget, spread_codebook
 from ..targets.labels import LabelTarget
@@ -37,7 +36,6 @@ from .stems import (
 )  # fmt: skip
 
 CODE_DIM = 128  # of a vocabulary's codebook, at most: enough to tell 100,000 tokens apart
-CODE_ROWS = 256  # of a codebook that the noise is laid out by: K rows move its range by the root of ln K only
 CAUSAL_CONTEXT = 0.9  # at the highest noise the loss is the ordinary cross-entropy (docs/method.md)
 
 
@@ -103,7 +101,7 @@ def assemble(
         [copy.deepcopy(around) for _ in counts] if shared == "per_block" else around,
         [Layer(layer, kind, conditioned=conditioned) for layer, kind in zip(layers, kinds, strict=True)],
         target.to(device),
-        _partition(target, counts, overlap),
+        partition_for(target, counts, overlap=overlap),
         shared=shared,
         context=_context(target) if context is None else context,
         ensemble=not conditioned and isinstance(target, CodebookTarget),
@@ -136,12 +134,6 @@ def _head(network: Any, family: Family, *, noisy: bool) -> Head:
     if pool == "classifier_pooling":
         pool = {"cls": "first", "mean": "mean"}[network.config.classifier_pooling]
     return Head(before, pool, after, noisy=noisy)
-
-
-def _partition(target: Target, counts: Sequence[int], overlap: float) -> Any:
-    large = isinstance(target, CodebookTarget) and len(target.table) > CODE_ROWS
-    density = closed_form_density(target.table[:CODE_ROWS]) if large else None
-    return partition_for(target, counts, density=density, overlap=overlap)
 
 
 def _context(target: Target) -> float:
