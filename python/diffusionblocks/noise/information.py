@@ -56,19 +56,20 @@ def closed_form_density(table: Tensor, *, tail: float = 1e-3) -> Tabulated:
     Raises: ValueError if the codebook has fewer than two rows or two equal rows.
     """
     _check_table(table)
-    shift = 0.0
+    shift, draws = 0.0, 2048
     if (rows := len(table)) > ROWS:
+        draws = 2 * ROWS
         table, shift = table[torch.linspace(0, rows - 1, ROWS).long()], math.log(math.log(ROWS) / math.log(rows)) / 2
     scale = (
         float(torch.pdist(table.detach().double()).median()) if len(table) > 2 else float((table[0] - table[1]).norm())
     )
     log_edges = torch.linspace(math.log(scale / 100), math.log(scale * 100), 129, dtype=torch.float64)
     centres = (log_edges[1:] + log_edges[:-1]) / 2
-    share = _information(prior_error(table, centres.exp()), centres)
+    share = _information(prior_error(table, centres.exp(), draws=draws), centres)
     kept = _inner(share / share.sum(), tail)
     cut = torch.linspace(float(log_edges[kept[0]]), float(log_edges[kept[1] + 1]), BINS + 1, dtype=torch.float64)
     centres = (cut[1:] + cut[:-1]) / 2
-    mass = _information(prior_error(table, centres.exp()), centres)
+    mass = _information(prior_error(table, centres.exp(), draws=draws), centres)
     return Tabulated(tuple((cut + shift).tolist()), tuple(mass.tolist()))
 
 
