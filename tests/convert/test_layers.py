@@ -300,9 +300,11 @@ LLAMA = {"config.json": {"architectures": ["LlamaForCausalLM"]}}
     ({"manifest.json": {}}, r"holds a Trainer's checkpoint: Trainer\(model\)\.load"),
     ({"config.json": {"model_type": "diffusionblocks"}}, "is missing: no save was completed there"),
     ({"config.json": []}, "is missing: no save was completed there"),
+    ({"checkpoint/manifest.json": {}}, "is missing: the folder is a run of `dblocks`; `dblocks export"),
 ])  # fmt: skip
 def test_folders_of_others_are_refused_with_who_loads_them(tmp_path, files, words):
     for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=words):
         db.load(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -53,6 +54,13 @@ def test_a_model_of_no_run_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"holds no model of a run: .dblocks export"):
         commands.open_run(tmp_path)
+
+
+def test_a_model_saved_into_a_run_leaves_it_a_run(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    _, model = commands.open_run(run)
+    model.save_pretrained(tmp_path / "run")
+    commands.open_run(tmp_path / "run")
 
 
 def test_a_damaged_folder_is_refused_by_name(run, tmp_path):

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -244,9 +245,15 @@ def _explained(folder: Path) -> Iterator[None]:
         sys.exit(2)
 
 
+def one_line(message: Warning | str, *place: Any) -> str:
+    """Return a warning as a line without the code that gave it, which a command's user didn't write."""
+    return f"dblocks: {message}\n"
+
+
 def main() -> None:
     """Parse the command line and run the command; an error a user can mend is one line and exit code 2."""
     arguments = sys.argv[1:]
+    warnings.formatwarning = one_line
     if arguments == ["--version"]:
         print(f"diffusionblocks {__version__}")
         return

@@ -24,8 +24,8 @@ def export(task: Task, model: DiffusionBlocks, to: Path) -> None:
 
 
 def is_exported(folder: Path) -> bool:
-    """Return whether a folder holds a model."""
-    return (folder / INDEX).exists()
+    """Return whether a folder holds a model, and no run, which counts where both are."""
+    return (folder / INDEX).exists() and not (folder / "config.yaml").exists()
 
 
 def open_exported(folder: Path) -> tuple[Task, DiffusionBlocks]:

@@ -13,7 +13,7 @@ def test_memory_bars_add_up_and_name_the_ratio(tmp_path):
     assert {line.get_xdata()[-1] for line in left.get_lines()} == {100.0}, "shares of the steps: wall times differ"
     widths = [round(sum(bar.get_width() for bar in bars), 2) for bars in zip(*right.containers, strict=True)]
     assert widths == [11.72, 11.72, 30.48, 30.48, 30.48]
-    assert [text.get_text() for text in right.texts][2] == "30.5 MiB, 2.6x"
+    assert [text.get_text() for text in right.texts][2] == "30.5 MiB, 2.6 x block-wise"
 
 
 def test_a_run_of_one_row_is_seen(tmp_path):

@@ -98,7 +98,7 @@ def read_image(path: Path, channels: int, size: int, resize: Resize | None = Non
     _, width, height = _header(path)
     if resize is None and (width, height) != (size, size):
         raise ValueError(
-            f"{path} is {width}x{height}, not {size}x{size}: resize it first; training resizes with --resize crop"
+            f"{path} is {width}x{height}, not {size}x{size}: resize it first (runs trained with --resize take any)"
         )
     try:
         with Image.open(path) as file:

@@ -21,7 +21,7 @@ class DiTConfig(ConditionedConfig):
     Attributes:
         cond: width of the conditioning.
         image_size: side length in pixels.
-        channels: of the images.
+        channels: color channels of the images.
         num_classes: number of classes.
         patch: side length of a patch in pixels.
     """

@@ -22,7 +22,7 @@ class LayerConfig:
         layers: number of layers.
         heads: number of attention heads.
         mlp: width of the MLP's hidden layer.
-        norm_eps: eps of the norms.
+        norm_eps: added to the variance in the norms.
     """
 
     dim: int = 64

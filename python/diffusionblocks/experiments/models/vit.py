@@ -18,7 +18,7 @@ class ViTConfig(ConditionedConfig):
 
     Attributes:
         image_size: side length in pixels.
-        channels: of the images.
+        channels: color channels of the images.
         num_classes: number of classes.
         patch: side length of a patch in pixels.
         z_gain: factor of c_in z in the first token, where it is noise to the classifier's features.

@@ -58,7 +58,7 @@ def _stack(axes: Axes, bars: dict[str, dict[str, int]], unit: str, per: float) -
     measured = sum(bars[BLOCKWISE].values())
     for i, name in enumerate(names):
         total = sum(bars[name].values())
-        ratio = f", {total / measured:.1f}x" if name in BASELINES and measured else ""
+        ratio = f", {total / measured:.1f} x block-wise" if name in BASELINES and measured else ""
         text = f"{total / per:.1f} {unit}{ratio}"
         axes.annotate(text, (left[i], i), xytext=(4, 0), textcoords="offset points", va="center", **INK)
     axes.set_yticks(range(len(names)), names)

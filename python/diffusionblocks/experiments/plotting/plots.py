@@ -66,7 +66,7 @@ def loss_figure(run: Run) -> Figure:
     if max(every) > 10 * min(every) > 0:
         axes.set_yscale("log")
         log_ticks(axes.yaxis, min(every), max(every))
-    caption(axes, "training loss by block", "step", "loss")
+    caption(axes, "training loss by block", "step", "loss" if "loss" in run.test else "loss, nats")
     legend_right(axes)
     return figure
 
@@ -159,7 +159,7 @@ def bound_figure(run: Run) -> Figure:
         axes.text(middle, height * top, f"{name}{regret:+.3f}", ha="center", va="top", **INK)
     axes.set_ylim(0, top)
     total = (
-        f"information bound {run.test['bound_bits']:.3f} bits; in each range the block's regret, its share of the rise"
+        f"information bound {run.test['bound_bits']:.3f} bits; numbers: what each block's range adds to it (its regret)"
     )
     caption(axes, total, y="bits")
     noise_axis(axes, run.level)
