@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import controls
 import forks
 import pages
 import tables
@@ -198,6 +199,7 @@ CONTROLS: dict[str, Callable[[Task], Row]] = {
     EIGHT_BIT: eight_bit,
     **{name: recurring(train) for name, train in RECURRENCES.items()},
     **{name: other(name) for name in commands.OTHERS},
+    **{f"soup of {b}": partial(controls.soup, machines=b) for b in (2, 3, 4, 6)},
 }
 
 
@@ -208,7 +210,7 @@ class Study:
     run: str = "vit-digits"
     study: str = "main"
     """Which of the run's studies: main, blocks, partition, overlap, sharing, branch, capacity, forks, recurrence,
-    tokens, moments (whose 8-bit rows need torchao; rows that can't be run are left out by --only); or "choice": every
+    tokens, controls, moments (whose 8-bit rows need torchao; rows that can't be run are left out by --only); or "choice": every
     learning rate and warm-up, to choose from on the validation split of seeds that no table uses."""
     folder: Path = tables.RESULTS
     """Its rows go to RUN_STUDY.jsonl there; from the default one, its tables to docs/lab-book.md."""
@@ -261,6 +263,8 @@ def work(study: Study, base: TrainConfig) -> list[tuple[str, TrainConfig, int]]:
     compared = (EIGHT_BIT,) if study.study == "moments" else ()
     if study.study == "recurrence":
         compared = (*RECURRENCES, "end-to-end")
+    if study.study == "controls" and base.architecture == "vit":
+        compared = ("local",)
     if study.study == "main":
         compared = COMPARED.get(base.architecture, ("end-to-end",))
     configs = dict.fromkeys(compared, base) | every[study.study](base)

@@ -27,6 +27,13 @@ def lone(base: TrainConfig) -> Variants:
     return {f"{name} alone": alone}
 
 
+def controls(base: TrainConfig) -> Variants:
+    """What unconnected machines reach without blocks: each trains one block's layers for its share of the updates."""
+    (alone,) = lone(base).values()
+    share = replace(alone, steps=base.steps)
+    return {f"lone, 1/{base.blocks} of the updates": share, f"soup of {base.blocks}": share}
+
+
 def late(base: TrainConfig) -> Variants:
     """Three blocks that begin as copies of one that was trained for all noise for three quarters of the steps."""
     return {"B=3, branched": base.in_blocks(3, branch=0.75)}
@@ -188,9 +195,10 @@ COMPARED = {
     "causal_lm": ("end-to-end", "shallow", "shallow, equal compute", "shallow, averaged"),
 }
 STUDIES: dict[str, dict[str, Callable[[Any], Variants]]] = {
-    "vit": {"main": vit, "sharing": sharing, "branch": branched, "moments": moments},
+    "vit": {"main": vit, "controls": controls, "sharing": sharing, "branch": branched, "moments": moments},
     "dit": {
         "main": dit,
+        "controls": controls,
         "blocks": dit_blocks,
         "partition": dit_partition,
         "overlap": dit_overlap,
@@ -201,6 +209,7 @@ STUDIES: dict[str, dict[str, Callable[[Any], Variants]]] = {
     },
     "masked_lm": {
         "main": masked_lm,
+        "controls": controls,
         "sharing": sharing,
         "branch": branched,
         "capacity": capacity,
@@ -208,7 +217,7 @@ STUDIES: dict[str, dict[str, Callable[[Any], Variants]]] = {
         "moments": moments,
         "forks": forks,
     },
-    "causal_lm": {"main": causal_lm, "sharing": sharing, "branch": branched},
+    "causal_lm": {"main": causal_lm, "controls": controls, "sharing": sharing, "branch": branched},
     "recurrent": {"main": recurrent, "recurrence": recurrence},
 }
 

@@ -24,6 +24,7 @@ from ..training.state import load_averages
 from ..training.trainer import StepOutput, Trainer
 from .baselines import end_to_end
 from .baselines.forward_forward import forward_forward
+from .baselines.local import local
 from .baselines.noprop import noprop
 from .config import TrainConfig, to_dict, to_yaml
 from .export import is_exported, open_exported
@@ -47,7 +48,8 @@ from .tasks import Task, task_of
 from .tasks.base import Addresses, Row
 from .threads import spare_threads
 
-OTHERS = {"forward-forward": forward_forward, "noprop": noprop}  # train without backpropagation through all layers
+# They train without backpropagation through all layers.
+OTHERS = {"forward-forward": forward_forward, "local": local, "noprop": noprop}
 
 
 def start(config: TrainConfig, *, overwrite: bool = False) -> Row:

@@ -25,6 +25,7 @@ BASELINES: dict[str, Any] = {
     "checkpointing": ":",
     "shallow": (0, (6, 2, 1, 2)),
     "forward-forward": "-.",
+    "local": (0, (3, 1, 1, 1, 1, 1)),
     "noprop": (0, (1, 4)),
 }
 CATEGORY_COLOURS = ("#332288", "#88CCEE", "#999933", "#DDCC77", "#BBBBBB", "#AA4499")

@@ -29,7 +29,7 @@ from ..recipes import CORRECTED, Recipe, resolve
 from .base import Batches, Metric, Row, Task
 
 OF_RECIPE = {name: getattr(CORRECTED, name) for name in ("gate_start", "z_gain", "silu_after")}
-Baseline = Literal["end-to-end", "checkpointing", "shallow", "forward-forward", "noprop"]
+Baseline = Literal["end-to-end", "checkpointing", "shallow", "forward-forward", "local", "noprop"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ViTRun(TrainConfig):
             raise ValueError(f"accumulate={self.accumulate} needs --switch block_choice: batches may vote differently")
         if self.train_blocks is not None and self.method.block_choice == "vote":
             raise ValueError("train_blocks needs --switch block_choice: batches choose their block by vote")
-        others = {"forward-forward", "noprop"} & set(self.baseline)
+        others = {"forward-forward", "local", "noprop"} & set(self.baseline)
         if others and (self.accumulate, self.precision) != (1, "float32"):
             raise ValueError(f"{' and '.join(sorted(others))} know no accumulate and no bfloat16: leave them out")
         if self.model != replace(self.model, **OF_RECIPE):
