@@ -209,9 +209,9 @@ class Study:
 
     run: str = "vit-digits"
     study: str = "main"
-    """Which of the run's studies: main, blocks, partition, overlap, sharing, branch, capacity, forks, recurrence,
-    tokens, controls, moments (whose 8-bit rows need torchao; rows that can't be run are left out by --only); or "choice": every
-    learning rate and warm-up, to choose from on the validation split of seeds that no table uses."""
+    """Which of the run's studies: main, blocks, partition, overlap, sharing, branch, capacity, controls, forks,
+    recurrence, tokens, moments (whose 8-bit rows need torchao; rows that can't be run are left out by --only); or
+    "choice": every learning rate and warm-up, to choose from on the validation split of seeds that no table uses."""
     folder: Path = tables.RESULTS
     """Its rows go to RUN_STUDY.jsonl there; from the default one, its tables to docs/lab-book.md."""
     seeds: tuple[int, ...] = (0, 1, 2)

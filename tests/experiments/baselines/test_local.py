@@ -27,7 +27,7 @@ def moved():
 def test_it_learns_at_the_rate_that_validation_chooses(tmp_path):
     result = local(task(tmp_path, steps=60, tune_lr=(1e-6, 1e-2)), CPU)
     assert result.name == "local" and result.choice["lr"] == 1e-2 and len(result.tried) == 2
-    assert result.test["accuracy"] > 60  # ten classes
+    assert result.test["accuracy"] > 40  # ten classes
 
 
 def test_no_gradient_crosses_blocks():
