@@ -77,6 +77,7 @@ class Offloader:
         check_free(model)
         self.model, self.device = model, torch.device(device)
         self.offload = offload if len(model.blocks) > 1 else None  # a lone block never waits
+        self.folder = Path(folder).absolute() if folder is not None and offload == "disk" else None
         modules, optimizers = model.parts(), {} if optimizers is None else optimizers
         if not isinstance(optimizers, Mapping) or not modules.keys() >= optimizers.keys():
             given = ", ".join(optimizers) if isinstance(optimizers, Mapping) else type(optimizers).__name__
@@ -89,8 +90,7 @@ class Offloader:
         self.active: int | None = None
         self.averaged = False
         self.lock = threading.RLock()  # a state_dict may be asked for while another thread trains
-        place = Path(folder).absolute() if folder is not None and offload == "disk" else None
-        self._slots = Slots.of(slots, self.device, place, pin) if self.offload else None
+        self._slots = Slots.of(slots, self.device, self.folder, pin) if self.offload else None
         try:
             for name, part in self.parts.items():
                 if self.device.type != "meta":  # else nothing is to be computed
