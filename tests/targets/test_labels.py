@@ -13,6 +13,7 @@ from torch import nn
 from diffusionblocks.targets.base import Features, Noised
 from diffusionblocks.targets.codebook import spread_codebook
 from diffusionblocks.targets.continuous import ContinuousTarget
+from diffusionblocks.targets.devices import send_batch
 from diffusionblocks.targets.labels import LabelTarget
 
 K, D, N = 7, 5, 6
@@ -163,3 +164,10 @@ CLASS, IMAGE = LabelTarget(K, K, table=torch.eye(K)), ContinuousTarget()
 def test_bad_arguments_are_refused_by_name(call, name):
     with pytest.raises(ValueError, match=name):
         call()
+
+
+def test_labels_are_looked_at_before_they_leave_the_host():
+    target, x, device = LabelTarget(3, 8), torch.zeros(2, 4), torch.device("meta")
+    assert send_batch(x, torch.tensor([0, 2]), device, target.check)[1].device == device
+    with pytest.raises(ValueError, match="-100 to 2"):
+        send_batch(x, torch.tensor([-100, 2]), device, target.check)

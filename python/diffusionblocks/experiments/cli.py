@@ -245,7 +245,9 @@ def _explained(folder: Path) -> Iterator[None]:
         sys.exit(2)
 
 
-def one_line(message: Warning | str, *place: Any) -> str:
+def one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """Return a warning as a line without the code that gave it, which a command's user didn't write."""
     return f"dblocks: {message}\n"
 

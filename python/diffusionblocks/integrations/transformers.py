@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
 from ..blocks import DiffusionBlocks
-from ..targets.devices import send
+from ..targets.devices import send_batch
 from ..targets.labels import LabelTarget
 from ..targets.masked import MaskedTarget
 from ..targets.tokens import TokenTarget
@@ -159,7 +159,7 @@ class DiffusionBlocksTrainer(transformers.Trainer):
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the blocks' mean denoising loss, the answer at the end of the sampling trajectory, and y."""
-        x, y = (send(t, self.model.device) for t in self._pair(inputs))
+        x, y = send_batch(*self._pair(inputs), self.model.device, self.model.target.check)
         with torch.no_grad(), self.model.averages():
             noise = {"seed": self.args.seed, "step": self._evaluated}
             losses = [self.model.loss(block, x, y, **noise).loss for block in range(len(self.model.blocks))]

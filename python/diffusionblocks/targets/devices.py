@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,13 @@ def send(tensor: Tensor, device: torch.device | str) -> Tensor:
     if tensor.device.type == "cpu" and device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")  # to the host it must wait, or hold garbage
+
+
+def send_batch(x: Tensor, y: Tensor, device: torch.device, check: Callable[[Tensor], None]) -> tuple[Tensor, Tensor]:
+    """Return a batch on `device`. `check` looks at y before it leaves: its values aren't read on a GPU."""
+    if isinstance(y, Tensor) and y.device != device:
+        check(y)
+    return send(x, device), send(y, device)
 
 
 def on_host(tensor: Tensor) -> bool:

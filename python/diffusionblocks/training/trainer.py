@@ -19,7 +19,7 @@ from ..offload.memory import Usage, allocated, reset_peak
 from ..offload.offloader import Offloader
 from ..offload.uninterrupted import uninterrupted
 from ..offloadable import check_free
-from ..targets.devices import send
+from ..targets.devices import send_batch
 from . import state
 from .batches import endless, pair
 from .branch import branch
@@ -142,7 +142,7 @@ class Trainer:
             self.model.train()  # sampling came between two batches
         if self.batches_done % self.config.accumulate == 0:
             self._begin()
-        x, y = send(x, self.device), send(y, self.device)
+        x, y = send_batch(x, y, self.device, self.model.target.check)
         block, sigma = self.choose(y)
         self.model.activate(block)
         with autocast(self.device, self.config.precision):
