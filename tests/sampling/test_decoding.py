@@ -71,11 +71,6 @@ def test_draws_have_the_tail_of_improbable_words(word, monkeypatch):
     assert rng.draw(logits, seed=0) == 1 - word
 
 
-def test_distinct_2():
-    assert decoding.distinct_2(torch.tensor([[1, 2, 1, 2, 1]])) == 0.5
-    assert decoding.distinct_2(torch.arange(6).view(2, 3)) == 1.0
-
-
 @pytest.mark.parametrize(
     ("call", "words"),
     [

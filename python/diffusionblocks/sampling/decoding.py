@@ -56,15 +56,3 @@ def check_filters(temperature: float, top_k: int | None, top_p: float | None) ->
         check_whole("top_k", top_k, 1, ", or None for all tokens")
     if top_p is not None and (not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1):
         raise ValueError(f"top_p={top_p!r} must be in (0, 1]")
-
-
-def distinct_2(tokens: Tensor) -> float:
-    """Return the share of distinct bigrams in tokens (B, N): near 0 for loops, which generative perplexity rewards.
-
-    Raises:
-        ValueError: B < 1 or N < 2.
-    """
-    if tokens.dim() != 2 or tokens.shape[1] < 2 or len(tokens) == 0:
-        raise ValueError(f"tokens must be (B >= 1, N >= 2), got {tuple(tokens.shape)}")
-    pairs = torch.stack([tokens[:, :-1], tokens[:, 1:]], -1).reshape(-1, 2)
-    return len(pairs.unique(dim=0)) / len(pairs)
