@@ -30,6 +30,11 @@ def test_labels_names_and_probabilities(tmp_path):
     assert [line["name"] for line in lines] == [names[line["label"]] for line in lines]
     task.stored["class_names"] = []
     assert "name" not in next(predict(ViTTask(task.config, task.stored), model, files))
+    Image.new("L", (9, 8)).save(tmp_path / "wide.png")
+    some = predict(task, model, [tmp_path / "wide.png", files[0], tmp_path / "gone.png"])
+    assert next(some)["file"] == str(files[0]), "other files' faults don't lose a label"
+    with pytest.raises(ValueError, match=r"wide\.png is 9x8, not 8x8.*gone\.png"):
+        next(some)
 
 
 def test_other_tasks_give_no_labels(tmp_path):

@@ -88,6 +88,7 @@ def _short(text: str) -> str:
     near = difflib.get_close_matches(wrong[0], known, 1, 0.0) if wrong and "nrecognized" in fault else []
     if near:
         return f"unrecognized option {wrong[0]}; perhaps {near[0]}"
+    fault = re.sub(r"^Error parsing \w+: ", "", fault)  # of a whole preset: the fault names the setting
     return fault.split(" Arguments are applied")[0] or "bad arguments"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..blocks import DiffusionBlocks
 from ..noise.partition import step_levels
@@ -20,19 +21,33 @@ from .tasks.vit import ViTTask
 def predict(task: Task, model: DiffusionBlocks, images: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """Yield file, label, its name where classes have names, and probability of each image file.
 
-    Raises: ValueError if the run is no classifier's, or a file is no image, or not of the model's size.
+    Raises: ValueError if the run is no classifier's; and, after the others' labels, if files are no images, or not of
+        the model's size.
     """
     if not isinstance(task, ViTTask):
         raise ValueError(f"a {task.config.architecture} run gives no labels; see `dblocks sample`")
     if not images:
         raise ValueError("name the image files to label")
     config, facts = task.config, task.facts
-    pixels = torch.stack([read_image(path, facts["channels"], facts["image_size"], config.resize) for path in images])
-    x = prepare(pixels, tuple(facts["mean"]), tuple(facts["std"]), device=model.device)
+    pixels, faults = {}, []
+    for path in images:
+        try:
+            pixels[path] = read_image(path, facts["channels"], facts["image_size"], config.resize)
+        except (OSError, ValueError) as error:
+            faults.append(str(error))
+    if pixels:
+        yield from _labels(task, model, pixels)
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def _labels(task: ViTTask, model: DiffusionBlocks, pixels: dict[Path, Tensor]) -> Iterator[dict[str, Any]]:
+    config, facts = task.config, task.facts
+    x = prepare(torch.stack([*pixels.values()]), tuple(facts["mean"]), tuple(facts["std"]), device=model.device)
     how = task.trajectory()
     levels = step_levels(model.partition, config.sampling_steps, kind=how.pop("levels"))
     steps = trajectory(model, x, levels, **how)
-    for path, p in zip(images, steps[-1]["logits"].softmax(-1), strict=True):
+    for path, p in zip(pixels, steps[-1]["logits"].softmax(-1), strict=True):
         label = int(p.argmax())
         name = {"name": facts["class_names"][label]} if facts["class_names"] else {}
         yield {"file": str(path), "label": label, **name, "probability": float(p.max())}
