@@ -77,7 +77,6 @@ def test_draws_have_the_tail_of_improbable_words(word, monkeypatch):
         (lambda: decoding.filtered(torch.zeros(3), temperature=0.0), "temperature=0.0"),
         (lambda: decoding.filtered(torch.zeros(3), top_k=0), "top_k must be .* got 0"),
         (lambda: decoding.filtered(torch.zeros(3), top_p=1.5), "top_p=1.5"),
-        (lambda: decoding.distinct_2(torch.zeros(2, 1)), "tokens must be"),
     ],
 )
 def test_errors_name_the_argument(call, words):
