@@ -7,6 +7,7 @@ Source: Guo, Shamai, Verdu 2005; Kong, Brekelmans, Ver Steeg 2023, "Information-
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -60,9 +61,15 @@ def closed_form_density(table: Tensor, *, tail: float = 1e-3) -> Tabulated:
     if (rows := len(table)) > ROWS:
         draws = 2 * ROWS
         table, shift = table[torch.linspace(0, rows - 1, ROWS).long()], math.log(math.log(ROWS) / math.log(rows)) / 2
-    scale = (
-        float(torch.pdist(table.detach().double()).median()) if len(table) > 2 else float((table[0] - table[1]).norm())
-    )
+    values = table.detach().double().cpu().contiguous()
+    return _computed_density(values.numpy().tobytes(), len(values), tail, shift, draws)
+
+
+@functools.lru_cache(maxsize=32)
+def _computed_density(values: bytes, rows: int, tail: float, shift: float, draws: int) -> Tabulated:
+    """Return closed_form_density of float64 rows; models of one codebook are often made in turn."""
+    table = torch.frombuffer(bytearray(values), dtype=torch.float64).view(rows, -1)
+    scale = float(torch.pdist(table).median())  # of one distance, where there are two rows
     log_edges = torch.linspace(math.log(scale / 100), math.log(scale * 100), 129, dtype=torch.float64)
     centres = (log_edges[1:] + log_edges[:-1]) / 2
     share = _information(prior_error(table, centres.exp(), draws=draws), centres)
