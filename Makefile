@@ -12,7 +12,8 @@ VENV ?= .venv
 VENV_FLAGS ?=
 CONSTRAINTS ?= constraints.txt
 TORCH ?= torch
-PYTEST_FLAGS ?= -n 2 -q
+# Each worker begins with half of the tests as they stand, so what a file sets up is set up once.
+PYTEST_FLAGS ?= -n 2 --dist worksteal -q
 RUN_FLAGS ?=
 OLD_TRITON ?= 3.6.0
 FUZZ_SECONDS ?= 60
@@ -53,15 +54,15 @@ $(OLD_TRITON_AT): $(VENV)/.ready
 	mv $@.part $@
 	touch $@
 
-# One in seven of each test's parameter sets, and of the cases that interpreted scripts go through: seven has no factor in
+# One in eleven of each test's parameter sets, and of the cases that interpreted scripts go through: eleven has no factor in
 # common with their numbers of types and architectures, so all of these come.
 test-triton36: $(VENV)/.tested $(OLD_TRITON_AT)
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(abspath $(OLD_TRITON_AT))" TRITON_WANTED=$(OLD_TRITON) \
-		$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu" --thin 7 tests/kernels/*triton*.py tests/kernels/test_launch.py
+		$(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu" --thin 11 tests/kernels/*triton*.py tests/kernels/test_launch.py
 
-# README promises an install without a compiler. Kernels that need one, or Triton, are left out; one in seven as above.
+# README promises an install without a compiler. Kernels that need one, or Triton, are left out; one in eleven as above.
 test-without-library: $(VENV)/.tested
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_FLAGS) --without-library -m "not gpu" --thin 7 \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_FLAGS) --without-library -m "not gpu" --thin 11 \
 		-k "not triton and not cuda and not launch" tests/kernels
 
 # The API reference is made from docstrings without importing the package. The variable silences an advertisement.

@@ -23,7 +23,7 @@ from diffusionblocks.experiments.tasks import task_of
 from diffusionblocks.training.finite import NonFiniteLoss
 
 HERE = Path(__file__).parents[1]
-KILLS = int(os.environ.get("KILLS", "3"))  # of a run
+KILLS = int(os.environ.get("KILLS", "2"))  # of a run
 # Forks trainings from one process, so that a restart costs no import: not torch's, nor what a run's data and its first
 # step import. A line on stdin starts a child that trains; its exit status and its seconds of CPU are printed once it
 # ends. SIGPROF, which nothing handles, ends it at once after so many of these seconds (0: never): the same point
@@ -111,9 +111,9 @@ def test_killed_at_random_points_a_run_ends_with_the_same_bits(name, server, tmp
     for attempt in range(4):  # a first run may take longer than the next
         folder = tmp_path / f"killed{attempt}"
         kills, steps = killed_often(server, name, folder, whole_run / 2**attempt)
-        if kills >= 3 and steps:
+        if kills >= 2 and steps:
             break
-    assert kills >= 3, "the run ended before it could be killed often enough to mean anything"
+    assert kills >= 2, "the run ended before it could be killed often enough to mean anything"
     assert steps, "no kill met a checkpoint"
     tensors, state, rows, result = everything(folder)
     assert state == expected[1] and rows == expected[2] and result == expected[3]
