@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 CARD = "README.md"
+OURS = "<!-- Written with the model, and anew with the next one while this line stays. -->"
 SHARING = {
     "shared": "All blocks have one stem and head, and trained them.",
     "frozen": "All blocks have one stem and head, which weren't trained.",
@@ -56,7 +57,14 @@ answer = model(x)
 ```
 {note}
 Licence, training data and results: not stated yet.
+
+{OURS}
 """
+
+
+def is_own(text: str) -> bool:
+    """Return whether a card is one that nobody has taken over: the next model's takes its place."""
+    return OURS in text
 
 
 def _row(model: Any, block: int) -> str:

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .card import CARD, model_card
+from .card import CARD, is_own, model_card
+from .checkpoint import atomic
 from .checkpoint.shards import save_shards
 from .noise.partition import Partition
 from .targets.base import Target
@@ -127,7 +128,7 @@ class Offloadable(nn.Module):
         """Write the model's folder: a safetensors shard per block, model.safetensors.index.json and config.json.
 
         With averaged weights where there are any; offloaded blocks one at a time. `load` reads it. A model card,
-        README.md, is added unless there is one.
+        README.md, is added unless there is one that somebody wrote or changed.
         extra: JSON values of one's own, kept in config.json under "extra".
         Raises: CheckpointError or OSError if the folder can't be used.
         """
@@ -141,8 +142,8 @@ class Offloadable(nn.Module):
         with self.averages():
             save_shards(folder, {part: functools.partial(self.part_weights, part) for part in self.parts()}, config)
         card = Path(folder, CARD)
-        if not card.exists():
-            card.write_text(model_card(self, card.resolve().parent.name), encoding="utf-8")
+        if not card.exists() or is_own(card.read_text(encoding="utf-8", errors="replace")):
+            atomic.write(card, [model_card(self, card.resolve().parent.name).encode()])
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model's folder to the Hugging Face Hub, and return the commit's address.

@@ -71,12 +71,14 @@ def test_an_offloaded_model_is_pushed_and_loaded(repository, tmp_path):
     assert f"| 3 | 1 | {high:.4g} to {low:.4g} | {count:,} |" in card
 
 
-def test_a_smaller_model_replaces_a_larger_one_and_a_card_stays(repository):
+def test_a_smaller_model_replaces_a_larger_one_and_its_card_but_not_yours(repository):
     for blocks in (4, 2):
         model = tiny.convert(tiny.network("ViTForImageClassification"), blocks).eval()
         hub.push_to_hub(model, "name")
-        (repository / "README.md").write_text("mine")
-    assert len(list(repository.glob("model.block_*"))) == 2 and (repository / "README.md").read_text() == "mine"
+    assert len(list(repository.glob("model.block_*"))) == 2 and "in 2 blocks" in (repository / "README.md").read_text()
+    (repository / "README.md").write_text("mine")
+    hub.push_to_hub(model, "name")
+    assert (repository / "README.md").read_text() == "mine"
     x, _ = tiny.batch("ViTForImageClassification")
     assert torch.equal(db.load(repository)(x), model(x))
 
@@ -91,11 +93,12 @@ def test_another_programs_model_is_never_overwritten(repository, name):
 
 
 def test_a_folder_has_a_card_of_its_own_or_keeps_yours(tmp_path):
-    model = tiny.convert(tiny.network("ViTForImageClassification", layers=1), 1)
-    model.save_pretrained(tmp_path / "out")
+    for blocks in (2, 1):
+        model = tiny.convert(tiny.network("ViTForImageClassification", layers=2), blocks)
+        model.save_pretrained(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert 'model = db.load("out")' in card and "transformers doesn't load these files" in card
-    assert "huggingface_hub" not in card
+    assert "huggingface_hub" not in card and "in 1 blocks" in card, "the model's, not the one's before"
     (tmp_path / "out" / "README.md").write_text("mine")
     model.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "README.md").read_text() == "mine"

@@ -132,6 +132,12 @@ def test_a_checkpoint_of_other_settings_or_another_model_is_refused(tmp_path, se
         trainer(tmp_path / "back", **settings).load(tmp_path / "checkpoint")
 
 
+def test_a_model_without_training_state_is_told_apart(tmp_path):
+    small.model().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="holds a model without the state of its training"):
+        db.Trainer(small.model(), device="cpu").load(tmp_path)
+
+
 def test_a_switch_of_the_optimizer_that_changes_its_state_is_refused(tmp_path):
     made = [
         db.Trainer(small.model(), device="cpu", adapt=False, optimizer=partial(torch.optim.AdamW, lr=1e-3, **switch))

@@ -81,18 +81,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        refuse(path, f"is missing: {_found_instead(path.parent)}")
+        refuse(path, "is missing: no save was completed there; give the folder of a save")
     except (ValueError, RecursionError):
         refuse(path, "is truncated, corrupt, or no JSON at all; restore it from a copy")
-
-
-def _found_instead(folder: Path) -> str:
-    """Return what is in a folder without the file that was looked for, and what to do."""
-    if (folder / "checkpoint" / "manifest.json").exists():
-        return "the folder is a run of `dblocks`; `dblocks export RUN --out FOLDER` writes its model"
-    if (folder / "model.safetensors.index.json").exists():
-        return "the folder is a saved model; give it to diffusionblocks.load"
-    return "no save was completed there; give the folder of a save"
 
 
 def parse(record: Any, path: Path) -> Manifest:

@@ -15,6 +15,7 @@ from .registry import rebuild
 
 FOREIGN = {  # files of other folders, and how those are loaded
     "manifest.json": "holds a Trainer's checkpoint: Trainer(model).load(folder) loads it",
+    "checkpoint/manifest.json": "is a run of `dblocks`: `dblocks export RUN --out FOLDER` writes its model",
     "adapter_config.json": "holds an adapter: peft.PeftModel.from_pretrained(network, folder) loads it",
     "model_index.json": "holds a pipeline: diffusers loads it, and convert(pipe.transformer, blocks=...) makes blocks",
 }

@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub
 
 from ..blocks import DiffusionBlocks
-from ..card import CARD, model_card
+from ..card import CARD, is_own, model_card
 from ..checkpoint.manifest import CheckpointError
 
 SHARDS = "model.*.safetensors"
@@ -47,7 +47,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, extra=extra)
         card = Path(folder, CARD)
-        if hub.file_exists(repo_id, CARD):
+        if hub.file_exists(repo_id, CARD) and not is_own(_text(hub, repo_id, CARD)):
             card.unlink()
         else:
             card.write_text(model_card(model, repo_id.rpartition("/")[2], repo_id=repo_id), encoding="utf-8")
@@ -63,7 +63,11 @@ def push_to_hub(
 def _refuse_foreign(hub: Any, repo_id: str) -> None:
     foreign = hub.file_exists(repo_id, "model.safetensors")
     if not foreign and hub.file_exists(repo_id, "config.json"):
-        config = json.loads(Path(hub.hf_hub_download(repo_id, "config.json")).read_text(encoding="utf-8"))
+        config = json.loads(_text(hub, repo_id, "config.json"))
         foreign = config.get("model_type") != "diffusionblocks"
     if foreign:
         raise CheckpointError(f"{repo_id} holds a model that diffusionblocks didn't upload: give another repo_id")
+
+
+def _text(hub: Any, repo_id: str, name: str) -> str:
+    return Path(hub.hf_hub_download(repo_id, name)).read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from ..checkpoint import files
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.layout import Layout
 from ..checkpoint.manifest import digest
+from ..checkpoint.shards import INDEX
 from ..noise.density import Tabulated
 from ..noise.information import InformationMeter
 from ..noise.partition import Partition
@@ -115,6 +116,8 @@ def _find(trainer: Trainer, folder: Path) -> tuple[Path, files.Manifest]:
     """Return where a trainer's checkpoint is, and its manifest: its own group's, or that of groups joined."""
     groups = [path.parent for path in sorted(folder.glob(f"{GROUP}*/{files.MANIFEST}"))]
     if not groups or (folder / files.MANIFEST).exists():
+        if (folder / INDEX).exists() and not (folder / files.MANIFEST).exists():
+            raise CheckpointError(f"{folder} holds a model without the state of its training: diffusionblocks.load")
         return folder, files.read_state(folder)
     found = {group: files.read_state(group) for group in groups}
     for group, manifest in found.items():
