@@ -208,7 +208,7 @@ def train(
     *callbacks: Any,
 ) -> Attempt:
     """Train a model to the end and evaluate its averages. Raises: NonFiniteLoss, naming the baseline."""
-    named = f"{name}, lr {settings.lr:g}, warm-up {settings.warmup}"
+    named = f"{name}, lr {settings.lr:g}, warm-up {settings.warmup:g}"
     with Progress(settings.total_steps or 0, named) as bar:
         trainer, began = Trainer(model, settings, callbacks=[rows, *callbacks, bar]), time.perf_counter()
         try:
