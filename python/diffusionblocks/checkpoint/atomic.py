@@ -11,20 +11,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 TEMPORARY = ".tmp"
+Own: TypeAlias = Callable[[Path], bool]
 
 
 @contextlib.contextmanager
-def saving(path: Path, own: re.Pattern[str], named: Collection[str]) -> Iterator[None]:
+def saving(path: Path, own: Own, named: Collection[str]) -> Iterator[None]:
     """Prepare a folder for a save; if the save fails, remove its files and report what was kept.
 
     Args:
         path: The manifest. Its folder is made if missing, and freed of what a killed save left.
-        own: Matches the names of files that saves write to this folder, temporary ones included.
+        own: Whether a file of this folder is one that an earlier save wrote, a temporary one included.
         named: The files of the present save.
 
     Raises:
@@ -64,7 +65,9 @@ def _content(path: Path) -> bytes | None:
         return None
 
 
-def commit(folder: Path, texts: Mapping[str, bytes], own: re.Pattern[str], named: Collection[str]) -> None:
+def commit(
+    folder: Path, texts: Mapping[str, bytes], own: Own, named: Collection[str], replaced: Collection[str]
+) -> None:
     """Write the manifest, which commits a save, and remove the files that it doesn't name.
 
     Args:
@@ -72,13 +75,14 @@ def commit(folder: Path, texts: Mapping[str, bytes], own: re.Pattern[str], named
         texts: File names and contents: the manifest first, then files that must go with it (renamed right after).
         own: As in `saving`.
         named: The files of the new save.
+        replaced: Those of the save before it.
     """
     for name, text in texts.items():
         _write_aside(folder / name, [text])
     for name in texts:
         os.replace(folder / (name + TEMPORARY), folder / name)
     _sync_folder(folder)
-    sweep(folder, own, named)
+    sweep(folder, own, named, replaced)
 
 
 def write(path: Path, content: Iterable[bytes | memoryview]) -> str:
@@ -113,9 +117,10 @@ def link(source: Path, path: Path) -> str:
     return sha256
 
 
-def sweep(folder: Path, own: re.Pattern[str], named: Collection[str]) -> None:
-    """Remove the files that `own` matches and the manifest on disk doesn't name."""
-    stale = [path for path in sorted(folder.iterdir()) if own.fullmatch(path.name) and path.name not in named]
+def sweep(folder: Path, own: Own, named: Collection[str], replaced: Collection[str] = ()) -> None:
+    """Remove what saves wrote, or an earlier manifest named (`replaced`), and the manifest on disk doesn't name."""
+    others = [path for path in sorted(folder.iterdir()) if path.name not in named and path.is_file()]
+    stale = [path for path in others if path.name in replaced or own(path)]
     if stale:
         _sync_folder(folder)  # or a power cut could undo the manifest's renaming and keep the removals
     for path in stale:

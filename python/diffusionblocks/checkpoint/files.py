@@ -23,12 +23,13 @@ from torch import Tensor
 from . import atomic
 from . import manifest as manifests
 from .manifest import CheckpointError, Manifest, PartFile, refuse
-from .parts import Inspected, Part, check_size, inspect_part, read_part, write_part
+from .parts import Inspected, Part, check_size, inspect_part, is_ours, read_part, write_part
 
 __all__ = ["CheckpointError", "Manifest", "PartFile", "load_part", "read_state", "save", "sweep"]
 
 MANIFEST = "manifest.json"
-_OWN = re.compile(r"[a-z0-9_]{1,100}\.save\d+\.safetensors(\.tmp)?|manifest\.json\.tmp")
+_PART = re.compile(r"[a-z0-9_]{1,100}\.save\d+\.safetensors")
+_TEMPORARY = re.compile(_PART.pattern + r"\.tmp|manifest\.json\.tmp")
 
 
 def save(
@@ -45,7 +46,8 @@ def save(
     under two names is written once and is one tensor again when loaded. Tensors that overlap otherwise become copies.
 
     Args:
-        folder: Made if missing. Files named `<part>.save<number>.safetensors` in it are the checkpoint's own.
+        folder: Made if missing. Files named `<part>.save<number>.safetensors` that an earlier save wrote are
+            replaced.
         parts: The parts to write; their names are of lower-case letters, digits and underscores.
         state: Dicts with string keys, lists, strings, integers, finite floats, booleans and None.
         keep: Parts of the present checkpoint to carry over unwritten. All others are removed.
@@ -64,12 +66,11 @@ def save(
     old = read_state(folder) if path.exists() else None
     kept = _kept(path, old, parts, list(keep))
     saves = old.saves + 1 if old else 1
-    with atomic.saving(path, _OWN, manifests.files(old)):
+    with atomic.saving(path, _own(old), manifests.files(old)):
         written = {name: write_part(folder / f"{name}.save{saves}.safetensors", part) for name, part in parts.items()}
         new = Manifest(state, kept | written, saves, manifests.package_version())
-        atomic.commit(
-            folder, {MANIFEST: json.dumps(manifests.to_record(new), indent=1).encode()}, _OWN, manifests.files(new)
-        )
+        text = json.dumps(manifests.to_record(new), indent=1).encode()
+        atomic.commit(folder, {MANIFEST: text}, _own(old), manifests.files(new), manifests.files(old))
     return new
 
 
@@ -77,7 +78,8 @@ def sweep(folder: str | os.PathLike[str]) -> None:
     """Remove what a killed save left beside a checkpoint. Not safe while another process saves there."""
     folder = Path(folder)
     if (folder / MANIFEST).exists():
-        atomic.sweep(folder, _OWN, manifests.files(read_state(folder)))
+        present = read_state(folder)
+        atomic.sweep(folder, _own(present), manifests.files(present))
 
 
 def read_state(folder: str | os.PathLike[str]) -> Manifest:
@@ -128,6 +130,17 @@ def inspect_parts(folder: str | os.PathLike[str], manifest: Manifest, names: Ite
             refuse(Path(folder) / MANIFEST, f"has no part {name!r}; it has {sorted(manifest.parts)}")
         found[name] = inspect_part(Path(folder) / manifest.parts[name].file, manifest.parts[name])
     return found
+
+
+def _own(old: Manifest | None) -> atomic.Own:
+    """Return what saves wrote: by its name where a checkpoint lies, in anybody's folder by its header, too."""
+
+    def own(path: Path) -> bool:
+        if _TEMPORARY.fullmatch(path.name):
+            return True
+        return _PART.fullmatch(path.name) is not None and (old is not None or is_ours(path))
+
+    return own
 
 
 def _kept(path: Path, old: Manifest | None, parts: Iterable[str], keep: list[str]) -> dict[str, PartFile]:

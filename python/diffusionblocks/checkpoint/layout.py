@@ -14,6 +14,7 @@ from torch import Tensor
 ALIGN = 64  # as torch's allocator on the host: arithmetic takes the same vector paths, to the same bits
 PAGE = 4096  # what direct file access is aligned to
 PAD = "pad/"  # names of the gaps, since a safetensors file may have none
+METADATA = {"__metadata__": {"format": "pt"}}  # that of safetensors' own writer for torch; some readers require it
 
 DTYPES = {  # safetensors' names
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -91,8 +92,7 @@ class Layout:
     @cached_property
     def header(self) -> bytes:
         """The safetensors header, padded so that what follows is aligned."""
-        # The metadata is that of safetensors' own writer for torch; some readers require it.
-        record: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        record: dict[str, Any] = {**METADATA}
         end = 0
         for span in self.spans:
             record |= _gap(end, span.start)
@@ -127,6 +127,8 @@ def parse(head: bytes, nbytes: int) -> Layout:
     spans = []
     for name, entry in record.items():
         dtype, shape, (start, end) = _BY_NAME[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if any(type(size) is not int or size < 0 for size in shape):
+            raise ValueError(f"{name} has a wrong shape")
         if not 0 <= start <= end <= nbytes or end - start != torch.Size(shape).numel() * dtype.itemsize:
             raise ValueError(f"{name} has a wrong place")
         spans.append(Span(name, dtype, shape, start, end))

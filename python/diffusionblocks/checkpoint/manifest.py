@@ -82,6 +82,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         refuse(path, "is missing: no save was completed there; give the folder of a save")
+    except IsADirectoryError:
+        refuse(path, "is a folder, where a save has a file; restore it from a copy")
     except (ValueError, RecursionError):
         refuse(path, "is truncated, corrupt, or no JSON at all; restore it from a copy")
 

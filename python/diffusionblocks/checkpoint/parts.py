@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import atomic
-from .layout import DTYPES, Layout, parse
+from .layout import DTYPES, METADATA, Layout, parse
 from .manifest import PartFile, refuse
 
 CHUNK = 1 << 24  # bytes read at a time
@@ -40,9 +40,11 @@ def write_part(path: Path, part: Part) -> PartFile:
         part: Tensors by name, or a function that returns them, or the file that has them: that is linked, or copied.
 
     Raises:
-        CheckpointError: A name or tensor that a safetensors file can't hold.
+        CheckpointError: A name or tensor that a safetensors file can't hold; another program's file stands there.
         OSError: The disk refused.
     """
+    if path.exists() and not is_ours(path):
+        refuse(path, "belongs to somebody else, and a save writes there; move it, or give another folder")
     content = part() if callable(part) else part
     if isinstance(content, Stored):
         sha256 = atomic.link(content.path, path)
@@ -54,6 +56,15 @@ def write_part(path: Path, part: Part) -> PartFile:
     layout = Layout.of({name: tensors[name] for name in order}, align=1, page=1)
     sha256 = atomic.write(path, itertools.chain([layout.header], layout.content(tensors)))
     return PartFile(path.name, path.stat().st_size, sha256, dict(layout.tied))
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a file is a safetensors file that this package wrote.
+
+    Its header begins with spaces that safetensors' own writer leaves out.
+    """
+    with open(path, "rb") as file:
+        return file.read(100)[8:].startswith(json.dumps(METADATA)[:-1].encode())
 
 
 class Inspected(NamedTuple):
@@ -104,7 +115,7 @@ def _layout(path: Path, head: bytes, part: PartFile) -> Layout:
         if unknown := set(part.tied.values()) - names:
             raise KeyError(min(unknown))
         return layout
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         refuse(path, f"is foreign: not the safetensors file that was saved ({error}); restore it from a copy")
 
 

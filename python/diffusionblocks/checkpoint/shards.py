@@ -26,13 +26,15 @@ from torch import Tensor
 from . import atomic
 from . import manifest as manifests
 from .manifest import Manifest, refuse
-from .parts import Part, read_part, tensor_sizes, write_part
+from .parts import Part, is_ours, read_part, tensor_sizes, write_part
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-_OWN = re.compile(
-    r"model\.[a-z0-9_]{1,100}(\.save\d+)?\.safetensors(\.tmp)?|model\.safetensors\.index\.json\.tmp|config\.json\.tmp"
-)
+_SHARD = re.compile(r"model\.[a-z0-9_]{1,100}(\.save\d+)?\.safetensors")
+_TEMPORARY = re.compile(_SHARD.pattern + r"\.tmp|model\.safetensors\.index\.json\.tmp|config\.json\.tmp")
+# What other libraries write: readers would take these for the folder's model, or their files for parts of it.
+_FOREIGN = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "pytorch_model*.bin", "model_index.json",
+            "diffusion_pytorch_model*", "adapter_config.json", "tf_model.h5", "flax_model.msgpack")  # fmt: skip
 
 
 def save_shards(folder: str | os.PathLike[str], shards: Mapping[str, Part], config: dict[str, Any]) -> None:
@@ -43,7 +45,7 @@ def save_shards(folder: str | os.PathLike[str], shards: Mapping[str, Part], conf
     once, and is one tensor again when loaded; the `weight_map` has its first name.
 
     Args:
-        folder: Made if missing. Files named `model.<shard>.safetensors` in it are the model's own.
+        folder: Made if missing. Files named `model.<shard>.safetensors` that an earlier save wrote are replaced.
         shards: Their names are of lower-case letters, digits and underscores; tensor names are unique over all shards.
         config: Dicts with string keys, lists, strings, integers, finite floats, booleans and None.
 
@@ -62,13 +64,13 @@ def save_shards(folder: str | os.PathLike[str], shards: Mapping[str, Part], conf
         _refuse_foreign(folder)
     saves = old.saves + 1 if old else 1
     suffix = f".save{saves}" if saves > 1 else ""
-    with atomic.saving(path, _OWN, manifests.files(old)):
+    with atomic.saving(path, _own(old), manifests.files(old)):
         parts = {
             name: write_part(folder / f"model.{name}{suffix}.safetensors", shard) for name, shard in shards.items()
         }
         new = Manifest(config, parts, saves, manifests.package_version())
         texts = {INDEX: _index(folder, new), CONFIG: json.dumps(config, indent=2).encode()}
-        atomic.commit(folder, texts, _OWN, manifests.files(new))
+        atomic.commit(folder, texts, _own(old), manifests.files(new), manifests.files(old))
 
 
 def read_index(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -121,7 +123,7 @@ def _read(folder: Path) -> tuple[Manifest, dict[str, str]]:
     except (KeyError, TypeError, ValueError):
         refuse(path, "is foreign: diffusionblocks didn't write it; give another folder")
     manifest = manifests.parse(record, path)
-    if set(weight_map.values()) - manifests.files(manifest):
+    if not all(file in manifests.files(manifest) for file in map(str, weight_map.values())):
         refuse(path, "is corrupt: its weight_map names files that were not saved with it; restore it from a copy")
     return manifest, weight_map
 
@@ -142,6 +144,17 @@ def _index(folder: Path, manifest: Manifest) -> bytes:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    for name in (CONFIG, "model.safetensors"):  # readers would take that model.safetensors instead of our index
-        if (folder / name).exists():
-            refuse(folder / name, "belongs to a model that diffusionblocks didn't save; give another folder")
+    if found := [path for pattern in _FOREIGN for path in folder.glob(pattern)]:
+        refuse(found[0], "belongs to a model that diffusionblocks didn't save; give another folder")
+
+
+def _own(old: Manifest | None) -> atomic.Own:
+    """Return what saves wrote: numbered files by their names where a model of ours lies, all others by their header."""
+
+    def own(path: Path) -> bool:
+        if _TEMPORARY.fullmatch(path.name):
+            return True
+        shard = _SHARD.fullmatch(path.name)
+        return shard is not None and (old is not None and shard[1] is not None or is_ours(path))
+
+    return own

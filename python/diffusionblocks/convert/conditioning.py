@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 _BY_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_ANY_NUMBER = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_CONDITIONING = re.compile(r"^(c|t|e|y)$|cond|emb|time|noise|sigma|step|level|style|vec|modulation|ada")
+_SOMETHING_ELSE = re.compile(r"mask|pos|token|past|cache")
 Z_GAIN = 0.1  # of z beside the features it enters: to them it is noise
 
 
@@ -56,7 +60,14 @@ class Conditioned(nn.Module):
     def forward(self, h: Tensor, cond: Tensor, **arguments: Any) -> Tensor:
         shift, scale, gate = self.modulation(h, cond).chunk(3, dim=-1)
         out = self.layer(h * (1 + scale) + shift, **arguments)
-        return h + (1 + gate) * ((out[0] if isinstance(out, tuple) else out) - h)
+        out = out[0] if isinstance(out, tuple) else out
+        if out.shape != h.shape:
+            kind = type(self.layer).__name__
+            raise ValueError(
+                f"a layer ({kind}) made {tuple(out.shape)} of {tuple(h.shape)}: layers must keep the shape of what they "
+                "are given; put those that change it into the stem or the head"
+            )
+        return h + (1 + gate) * (out - h)
 
 
 class PlainStem(nn.Module):
@@ -109,6 +120,18 @@ class PlainHead(nn.Module):
 
     def forward(self, h: Tensor, cond: Any) -> Tensor:
         return self.head(h)
+
+
+def check_layer(called: str, layer: nn.Module) -> None:
+    """Raise ValueError unless a layer's forward takes h, or h and the noise's conditioning, and requires no more."""
+    parameters = inspect.signature(layer.forward).parameters.values()
+    required = [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in _ANY_NUMBER]
+    others = [name for name in required[1:] if not _CONDITIONING.search(name) or _SOMETHING_ELSE.search(name)]
+    if len(required) > 2 or others:
+        raise ValueError(
+            f"{called} ({type(layer).__name__}) takes ({', '.join(required)}), and layers take h, or h and the noise's "
+            "conditioning, called cond: wrap it in a module whose forward takes h and makes or holds the others"
+        )
 
 
 def takes(module: nn.Module, *names: str) -> bool:

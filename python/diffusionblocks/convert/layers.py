@@ -18,7 +18,7 @@ from ..targets.base import Target
 from ..targets.codebook import CodebookTarget
 from ..targets.masked import T_MIN, MaskedTarget
 from .checks import check_initialized
-from .conditioning import Conditioned, PlainHead, PlainStem, pass_by_keyword, takes
+from .conditioning import Conditioned, PlainHead, PlainStem, check_layer, pass_by_keyword, takes
 
 CONTEXT = 0.5  # share of a batch at sigma_max, where the answer must come from x alone
 
@@ -40,8 +40,8 @@ def from_layers(
     """Return a network as denoising blocks; its modules are used in place, but for copies that `shared` asks for.
 
     Args:
-        layers: Residual layers in order, layer(h) -> h or layer(h, cond) -> h. Plain ones get AdaLN conditioning around
-            them, which does nothing at the start.
+        layers: Residual layers in order, layer(h) -> h or layer(h, cond) -> h, which keep h's shape and require no
+            other argument. Plain ones get AdaLN conditioning around them, which does nothing at the start.
         stem: stem(x) -> h, (B, D) or (B, N, D): z enters the first token (with a z per token, each) by a learned
             projection. Or stem(x, z, c_noise) -> (h, cond), with z scaled by c_in.
         head: head(h) -> logits or F. Or a module with features(h) and forward(features, cond).
@@ -133,6 +133,8 @@ def _check_modules(layers: list[nn.Module], stem: nn.Module, head: nn.Module, ta
         raise TypeError(f"target must be a Target such as LabelTarget(num_classes, dim), got {type(target).__name__}")
     if not layers:
         raise ValueError("layers must hold at least one layer")
+    for i, layer in enumerate(layers):
+        check_layer(f"layers[{i}]", layer)
     if len({id(layer) for layer in layers}) < len(layers):
         raise ValueError("one layer object stands in `layers` twice: blocks train apart, so give each its own copy")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -12,6 +13,8 @@ from ..blocks import DiffusionBlocks
 from ..targets.scheduled import ScheduledTarget
 from .registry import Converter, Places, built_in, rebuild_network
 from .routed import Routed
+
+_COPY = re.compile(r"\.modules_to_save\.[^.]+\.")  # where peft keeps a module's trained copy, beside the module
 
 
 def to_original(model: DiffusionBlocks, block: int | None = None) -> nn.Module:
@@ -90,6 +93,10 @@ def _state(model: DiffusionBlocks, chosen: list[int], places: Places) -> dict[st
 def _load(network: Any, state: dict[str, Tensor]) -> None:
     """Load all weights. Raises: ValueError unless every one has its place, and every place a weight."""
     own = network.state_dict()
+    copies = {_COPY.sub(".", name): name for name in own if _COPY.search(name)}
+    for name in copies.keys() & state.keys():
+        copy = copies[name]
+        state[copy] = state[_COPY.sub(".original_module.", copy)] = state.pop(name)
     other = [name for name in state if name in own and own[name].shape != state[name].shape]
     state = {name: t for name, t in state.items() if name not in other}
     missing, extra = network.load_state_dict(state, strict=False)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..blocks import DiffusionBlocks
@@ -53,6 +54,7 @@ def load(folder: str | Path, model: DiffusionBlocks | None = None) -> DiffusionB
         raise
     if config.get("model_type") != "diffusionblocks":
         raise CheckpointError(f"{folder} holds another library's model; give a folder that save_pretrained wrote")
+    rebuilt = model is None
     if model is None:
         if config.get("origin") is None:
             raise ValueError(
@@ -60,13 +62,27 @@ def load(folder: str | Path, model: DiffusionBlocks | None = None) -> DiffusionB
                 "code and pass it, load(folder, model)"
             )
         model = rebuild(config["origin"])
-    state: dict[str, Any] = {}
+    state: dict[str, Tensor] = {}
     for _, tensors in load_shards(folder):
         state |= tensors
+    if rebuilt:
+        _take_after(model, state, set(config.get("frozen", [])))
     _check(model, state, folder)
     model.load_state_dict(state, strict=False)
-    model.take_facts(config["facts"])
+    try:
+        model.take_facts(config["facts"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}'s config isn't one that save_pretrained wrote ({error!r})") from error
     return model.eval()
+
+
+def _take_after(model: DiffusionBlocks, state: dict[str, Tensor], frozen: set[str]) -> None:
+    """Give a rebuilt model's parameters the dtypes that were saved, and leave the frozen ones out of training."""
+    for name, p in model.named_parameters():
+        if name in state and state[name].is_floating_point() and state[name].shape == p.shape:
+            p.data = p.data.to(state[name].dtype)
+        if name in frozen:
+            p.requires_grad_(False)
 
 
 def _foreign(folder: Path) -> str | None:
@@ -91,16 +107,28 @@ def _check(model: DiffusionBlocks, state: dict[str, Tensor], folder: str | Path)
         for name, t in state.items()
         if name in own and own[name].shape != t.shape
     ]
+    narrowed = [
+        f"{name} is {t.dtype} in the folder and {own[name].dtype} in the model"
+        for name, t in state.items()
+        if name in own and not _holds(own[name].dtype, t.dtype)
+    ]
     faults = [
         _some("the model also has", [name for name in own if name not in state]),
         _some("the folder also has", [name for name in state if name not in own]),
         _some("of other shapes:", others),
+        _some("of dtypes that the model's can't hold:", narrowed),
     ]
     if any(faults):
         raise CheckpointError(
             f"{folder} does not fit the model: {'; '.join(filter(None, faults))}. Build the model by the code that "
-            "built the saved one, with the same blocks and sizes"
+            "built the saved one, with the same blocks, sizes and dtypes"
         )
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Return whether every value of another dtype is one of this."""
+    same_kind = dtype.is_floating_point == other.is_floating_point
+    return same_kind and torch.promote_types(dtype, other) == dtype
 
 
 def _some(what: str, names: list[str]) -> str:

@@ -98,15 +98,15 @@ class WindowTarget(MaskedTarget):
     """MaskedTarget of windows that are full of text: padding and the tokenizer's own masks are refused."""
 
     def __init__(self, vocab_size: int, padding: int | None, mask_token_id: int):
-        super().__init__(vocab_size)
-        self.padding, self.mask_token_id = padding, mask_token_id
+        super().__init__(vocab_size, never=mask_token_id)
+        self.padding = padding
 
     def check(self, y: Tensor) -> None:
         super().check(y)
         check_windows(y, self.padding)
-        if on_host(y) and bool((y == self.mask_token_id).any()):
+        if on_host(y) and bool((y == self.never).any()):
             raise ValueError(
-                f"y holds the tokenizer's mask (id {self.mask_token_id}), which would be learned as text: give whole "
+                f"y holds the tokenizer's mask (id {self.never}), which would be learned as text: give whole "
                 "texts, the noise masks them"
             )
 

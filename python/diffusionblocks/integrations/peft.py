@@ -116,9 +116,10 @@ def _adapter_of(model: DiffusionBlocks) -> tuple[str, Any]:
 def _cut(config: Any, layers: Sequence[int], block: int) -> Any:
     """Return an adapter's config for a network of one block's layers, which are numbered from 0 there."""
     first, own = sum(layers[:block]), layers[block]
-    targets = getattr(config, "target_modules", None)
-    patterns: list[str] = [targets] if isinstance(targets, str) else list(targets or ())
-    patterns += [*(getattr(config, "rank_pattern", None) or ()), *(getattr(config, "alpha_pattern", None) or ())]
+    patterns: list[str] = []
+    for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        given = getattr(config, name, None) or ()
+        patterns += [given] if isinstance(given, str) else [*given]
     if first and (numbered := [pattern for pattern in patterns if re.search(r"(^|\W)\d", pattern)]):
         raise ValueError(
             f"{numbered[0]!r} numbers layers of the whole network, those of block {block} are numbered from 0: choose "

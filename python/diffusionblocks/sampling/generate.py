@@ -62,6 +62,8 @@ def generate(
     """
     _check(model, tokens, max_new_tokens, attention_mask)
     check_whole("steps", steps, 1)
+    if type(seed) is not int:
+        raise TypeError(f"seed must be an int, got {seed!r}")
     _check_stop(model, stopping_criteria)
     ends = _ids(model, "eos_token_id", eos_token_id)
     pads = _ids(model, "pad_token_id", pad_token_id) or ends[:1]
@@ -94,6 +96,9 @@ def _check(model: DiffusionBlocks, tokens: Tensor, max_new_tokens: int, attentio
         )
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
         raise ValueError(f"tokens must be non-empty int64 prompts (B, n), got {tuple(tokens.shape)} {tokens.dtype}")
+    if attention_mask is not None and torch.as_tensor(attention_mask).shape != tokens.shape:
+        shape = tuple(torch.as_tensor(attention_mask).shape)
+        raise ValueError(f"attention_mask must be of the tokens' shape {tuple(tokens.shape)}, got {shape}")
     if attention_mask is not None and not bool(torch.as_tensor(attention_mask).all()):
         raise ValueError(
             "attention_mask hides tokens: prompts must be of one length without padding; generate those of each length "
@@ -137,7 +142,7 @@ def _fill(model: DiffusionBlocks, tokens: Tensor, count: int, levels: list[float
     z = torch.cat([tokens, torch.full_like(tokens[:, :1], target.mask_id).expand(-1, count)], 1)
     read = Sampler(model, z[:, :0])
     for i, (t, s) in enumerate(itertools.pairwise(levels)):
-        drawn = draw(keep(read(z, t).raw), seed=stream(seed, "tokens"), offset=i)
+        drawn = draw(keep(target.writable(read(z, t).raw)), seed=stream(seed, "tokens"), offset=i)
         z = target.reveal(z, drawn, t, s, seed=seed, step=i)
     return z
 

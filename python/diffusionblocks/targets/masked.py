@@ -25,6 +25,7 @@ class MaskedTarget(Target):
 
     Args:
         vocab_size: Number of tokens; `vocab_size` itself is the mask's id.
+        never: A token that is never written, since it is a tokenizer's own mask.
 
     Raises: ValueError if there are fewer than two tokens.
     Source: Shi et al. 2024 (MD4), arXiv 2406.04329, eq. 5.
@@ -34,11 +35,11 @@ class MaskedTarget(Target):
     example_shape = (128,)  # tokens of a text
     stratified = True
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int, never: int | None = None):
         super().__init__(sigma_data=1.0)  # tokens are no points: nothing is scaled
         if vocab_size < 2:
             raise ValueError(f"vocab_size={vocab_size} must be at least 2")
-        self.mask_id = vocab_size
+        self.mask_id, self.never = vocab_size, never
 
     def noised(self, y: Tensor, sigma: Tensor, *, seed: int | Tensor, offset: int | Tensor) -> Tensor:
         """Return y with masks, the same for one (seed, offset) on every device. sigma: the times, (B,)."""
@@ -52,7 +53,13 @@ class MaskedTarget(Target):
         """Return logits (B, N, V), float32, and z with the likeliest tokens in place of masks."""
         logits = features.head(features.h, features.cond).float()
         check_logits(logits.shape, (*z.shape, self.mask_id))
-        return Output(logits, torch.where(z == self.mask_id, logits.argmax(-1), z))
+        return Output(logits, torch.where(z == self.mask_id, self.writable(logits).argmax(-1), z))
+
+    def writable(self, logits: Tensor) -> Tensor:
+        """Return logits (..., V) with no chance for the token that is never written."""
+        if self.never is None:
+            return logits
+        return logits.index_fill(-1, torch.tensor(self.never, device=logits.device), -torch.inf)
 
     def loss(
         self, features: Features, noised: Noised, y: Tensor, sigma: Tensor, *, weight: float = 1.0, error: bool = False
@@ -87,7 +94,7 @@ class MaskedTarget(Target):
 
         Source: Shi et al. 2024 (MD4), algorithm 2.
         """
-        tokens = draw(output.raw, seed=stream(seed, "tokens"), offset=step)
+        tokens = draw(self.writable(output.raw), seed=stream(seed, "tokens"), offset=step)
         return self.reveal(z, tokens, sigma, below, seed=seed, step=step)
 
     def reveal(self, z: Tensor, tokens: Tensor, t: float, s: float, *, seed: int, step: int) -> Tensor:
