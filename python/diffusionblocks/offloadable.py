@@ -143,7 +143,7 @@ class Offloadable(nn.Module):
         with self.averages():
             save_shards(folder, {part: functools.partial(self.part_weights, part) for part in self.parts()}, config)
         card = Path(folder, CARD)
-        if not card.exists() or card.is_file() and is_own(card.read_text(encoding="utf-8", errors="replace")):
+        if not card.exists() or (card.is_file() and is_own(card.read_text(encoding="utf-8", errors="replace"))):
             atomic.write(card, [model_card(self, card.resolve().parent.name).encode()])
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:

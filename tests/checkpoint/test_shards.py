@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusionblocks.checkpoint import atomic, shards
@@ -97,6 +97,16 @@ def test_one_shard_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(shards, "read_part", reading)
     loading = load_shards(tmp_path)
     assert [next(loading)[0] for _ in range(3)] == ["block_0", "block_1", "block_2"]
+
+
+def test_files_of_others_stay_though_their_names_are_like_ours(tmp_path: Path) -> None:
+    others = ("model.best.safetensors", "model.fp16.safetensors")
+    save_file({"x": torch.ones(2)}, tmp_path / others[0], metadata={"format": "pt"})  # by safetensors' own writer
+    (tmp_path / others[1]).write_bytes(b"precious")
+    for value in (1.0, 2.0):
+        save_shards(tmp_path, model(value), CONFIG)
+        assert_holds(tmp_path, value)
+        assert {*others} < {*names(tmp_path)}
 
 
 def test_a_save_over_an_older_one_replaces_it_and_leaves_other_files(folder: Path) -> None:
@@ -197,10 +207,13 @@ def test_a_file_is_no_folder(tmp_path: Path, path: str) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", [
+    "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin", "model_index.json",
+    "adapter_config.json", "diffusion_pytorch_model.safetensors", "model.block_0.safetensors",
+])  # fmt: skip
 def test_another_programs_model_is_never_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")
-    refused(tmp_path / name, "didn't save; give another folder", save_shards, tmp_path, model(), CONFIG)
+    refused(tmp_path / name, "belongs to .*give another folder", save_shards, tmp_path, model(), CONFIG)
     assert names(tmp_path) == [name]
 
 
@@ -208,6 +221,7 @@ def test_another_programs_model_is_never_overwritten(tmp_path: Path, name: str) 
     ("change", "match"),
     [
         (lambda i: i["weight_map"].update({"b0.w": "../x.safetensors"}), "names files that were not saved"),
+        (lambda i: i["weight_map"].update({"b0.w": []}), "names files that were not saved"),
         (lambda i: i["weight_map"].pop("b0.w"), "weight_map isn't that of model.block_0.safetensors"),
         (lambda i: i["metadata"]["diffusionblocks"]["state"].update(sigma_data=0.6), "doesn't match its SHA-256"),
         (lambda i: i["metadata"]["diffusionblocks"].update(version=2), "newer format 2"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from torch import nn
 
 import diffusionblocks as db
+import tiny_transformers as tiny
+from diffusionblocks.checkpoint.shards import load_shards, read_index, save_shards
 
 LLAMA = {"config.json": {"architectures": ["LlamaForCausalLM"]}}
 
@@ -53,3 +56,66 @@ def test_a_saved_model_that_does_not_fit_is_told_apart(tmp_path):
     for sizes, words in faults.items():
         with pytest.raises(ValueError, match=words):
             db.load(tmp_path, build(*sizes))
+
+
+def build(dtype=torch.float32):
+    model = db.from_layers(
+        [nn.Linear(4, 4), nn.Linear(4, 4)], stem=nn.Linear(3, 4), head=nn.Linear(4, 2), target=db.LabelTarget(2, 4),
+        blocks=2,
+    )  # fmt: skip
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("saved,into,fits", [
+    (torch.bfloat16, torch.float32, True),
+    (torch.float32, torch.bfloat16, False),
+    (torch.float16, torch.bfloat16, False),
+])  # fmt: skip
+def test_weights_are_never_rounded_in_silence(tmp_path, saved, into, fits):
+    model = build(saved)
+    model.save_pretrained(tmp_path)
+    if fits:
+        loaded = db.load(tmp_path, build(into)).state_dict()
+        assert all(torch.equal(t, loaded[name].to(t.dtype)) for name, t in model.state_dict().items())
+    else:
+        with pytest.raises(ValueError, match=f"dtypes that the model's can't hold: target.table is {saved} in the"):
+            db.load(tmp_path, build(into))
+
+
+def test_integers_are_no_weights(tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    config, shards = read_index(tmp_path)[0], dict(load_shards(tmp_path))
+    shards["block_0"] = {name: t.view(torch.int32) for name, t in shards["block_0"].items()}
+    save_shards(tmp_path, shards, config)
+    with pytest.raises(ValueError, match=r"dtypes that the model's can't hold: blocks\.0"):
+        db.load(tmp_path, build())
+
+
+def test_frozen_weights_stay_frozen(tmp_path):
+    network = tiny.network("ViTForImageClassification")
+    network.vit.requires_grad_(False)
+    model = db.convert(network, 2, cond=0)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    model.save_pretrained(tmp_path)
+    assert frozen and frozen == {name for name, p in db.load(tmp_path).named_parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize("facts", [None, {}, [], {"partition": {}, "shape": None, "seed": 0, "step": 0}])
+def test_a_config_of_something_else_is_refused(tmp_path, facts):
+    build().save_pretrained(tmp_path)
+    config, shards = read_index(tmp_path)[0], dict(load_shards(tmp_path))
+    save_shards(tmp_path, shards, config | {"facts": facts})
+    with pytest.raises(ValueError, match="config isn't one that save_pretrained wrote"):
+        db.load(tmp_path, build())
+
+
+def test_a_folder_in_a_files_place_is_refused(tmp_path):
+    build().save_pretrained(tmp_path)
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "README.md").mkdir()  # no place for a card
+    build().save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ValueError, match=r"config\.json is a folder"):
+        db.load(tmp_path, build())

@@ -165,6 +165,17 @@ def test_what_modules_to_save_names_is_trained_too():
     }  # fmt: skip
 
 
+def test_what_modules_to_save_names_is_given_back():
+    network = tiny.network(LLAMA, tie_word_embeddings=False)
+    network.add_adapter(peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model = db.convert(network, 2, cond=0).eval()
+    torch.nn.init.normal_(model.stem_head.head.after[0].weight)
+    x, _ = tiny.batch(LLAMA, 2)
+    for block in range(2):
+        given_back = db.to_original(model, block)
+        torch.testing.assert_close(given_back(x).logits, model.logits(x, block), rtol=1e-5, atol=1e-5)
+
+
 def test_adapters_of_others_are_never_overwritten(tmp_path):
     model = db.convert(adapted(LLAMA), 2, cond=0)
     for _ in range(2):  # one's own are
@@ -210,6 +221,10 @@ def test_a_peft_model_is_refused_by_name():
     (lambda: db.convert(adapted(VIT), 2, cond=0, shared="per_block"), None, "block=..."),
     (lambda: db.convert(adapted(LLAMA), 2, cond=0), 2, "block"),
     (lambda: db.convert(adapted(LLAMA, rank_pattern={"layers.3.q_proj": 4}), 2, cond=0), 1, "numbers layers"),
+    (
+        lambda: db.convert(adapted(LLAMA, exclude_modules=["layers.1.self_attn.q_proj"]), 2, cond=0), 1,
+        "'layers.1.self_attn.q_proj' numbers layers",
+    ),
 ])  # fmt: skip
 def test_what_no_peft_folder_holds_is_refused(make, block, words, tmp_path):
     with pytest.raises(ValueError, match=words):

@@ -104,6 +104,19 @@ def test_masks_are_filled_and_the_rest_stays():
     assert ended[0, 4] == eos and ended[0, 5:].tolist() == [1, 1]
 
 
+def test_the_mask_itself_is_never_written():
+    model = tiny.convert(tiny.network("BertForMaskedLM"), 2)
+    with torch.no_grad():
+        linear = model.stem_head.head.linear
+        linear.bias[tiny.MASK] += 100  # by far the likeliest
+    tokens = torch.ones(8, 2, dtype=torch.int64)
+    for options in ({}, dict(top_k=1)):
+        made = db.generate(model, tokens, max_new_tokens=6, steps=4, **options)
+        assert not (made == tiny.MASK).any() and int(made.max()) < tiny.VOCAB
+    model.target.shape = (6,)
+    assert not (db.sample(model, torch.zeros(8, 0, dtype=torch.int64), steps=4) == tiny.MASK).any()
+
+
 def test_other_lengths_than_those_trained_on():
     model = converted("LlamaForCausalLM")
     x, y = tiny.batch("LlamaForCausalLM", 4)
@@ -118,6 +131,7 @@ def test_other_lengths_than_those_trained_on():
     *((dict(steps=s), "steps must be a whole number of at least 1") for s in (0, -3, 2.5)),
     *((dict(max_new_tokens=n), "max_new_tokens must be a whole number") for n in (0, True, 2.0)),
     *((dict(eos_token_id=i), "eos_token_id must be among the model's 20 tokens") for i in ("a", 2.5, True, [3, 20])),
+    (dict(attention_mask=torch.ones(2, 3)), r"attention_mask must be of the tokens' shape \(2, 2\), got \(2, 3\)"),
     (dict(attention_mask=torch.tensor([[0, 1], [1, 1]])), "attention_mask hides tokens: prompts must be of one"),
 ])  # fmt: skip
 def test_arguments_that_do_not_fit_are_refused_by_name(options, words):

@@ -155,6 +155,6 @@ def _own(old: Manifest | None) -> atomic.Own:
         if _TEMPORARY.fullmatch(path.name):
             return True
         shard = _SHARD.fullmatch(path.name)
-        return shard is not None and (old is not None and shard[1] is not None or is_ours(path))
+        return shard is not None and ((old is not None and shard[1] is not None) or is_ours(path))
 
     return own

@@ -58,16 +58,29 @@ class Conditioned(nn.Module):
         return modulation.unsqueeze(1) if h.dim() == modulation.dim() + 1 else modulation  # one level for all tokens
 
     def forward(self, h: Tensor, cond: Tensor, **arguments: Any) -> Tensor:
-        shift, scale, gate = self.modulation(h, cond).chunk(3, dim=-1)
-        out = self.layer(h * (1 + scale) + shift, **arguments)
-        out = out[0] if isinstance(out, tuple) else out
-        if out.shape != h.shape:
-            kind = type(self.layer).__name__
+        modulation = self.modulation(h, cond)
+        if modulation.shape[-1] != 3 * h.shape[-1]:
             raise ValueError(
-                f"a layer ({kind}) made {tuple(out.shape)} of {tuple(h.shape)}: layers must keep the shape of what they "
-                "are given; put those that change it into the stem or the head"
+                f"h is {h.shape[-1]} wide and the layers are taken for {modulation.shape[-1] // 3}, as their first "
+                "norm or linear map: the stem must give their width, or pass from_layers dim="
             )
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        out = hidden_states(self.layer, self.layer(h * (1 + scale) + shift, **arguments), h.shape)
         return h + (1 + gate) * (out - h)
+
+
+def hidden_states(layer: nn.Module, made: Any, shape: torch.Size) -> Tensor:
+    """Return the hidden states of what a layer made: all, or the first of a tuple. Raises: ValueError if unclear."""
+    tensors = made if isinstance(made, tuple) else (made,)
+    alike = [i for i, t in enumerate(tensors) if isinstance(t, Tensor) and t.shape == shape]
+    if alike != [0]:
+        told = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in tensors)
+        raise ValueError(
+            f"a layer ({type(layer).__name__}) made {told} of h {tuple(shape)}: it must return h of the same shape, or "
+            "a tuple in which that is the first tensor and no other is of its shape; wrap it in a module that does"
+        )
+    first: Tensor = tensors[0]
+    return first
 
 
 class PlainStem(nn.Module):
@@ -132,6 +145,16 @@ def check_layer(called: str, layer: nn.Module) -> None:
             f"{called} ({type(layer).__name__}) takes ({', '.join(required)}), and layers take h, or h and the noise's "
             "conditioning, called cond: wrap it in a module whose forward takes h and makes or holds the others"
         )
+    if any(map(_is_batch_second, layer if isinstance(layer, nn.Sequential) else [layer])):
+        raise ValueError(
+            f"{called} ({type(layer).__name__}) was made with batch_first=False, and h is (B, N, D): it would take "
+            "rows of a batch for tokens; make it with batch_first=True"
+        )
+
+
+def _is_batch_second(module: nn.Module) -> bool:
+    own = module.self_attn if isinstance(module, nn.TransformerEncoderLayer) else module
+    return isinstance(module, (nn.TransformerEncoderLayer, nn.RNNBase)) and not own.batch_first
 
 
 def takes(module: nn.Module, *names: str) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from ..arguments import check_whole
@@ -66,6 +67,8 @@ def from_layers(
         >>> model(torch.randn(5, 64)).shape
         torch.Size([5, 10])
     """
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be a list of modules, such as network.layers, got {type(layers).__name__}")
     layers = list(layers)
     _check_modules(layers, stem, head, target)
     counts = layer_counts(len(layers), blocks)
@@ -79,10 +82,13 @@ def from_layers(
         width = _width(layers[0]) if dim is None else dim
         cond = max(8, width // 4) if cond is None else cond
         check_whole("dim", width, 1)
-        check_whole("cond", cond, 1)
+        check_whole("cond", cond, 1, " (the noise's conditioning can't be left out here as convert's cond=0 does)")
         layers = [Conditioned(layer, width, cond) if p else layer for layer, p in zip(layers, plain, strict=True)]
         if plain_stem:
+            like = next((p for layer in layers for p in layer.parameters()), torch.empty(0))
             stem = PlainStem(stem, width, _z_dim(target), cond)
+            for added in (stem.z, stem.noise):
+                added.to(like.device, like.dtype)
     around = StemHead(stem, head if hasattr(head, "features") else PlainHead(head))
     return DiffusionBlocks(
         [copy.deepcopy(around) for _ in counts] if shared == "per_block" else around,
@@ -151,7 +157,7 @@ def _width(layer: nn.Module) -> int:
 
 
 def _z_dim(target: Target) -> int:
-    if target.shape is not None and len(target.shape) < 3 and not isinstance(target, MaskedTarget):
+    if target.shape is not None and 0 < len(target.shape) < 3 and not isinstance(target, MaskedTarget):
         return target.shape[-1]  # a vector, or one per token
     if not isinstance(target, CodebookTarget):
         raise ValueError(

@@ -20,7 +20,7 @@ class ContinuousTarget(Target):
 
     def __init__(self, sigma_data: float = edm.SIGMA_DATA, *, shape: tuple[int, ...] | None = None):
         super().__init__(sigma_data)
-        self.shape = None if shape is None else tuple(shape)
+        self.shape = self.given = None if shape is None else tuple(shape)
 
     def add_noise(self, y: Tensor, sigma: Tensor, *, seed: int | Tensor, offset: int | Tensor) -> Noised:
         """Return c_in z alone, written in one pass: the loss takes it as it is."""
@@ -41,6 +41,8 @@ class ContinuousTarget(Target):
         """Return `weight` times EDM's weighted |D - y|^2 per sample, (B,), as |F - (y - c_skip z) / c_out|^2, which
         doesn't overflow at small sigma. Source: arXiv 2206.00364, eq. 8."""
         F = features.head(features.h, features.cond).float()
+        if F.shape != y.shape:
+            raise ValueError(f"the head must give F in y's shape {tuple(y.shape)}, got {tuple(F.shape)}")
         per_sample = dbkernels.edm_loss(
             F, noised.z, y, sigma, sigma_data=self.sigma_data, z_scaled=True, reduction="sample", weight=weight
         )
@@ -51,6 +53,10 @@ class ContinuousTarget(Target):
         """Raise ValueError unless `y` is a non-empty floating tensor."""
         if not y.is_floating_point() or y.dim() == 0 or y.numel() == 0:
             raise ValueError(f"the target y must be a non-empty floating (B, ...), got {tuple(y.shape)} {y.dtype}")
+        if self.given is not None and tuple(y.shape[1:]) != self.given:
+            raise ValueError(
+                f"the target y must be (B, *shape) of ContinuousTarget's {self.given}, got {tuple(y.shape)}"
+            )
 
     def check_noised(self, z: Tensor) -> None:
         """Raise ValueError unless `z` is a non-empty floating (B, ...)."""
