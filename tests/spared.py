@@ -1,39 +1,28 @@
-"""Runs without what takes most of a tiny one's seconds and has tests of its own: pictures, plans, a good judge."""
+"""Runs without what takes most of a tiny one's seconds and has tests of its own: pictures, plans, texts read again."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
-from pathlib import Path
+from collections import defaultdict
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from torch import Tensor
 
-from diffusionblocks.experiments import commands
-from diffusionblocks.experiments.plan import plan_of
-from diffusionblocks.experiments.tasks import Task
+from diffusionblocks.experiments import commands, plotting
+from diffusionblocks.experiments.data.vocabulary import Characters
 
-
-class _ByConfig:
-    """A task that equals another of the same config, wherever its run lies."""
-
-    def __init__(self, task: Task):
-        self.task, self.key = task, repr(replace(task.config, out=Path()))
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ByConfig) and self.key == other.key
+_encode = Characters.encode
 
 
-@functools.cache
-def _plan(found: _ByConfig) -> Any:
-    return plan_of(found.task)
+@functools.lru_cache(maxsize=24)
+def _encoded(alphabet: str, text: str) -> Tensor:
+    return _encode(Characters(alphabet), text)
 
 
 def spare(patch: pytest.MonkeyPatch) -> None:
-    """Let the commands draw nothing, and plan once what many runs have in common."""
-    patch.setattr(commands, "plots", SimpleNamespace(draw=lambda folder: []))
-    patch.setattr(commands, "plan_of", lambda task: _plan(_ByConfig(task)))
+    """Let the commands draw nothing and plan nothing, and encode a text once."""
+    patch.setattr(plotting, "plots", SimpleNamespace(draw=lambda folder: []), raising=False)
+    rows = defaultdict(lambda: SimpleNamespace(by_category={}))
+    patch.setattr(commands, "plan_of", lambda task: SimpleNamespace(rows=rows))
+    patch.setattr(Characters, "encode", lambda self, text: _encoded(self.alphabet, text).clone())

@@ -2,11 +2,12 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import warm
 
 ROOT = Path(__file__).parents[1]
 SETUP = """
@@ -26,9 +27,7 @@ def run(code, folder, *, path="", **variables):
     """Return the output of Python in a folder, without the checkout's packages unless `path` names them."""
     bins = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(path), "PATH": bins, "FORCE_CUDA": "0", **variables}
-    done = subprocess.run(
-        [sys.executable, *code], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = warm.run(*code, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 import diffusionblocks as db
 import small
+import warm
 
 DTYPES = (torch.float64, torch.bfloat16, torch.float16)
 
@@ -49,9 +49,9 @@ def test_neighbouring_levels_stay_apart_in_a_half_model():
 
 def test_a_compiled_model_warns_of_nothing():
     code = (
-        "import torch, small; model = small.model().eval(); x, _ = small.batch(); compiled = torch.compile(model, "
-        "backend='eager'); torch.testing.assert_close(compiled(x), model(x)); print('same')"
+        "import warnings; warnings.simplefilter('error'); import torch, small; model = small.model().eval(); "
+        "x, _ = small.batch(); compiled = torch.compile(model, backend='eager'); "
+        "torch.testing.assert_close(compiled(x), model(x)); print('same')"
     )
-    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=600,
-                         env={**os.environ, "PYTHONPATH": ":".join(sys.path)})  # fmt: skip
+    run = warm.run("-c", code, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}, imports=warm.TRAINING)
     assert run.stdout == "same\n" and not run.stderr, run.stderr

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tyro
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -37,7 +38,8 @@ def test_needs_a_gpu():
 def stages(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("gpu_stages")
-    sys.modules.pop("gpu_stages", None)
+    for name in ("gpu_stages", "study", "variants", "tables", "pages", "forks", "fork_arms", "fork_training"):
+        sys.modules.pop(name, None)
 
 
 def environment(out, **more):
@@ -50,7 +52,7 @@ def lines(path):
 
 def test_a_dry_run_goes_through_every_stage_whatever_fails(tmp_path):
     (tmp_path / "test_two.py").write_text(TESTS)
-    arguments = ["build", "smoke", "bench", "train", "forks", "--device", "cpu", "--quick"]
+    arguments = ["build", "smoke", "bench", "train", "--device", "cpu", "--quick"]
     arguments += ["--tests", str(tmp_path / "test_two.py"), "--benches", "inject_noise"]
     out = tmp_path / "out"
     done = subprocess.run([BENCHMARKS / "gpu.sh", *arguments], env=environment(out), capture_output=True, text=True)
@@ -58,20 +60,29 @@ def test_a_dry_run_goes_through_every_stage_whatever_fails(tmp_path):
     table = [line.split(" | ") for line in (out / "table.md").read_text().splitlines()]
     assert done.stdout.endswith((out / "table.md").read_text())
     found = {row[0].removeprefix("| "): (row[2], row[3]) for row in table[2:]}
-    assert list(found) == ["build", "smoke", "compile", "bench", "train", "forks"]
+    assert list(found) == ["build", "smoke", "compile", "bench", "train"]
     assert found["smoke"] == ("4", "1") and found["compile"] == found["bench"] == found["train"] == ("1", "0")
     failed = [line for line in lines(out / "smoke.jsonl") if line["outcome"] == "failed"]
     assert [line["test"].split("::")[1] for line in failed] == ["test_fails"]
     assert any("it is past midnight" in text for text in failed[0]["last"])
-    rows = lines(out / "forks" / "mdlm_text_forks.jsonl")
-    assert [row["variant"].partition(": ")[2] for row in rows] == ["A0 lone", "A4 mixture of two"]
     assert {"inject_noise.json", "training.json"} <= {path.name for path in (out / "bench").iterdir()}
     trained = json.loads((out / "bench" / "training.json").read_text())["rows"]
     ours = [row for row in trained if row["contender"].split(",")[0] == "ours"]
     assert ours and all("ms_50" in row for row in ours)
     assert not [row for row in trained if row.get("note", "").startswith(("wrong", "case"))]
     ended = {line["command"]: line["returncode"] for line in lines(out / "stages.jsonl")}
-    assert ended == {"pytest": 1, "inject_noise-1": 0, "inject_noise": 0, "training": 0, "forks": 0}
+    assert ended == {"pytest": 1, "inject_noise-1": 0, "inject_noise": 0, "training": 0}
+
+
+def test_the_stage_of_forks_asks_for_rows_that_there_are(stages):
+    """Arms are trained in test_forks.py; a process of their own takes half a minute."""
+    _, options = stages.parse(["forks", "--device", "cpu", "--quick"])
+    (command,) = stages.forks(options).commands
+    assert (ROOT / command.arguments[1]).name == "study.py"
+    study = importlib.import_module("study")
+    given = tyro.cli(study.Study, args=command.arguments[2:])
+    assert [name for name, _, _ in study.work(given, study.RUNS[given.run][1])] == stages.QUICK_FORKS
+    assert given.folder == options.out / "forks"
 
 
 def test_a_stage_over_its_limit_is_ended_with_all_that_it_started(stages, tmp_path):

@@ -24,7 +24,7 @@ def warm(monkeypatch):
 def test_a_way_trains_every_block_and_lowers_what_it_trains(warm, way):
     tokens = torch.arange(4000) % 7
     before = warm.bits(warm.db.convert(warm.llama(0), 2, cond=0), tokens[:640].view(10, 64))
-    model = warm.WAYS[way](warm.llama(0).train(), warm.windows(tokens, 0), 60, 3e-3, 0)  # visits are of 25 steps
+    model = warm.WAYS[way](warm.llama(0).train(), warm.windows(tokens, 0), 40, 3e-3, 0)  # visits are of 25 steps
     first = warm.db.convert(warm.llama(0), 2, cond=0)
     for one, other in zip(model.blocks, first.blocks, strict=True):
         assert not torch.equal(next(one.parameters()), next(other.parameters()))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import warm
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = {
     "train_own_network.py": "sklearn",
@@ -32,10 +34,9 @@ for count in (int(steps) - 20, int(steps)):
 def run(name: str, folder: Path, steps: int, command: tuple[str, ...] = ()) -> str:
     pytest.importorskip(EXAMPLES[name])
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *command, str(ROOT / "examples" / name), "--steps", str(steps)],
-        cwd=folder, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    arguments = *command, ROOT / "examples" / name, "--steps", str(steps)
+    done = warm.run(*arguments, cwd=folder, env=environment, imports=warm.TRAINING)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -19,6 +19,7 @@ from diffusionblocks.training.devices import pick_device
 FLOATS = (-math.inf, -1.0, -1e-300, 0.0, 1e-300, 1.0, 2.0, 1e6, 1e30, math.inf, math.nan)
 INTS = (-1, 0, 1, 2, 7)
 TRIED = int(os.environ.get("FIELD_VALUES", "1"))  # of each field, by chance; all of them take ten minutes
+STEPS = 12  # the recurrent model's passes are drawn for every step by each config that is made
 
 COMMON = {field.name for field in dataclasses.fields(TrainConfig)}
 
@@ -41,7 +42,7 @@ def two_steps(config):
 
 
 def attempt(name, out, field, value, of_model):
-    config = tiny_all.config(name, out)
+    config = tiny_all.config(name, out, steps=STEPS)
     if of_model:
         return dataclasses.replace(config, model=dataclasses.replace(config.model, **{field: value}))
     return dataclasses.replace(config, **{field: value})
@@ -50,7 +51,7 @@ def attempt(name, out, field, value, of_model):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tiny_all.CONFIGS)
 def test_a_number_works_or_is_refused_by_name(name, tmp_path):
-    config, chance = tiny_all.config(name, tmp_path), random.Random(name)
+    config, chance = tiny_all.config(name, tmp_path, steps=STEPS), random.Random(name)
     for of_model, owner in ((False, config), (True, config.model)):
         for field in dataclasses.fields(owner):
             found = values(getattr(owner, field.name))

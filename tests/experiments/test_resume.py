@@ -33,18 +33,20 @@ import os, signal, sys
 import pathlib, pytest, sklearn.datasets, torch, torch._dynamo, spared, tiny_all
 from diffusionblocks.experiments import commands
 from diffusionblocks.experiments.metrics import frechet
+from diffusionblocks.experiments.tasks import task_of
 spared.spare(pytest.MonkeyPatch())
 frechet.STEPS, frechet.EPOCHS = 20, 0
+torch.set_num_threads(1)
 for line in sys.stdin:
+    name, folder, seconds = line.split()
+    folder = pathlib.Path(folder)
+    changes = {"vit": dict(branch=0.3), "recurrent": dict(steps=80)}.get(name, {})
+    config = tiny_all.config(name, folder, **dict(offload="disk", steps=20, checkpoint_every=4) | changes)
+    getattr(task_of(config), "data", None)  # a text is encoded, which children need not
     pid = os.fork()
     if pid == 0:
-        torch.set_num_threads(1)
         sys.stdout = open(os.devnull, "w")
-        name, folder, seconds = line.split()
         signal.setitimer(signal.ITIMER_PROF, float(seconds))
-        folder = pathlib.Path(folder)
-        changes = {"vit": dict(branch=0.3), "recurrent": dict(steps=80)}.get(name, {})
-        config = tiny_all.config(name, folder, **dict(offload="disk", steps=20, checkpoint_every=4) | changes)
         commands.resume(folder) if (folder / "config.yaml").exists() else commands.start(config)
         os._exit(0)
     _, status, usage = os.wait4(pid, 0)

@@ -7,7 +7,6 @@ hold anything; what can be seen is the host's side: launches, grids, arguments, 
 import ctypes
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,14 +15,15 @@ HERE = Path(__file__).parent
 
 def run_faked(script, *arguments):
     """Run a script of this folder that calls `activate`; it prints "faked: ok" where all its checks held."""
+    import warm  # not at the top: the scripts import this module, and have no path to that one
+
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(HERE), str(HERE.parents[1])]),
     }
     for name in ("TRITON_INTERPRET", "DBKERNELS_BACKEND"):
         environment.pop(name, None)
-    command = [sys.executable, str(HERE / script), *arguments]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = warm.run(HERE / script, *arguments, env=environment)
     assert run.returncode == 0 and "faked: ok" in run.stdout, run.stdout + run.stderr
     return run.stdout
 

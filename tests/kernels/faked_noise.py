@@ -75,12 +75,12 @@ CASES = {
 
 def fastest(call):
     times = []
-    for _ in range(5):
+    for _ in range(10):
         start = time.process_time()
-        for _ in range(200):
+        for _ in range(50):
             call()
         times.append(time.process_time() - start)
-    return 5e3 * min(times)
+    return 2e4 * min(times)
 
 
 def measure():

@@ -1,15 +1,13 @@
 """Run by test_inject_noise_triton.py in a process with TRITON_INTERPRET=1: the kernel on the CPU against the
 definition."""
 
-import itertools
-
 import torch
 
 from dbkernels import inject_noise_reference
 from dbkernels._inject_noise import c_in
 from dbkernels.philox import normal_reference
 from dbkernels.triton.inject_noise import GROUPS, launch
-from numerics import EPSILON, ulps
+from numerics import EPSILON, pairs, ulps
 
 torch.manual_seed(0)
 PROGRAM = 4 * GROUPS  # elements
@@ -68,17 +66,16 @@ def modes():
         "a level an element": ((5, 3, 7), (5, 3)),
         "odd, two programs": ((2, PROGRAM - 1), (2,)),
     }
-    for (name, (shape, levels)), dtype in itertools.product(shapes.items(), EPSILON):
+    for name, dtype, sigma_data in pairs(list(shapes), list(EPSILON), [None, 0.5]):
+        shape, levels = shapes[name]
         y = torch.randn(shape).to(dtype)
         sigma = (torch.rand(levels) + 0.1).to(torch.float64 if dtype == torch.float64 else torch.float32)
-        for sigma_data in (None, 0.5):
-            z = torch.full_like(y, float("nan"))  # what isn't written shows
-            launch(y, sigma, z, sigma_data, 9, 1)
-            exact = inject_noise_reference(y.double(), sigma.double(), sigma_data, 9, 1)
-            # The interpreter truncates where a GPU rounds to bfloat16, so a whole unit; float32 eps bounds
-            # float64.
-            unit = max(2 * EPSILON[dtype], 8 * EPSILON[torch.float32])
-            assert ((z.double() - exact).abs() <= unit * (1 + exact.abs())).all(), (name, dtype, sigma_data)
+        z = torch.full_like(y, float("nan"))  # what isn't written shows
+        launch(y, sigma, z, sigma_data, 9, 1)
+        exact = inject_noise_reference(y.double(), sigma.double(), sigma_data, 9, 1)
+        # The interpreter truncates where a GPU rounds to bfloat16, so a whole unit; float32 eps bounds float64.
+        unit = max(2 * EPSILON[dtype], 8 * EPSILON[torch.float32])
+        assert ((z.double() - exact).abs() <= unit * (1 + exact.abs())).all(), (name, dtype, sigma_data)
 
 
 normals()

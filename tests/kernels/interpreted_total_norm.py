@@ -21,7 +21,7 @@ def check(tensors, case):
 
 
 torch.manual_seed(0)
-for dtypes in [*((d,) * 2 for d in FLOATS), *itertools.combinations(FLOATS, 2), FLOATS[:3], FLOATS]:
+for dtypes in [*((d,) for d in FLOATS), FLOATS[:3], FLOATS]:
     check([torch.randn(s).to(d) for s, d in zip(SHAPES, itertools.cycle(dtypes))], dtypes)
 check([torch.randn(i % 30) for i in range(280)], "more than one look")
 check([torch.randn(BLOCK + 9)[1:], torch.randn(CHUNK + 1).bfloat16()[1:]], "unaligned")

@@ -1,9 +1,9 @@
 """Run a script of this folder with Triton's interpreter, which must be chosen before a kernel is decorated."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
+
+import warm
 
 HERE = Path(__file__).parent
 
@@ -14,7 +14,6 @@ def run_interpreted(script):
     path = os.pathsep.join([*([before] if before else []), str(HERE), str(HERE.parents[1])])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     environment.pop("DBKERNELS_BACKEND", None)
-    command = [sys.executable, str(HERE / script)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    run = warm.run(HERE / script, env=environment)
     assert run.returncode == 0 and "interpreted: ok" in run.stdout, run.stdout + run.stderr
     return run.stdout

@@ -1,5 +1,6 @@
-"""Comparisons shared by the kernel tests."""
+"""Comparisons and choices of cases shared by the kernel tests."""
 
+import itertools
 import os
 
 import torch
@@ -10,6 +11,20 @@ EPSILON = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0*
 def thinned(cases):
     """Return every N-th of the cases that one test goes through, where pytest runs with `--thin N`."""
     return list(cases)[:: int(os.environ.get("THIN", "1"))]
+
+
+def pairs(*values):
+    """Return cases of a product, few, such that every two values of different lists come together in one."""
+    cases = list(itertools.product(*(range(len(each)) for each in values)))
+
+    def of(case):
+        return set(itertools.combinations(enumerate(case), 2))
+
+    wanted, chosen = set().union(*map(of, cases)), []
+    while wanted:
+        chosen.append(max(cases, key=lambda case: len(wanted & of(case))))
+        wanted -= of(chosen[-1])
+    return [tuple(each[i] for each, i in zip(values, case, strict=True)) for case in chosen]
 
 
 def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

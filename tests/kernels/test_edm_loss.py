@@ -1,8 +1,6 @@
 """edm_loss: against float64, its precision over the noise levels, shapes, layouts, dtypes, builds."""
 
-import io
 import os
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dbkernels
+import warm
 from dbkernels import edm_loss, edm_loss_reference
 from numerics import EPSILON, assert_as_good_as_eager
 
@@ -253,18 +252,18 @@ def test_everything_is_written():
 
 
 @pytest.mark.parametrize("build", ["portable", "reference"])
-def test_the_other_builds(build):
+def test_the_other_builds(build, tmp_path):
     """The portable kernel gives the same bits; the definition, in a process where it serves the ops, the same up to the
     roundings of float32."""
     if dbkernels.compiled() is None:
         pytest.skip("the kernels aren't built here")
-    script = "import sys, torch, test_edm_loss as t; torch.manual_seed(0); torch.save(t.bits(), sys.stdout.buffer)"
+    script = "import sys, torch, test_edm_loss as t; torch.manual_seed(0); torch.save(t.bits(), sys.argv[1])"
     name = "DBKERNELS_CPU" if build == "portable" else "DBKERNELS_BACKEND"
     folder = os.path.dirname(__file__)
     environment = {**os.environ, name: build, "PYTHONPATH": os.pathsep.join([folder, *sys.path])}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=120)
-    assert run.returncode == 0, run.stderr.decode()
-    theirs = torch.load(io.BytesIO(run.stdout))
+    run = warm.run("-c", script, tmp_path / "bits.pt", env=environment)
+    assert run.returncode == 0, run.stderr
+    theirs = torch.load(tmp_path / "bits.pt")
     torch.manual_seed(0)
     ours = bits()
     if build == "portable":

@@ -1,4 +1,4 @@
-"""Some thousand random cases of every op; tests/kernels/fuzz.py runs as many as one likes."""
+"""Some hundred random cases of the ops; tests/kernels/fuzz.py runs as many as one likes."""
 
 import random
 
@@ -13,7 +13,7 @@ from interpreter import run_interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_cases_against_float64(seed):
-    assert fuzz.run(seconds=4, seed=seed) > 50
+    assert fuzz.run(seconds=600, seed=seed, most=300) == 300
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 import dbkernels
 from interpreter import run_interpreted
+from numerics import pairs
 from test_inject_noise_table import example
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -15,9 +16,7 @@ def test_interpreted():
     run_interpreted("interpreted_inject_noise_table.py")
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("width", [64, 197, 4096])
-@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize(("width", "stored", "arch"), pairs([64, 197, 4096], list(DTYPES), [90, 80]))
 def test_compiles_without_spills(arch, width, stored):
     """What 16 elements a thread may cost (4 of float64, each six times as much): 60 instructions each for the noise,
     as in the dense kernel, and 35 for the rows; 130 where a row may begin anywhere, as each element is then loaded by

@@ -17,6 +17,7 @@ from dbkernels.triton.inject_noise import (
     mode_of,
 )
 from interpreter import run_interpreted
+from numerics import pairs
 
 # Instructions an element, prologue included, of 16 a thread. An H100 issues 132 SMs x 4 schedulers x 32 lanes x 1.755
 # GHz = 29.6e12 a second, and a copy moves 751e9 bfloat16 elements: 39 an element take the same time. At 51.5 it was
@@ -39,14 +40,15 @@ def test_interpreted():
     run_interpreted("interpreted_inject_noise.py")
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("mode", [GIVEN, PER_ROW, PER_GROUP, PER_ELEMENT])
-def test_compiles_without_spills(arch, mode):
-    for dtype in ("fp16", "bf16", "fp32", "fp64"):
-        instructions = built(mode, dtype, arch).instructions / 16
-        assert instructions > SHORTEST
-        if dtype != "fp64":
-            assert instructions <= LONGEST[mode] + 2, (dtype, instructions)  # 2: c_in
+@pytest.mark.parametrize(
+    ("mode", "dtype", "arch"),
+    pairs([GIVEN, PER_ROW, PER_GROUP, PER_ELEMENT], ["bf16", "fp16", "fp32", "fp64"], [90, 80]),
+)
+def test_compiles_without_spills(mode, dtype, arch):
+    instructions = built(mode, dtype, arch).instructions / 16
+    assert instructions > SHORTEST
+    if dtype != "fp64":
+        assert instructions <= LONGEST[mode] + 2, (dtype, instructions)  # 2: c_in
 
 
 @pytest.mark.parametrize("rounds,longest", [(10, 48), (7, 44.5)])

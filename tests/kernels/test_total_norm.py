@@ -135,8 +135,9 @@ def test_triton_launches():
     run_faked("faked_total_norm.py")
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("dtype,loads", [("fp32", 2), ("bf16", 1), ("fp16", 1), ("fp64", 4)])
+@pytest.mark.parametrize(
+    "dtype,loads,arch", [("fp32", 2, 90), ("fp32", 2, 80), ("bf16", 1, 90), ("fp16", 1, 90), ("fp64", 4, 90)]
+)
 def test_triton_compiles_to_wide_loads(dtype, loads, arch):
     pytest.importorskip("triton")
     import triton.language as tl

@@ -5,12 +5,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbkernels import two_stream_attention
+from numerics import pairs
 from two_streams import NAMES, example
 
 
-@pytest.mark.parametrize("clean", [True, False])
-@pytest.mark.parametrize("group_size", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "group_size", "clean"), pairs([torch.float32, torch.bfloat16], [1, 4], [True, False])
+)
 def test_opcheck(dtype, group_size, clean):
     streams = [None if t is None else t.detach() for t in example(N=9, dtype=dtype, clean=clean)]
     forward = torch.ops.dbkernels.two_stream_attention.default

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 from fake_gpu import run_faked
 from interpreter import run_interpreted
+from numerics import pairs
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHORTEST = 400  # a stub is shorter
@@ -49,54 +50,51 @@ def pointers(stored, count, *rest):
 # What is launched: the widths that models have, all types at one of them, and both kinds of group. Not float32 at 256,
 # which spills whatever the tile.
 WIDTHS = [("bf16", 64), ("bf16", 80), ("bf16", 128), ("bf16", 256), ("fp16", 128), ("fp32", 64), ("fp32", 128)]
+ARCHS = [90, 80]  # of two that would do pairs takes the first
+STREAMS = [dict(NOISY=False, SINGLE=False, VARLEN=False), dict(NOISY=True, SINGLE=True, VARLEN=False),
+           dict(NOISY=True, SINGLE=False, VARLEN=True)]  # fmt: skip
+KEYS = [dict(OWN=False, ADD=False, VARLEN=False, RATIO=1), dict(OWN=False, ADD=True, VARLEN=False, RATIO=4),
+        dict(OWN=False, ADD=True, VARLEN=True, RATIO=1), dict(OWN=True, ADD=False, VARLEN=False, RATIO=1)]  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("stored", "D"), WIDTHS)
-def test_forward_compiles_without_spills(stored, D, arch):
+def on_tensor_cores(report, arch):
+    return ("wgmma.mma" if arch == 90 else "mma.sync") in report.ptx
+
+
+@pytest.mark.parametrize(("width", "arch", "constants"), pairs(WIDTHS, ARCHS, STREAMS))
+def test_forward_compiles_without_spills(width, arch, constants):
     from dbkernels.triton.two_stream_attention import forward_kernel, forward_layout
 
+    stored, D = width
     layout = forward_layout(D, DTYPES[stored], arch)
     signature = [*pointers(stored, 6, "fp32", "i32"), *[STRIDE] * 18, *[NUMBER] * 5, SCALE]
-    for noisy, single, varlen in ((False, False, False), (True, True, False), (True, False, True)):
-        report = built(forward_kernel, signature, layout, arch, stored, D, NOISY=noisy, SINGLE=single, VARLEN=varlen)
-        if stored != "fp32":
-            assert ("HGMMA" if arch == 90 else "HMMA") in report.sass
+    report = built(forward_kernel, signature, layout, arch, stored, D, **constants)
+    assert stored == "fp32" or on_tensor_cores(report, arch)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("stored", "D"), WIDTHS)
-def test_the_queries_gradient_compiles_without_spills(stored, D, arch):
+@pytest.mark.parametrize(("width", "arch", "constants"), pairs(WIDTHS, ARCHS, STREAMS))
+def test_the_queries_gradient_compiles_without_spills(width, arch, constants):
     from dbkernels.triton.two_stream_queries import layout, query_kernel
 
+    stored, D = width
     given = [*pointers(stored, 7, "fp32"), *pointers(stored, 1, "fp32", "i32")]
     signature = [*given, *[STRIDE] * 24, *[NUMBER] * 4, PITCH, NUMBER, SCALE]
-    tile = layout(D, DTYPES[stored], arch)
-    for noisy, single, varlen in ((False, False, False), (True, True, False), (True, False, True)):
-        report = built(query_kernel, signature, tile, arch, stored, D, NOISY=noisy, SINGLE=single, VARLEN=varlen)
-        if stored != "fp32" and D <= 128:
-            assert ("HGMMA" if arch == 90 else "HMMA") in report.sass
+    report = built(query_kernel, signature, layout(D, DTYPES[stored], arch), arch, stored, D, **constants)
+    assert stored == "fp32" or D > 128 or on_tensor_cores(report, arch)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("stored", "D"), WIDTHS)
-def test_the_keys_gradients_compile_without_spills(stored, D, arch):
+@pytest.mark.parametrize(("width", "arch", "constants"), pairs(WIDTHS, ARCHS, KEYS))
+def test_the_keys_gradients_compile_without_spills(width, arch, constants):
     from dbkernels.triton.two_stream_keys import key_kernel, layout
 
+    stored, D = width
     tile = layout(D, DTYPES[stored], arch)
     given = pointers(stored, 6, "fp32", "i32")
     signature = [*given, *[STRIDE] * 18, *[NUMBER] * 3, PITCH, NUMBER, NUMBER, SCALE]
-    for own, add, varlen, ratio in (
-        (False, False, False, 1),
-        (False, True, False, 4),
-        (False, True, True, 1),
-        (True, False, False, 1),
-    ):
-        report = built(key_kernel, signature, tile, arch, stored, D, OWN=own, ADD=add, VARLEN=varlen, RATIO=ratio)
-        if stored != "fp32" and D <= 128:
-            assert ("HGMMA" if arch == 90 else "HMMA") in report.sass
-        if arch == 90 and stored != "fp32" and D in (64, 128) and not varlen:
-            check_copies(report.sass, tile, D)
+    report = built(key_kernel, signature, tile, arch, stored, D, **constants)
+    assert stored == "fp32" or D > 128 or on_tensor_cores(report, arch)
+    if arch == 90 and stored != "fp32" and D in (64, 128) and not constants["VARLEN"]:
+        check_copies(report.sass, tile, D)
 
 
 def check_copies(sass, tile, D):
@@ -110,8 +108,7 @@ def check_copies(sass, tile, D):
     assert len(narrow) <= stages, copies
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("stored", "D"), [("bf16", 64), ("fp16", 128), ("bf16", 80)])
+@pytest.mark.parametrize(("stored", "D", "arch"), [("bf16", 64, 90), ("fp16", 128, 90), ("bf16", 80, 80)])
 def test_what_joins_two_parts_compiles_without_spills(stored, D, arch):
     from dbkernels.triton.two_stream_join import join_kernel, layout, separate_kernel
     from dbkernels.triton.two_stream_keys import ITSELF, itself_kernel

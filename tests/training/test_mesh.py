@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 import diffusionblocks as db
 import mesh_worker
 import small
+import warm
 from diffusionblocks.checkpoint.files import CheckpointError
 from diffusionblocks.training.mesh import Mesh
 
@@ -23,16 +23,13 @@ TESTS = Path(mesh_worker.__file__).parent
 CLOSE = dict(rtol=1e-3, atol=1e-4)
 
 
-def ranks(folder, scenario, groups, per_group, *, torchrun=False, timeout=240):
+def ranks(folder, scenario, groups, per_group, *, torchrun=False):
     """Run a mesh's processes; return what each has seen, None for one that died, and the store's port."""
-    command = [sys.executable, str(TESTS / "mesh_worker.py")]
+    command = [TESTS / "mesh_worker.py", folder, scenario, str(groups), str(per_group)]
     if torchrun:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(groups * per_group)]
+        command[:0] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(groups * per_group)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(folder), scenario, str(groups), str(per_group)],
-        env=environment, timeout=timeout, capture_output=True, text=True,
-    )  # fmt: skip
+    done = warm.run(*command, env=environment, imports=warm.TRAINING)
     assert done.returncode == 0, done.stderr
     files = [folder / f"rank{rank}.json" for rank in range(groups * per_group)]
     seen = [json.loads(file.read_text()) if file.exists() else None for file in files]
@@ -168,8 +165,8 @@ def test_one_group_is_data_parallel_training_of_what_blocks_share(tmp_path):
 
 @pytest.mark.slow
 def test_by_torchrun(tmp_path):
-    seen, _ = ranks(tmp_path, "train", 2, 2, torchrun=True)
-    assert [rank["error"] for rank in seen] == [None] * 4
+    seen, _ = ranks(tmp_path, "train", 1, 2, torchrun=True)
+    assert [rank["error"] for rank in seen] == [None] * 2
     back = mesh_worker.trainer(tmp_path / "back")
     back.load(tmp_path / "checkpoint")
     assert_close(small.everything(back), small.everything(single(tmp_path / "one", mesh_worker.STEPS)), **CLOSE)

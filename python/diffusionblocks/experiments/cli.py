@@ -27,7 +27,6 @@ from .interrupts import Stopped
 from .merge import merge_runs
 from .parsing import parse, presets_of
 from .plan import plan_of
-from .plotting import plots
 from .predict import predict as predict_images
 from .report import report, show
 from .run_folder import new_folder, read_config
@@ -169,6 +168,8 @@ def plot(folder: Folder) -> None:
     Args:
         folder: The run folder.
     """
+    from .plotting import plots  # Matplotlib takes most of a second
+
     for path in plots.draw(folder):
         print(path)
 

@@ -30,7 +30,6 @@ from .config import TrainConfig, to_dict, to_yaml
 from .export import is_exported, open_exported
 from .interrupts import Interrupts, Stopped
 from .plan import plan_of
-from .plotting import plots
 from .run_folder import (
     clear,
     identity,
@@ -143,6 +142,8 @@ def carry_on(task: Task) -> Row:
     summary = summarize(task, trainer)
     write(config.out / "summary.json", json.dumps(summary, indent=1))
     shutil.rmtree(config.out / "waiting", ignore_errors=True)
+    from .plotting import plots  # Matplotlib takes most of a second
+
     plots.draw(config.out)
     return summary
 

@@ -80,11 +80,11 @@ def test_the_fused_loss_is_that_of_the_decoded_output(model):
 
 @kinds
 def test_the_bound_of_an_untrained_model_is_the_entropy_of_the_alphabet(model):
-    task = CausalLMTask(config(model, evaluated=7200, length=240, text="topics"))
+    task = CausalLMTask(config(model, evaluated=480, length=240, text="topics"))
     found = task.evaluate(task.model(), "val")
-    # 7,200 draws of noise, and an integral over 32 levels
-    assert found["bits"] == pytest.approx(math.log2(12), abs=0.04)
-    assert found["first_bits"] == pytest.approx(math.log2(12), abs=0.1)  # of an eighth of the tokens
+    # its head is zero: every symbol is as likely, whatever the noise
+    assert found["bits"] == pytest.approx(math.log2(12), abs=1e-6)
+    assert found["first_bits"] == pytest.approx(math.log2(12), abs=0.1)
     assert all(abs(regret) < 0.02 for regret in found["regret_bits"])
     assert found["mixture_bits"] < found["last_bits"], "a mixture is never worse than the mean of its parts"
     assert found["last_bits"] > 5, "the last step commits to a token that the noise chose"
@@ -190,7 +190,7 @@ def rhyme(tmp_path_factory):
 @kinds
 def test_it_learns_a_rhyme_and_writes_it(model, rhyme, tmp_path):
     small = replace(model, vocab_size=16)
-    steps = 320 if model.sees_z else 160  # as many updates for each
+    steps = 240 if model.sees_z else 120  # as many updates for each
     together = "none" if model.sees_z else "mean"
     settings = config(
         small, text=rhyme, length=24, batch_size=16, steps=steps, lr=1e-2, ema=0.9, visit=20, combine=together

@@ -12,6 +12,7 @@ from diffusionblocks.experiments.config import from_yaml, to_yaml
 from diffusionblocks.experiments.data.batches import prepare
 from diffusionblocks.experiments.metrics.bound import held_out_loss
 from diffusionblocks.experiments.models.dit import DiTConfig, DiTHead, DiTStem, patchify, unpatchify
+from diffusionblocks.experiments.plan import plan_of
 from diffusionblocks.experiments.plotting import plots
 from diffusionblocks.experiments.tasks.base import Addresses
 from diffusionblocks.experiments.tasks.dit import DiTTask, repeated
@@ -184,7 +185,8 @@ def test_labels_are_made_so_many_times_over():
     assert torch.bincount(repeated(labels, 1.5)).tolist() == [60, 30]
 
 
-def test_a_run_from_start_to_pictures(tmp_path, quick_judge):
+def test_a_run_from_start_to_pictures(tmp_path, quick_judge, monkeypatch):
+    monkeypatch.setattr(commands, "plan_of", plan_of)  # other runs here plan nothing
     control = {"baseline": ("end-to-end",), "tune_lr": (1e-2,), "tune_warmup": (0.1,)}
     summary = commands.start(config(out=tmp_path / "run", sampling_steps=3, **control))
     ours, control = summary["results"]["block-wise"], summary["results"]["end-to-end"]

@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
-
-from .axes import DPI, block_colours, short
 
 CELL = 64  # smallest width of an image in a grid, in pixels
 CAPTION = 14  # height of a label in a grid, in pixels
@@ -63,6 +59,11 @@ def write_trajectory(
         blocks: number of blocks.
         labels: N class names or numbers, one per row; none are drawn by default.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # most of a second, which a start need not wait for
+    from matplotlib.figure import Figure
+
+    from .axes import DPI, block_colours, short
+
     rows, columns, colours = len(estimates[0][2]), len(estimates), block_colours(blocks)
     margin = 0.02 + 0.08 * max((len(str(label)) for label in labels), default=0)  # inches
     figure = Figure(figsize=(0.8 * columns + margin, 0.8 * rows + 0.5), dpi=DPI)
