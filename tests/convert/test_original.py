@@ -112,6 +112,34 @@ def test_layers_scaled_by_their_place_are_refused():
         db.to_original(model, 1)
 
 
+@torch.no_grad()
+def test_lists_by_layer_are_cut_with_the_layers():
+    """SmolLM3 rotates by one of them, and attends by another."""
+    net = tiny.network("SmolLM3ForCausalLM", use_sliding_window=True, sliding_window=3, layer_types=None)
+    model, x = tiny.convert(net, (1, 3), cond=0).eval(), tiny.batch("SmolLM3ForCausalLM")[0]
+    network = db.to_original(model, 1)
+    assert network.config.no_rope_layers == net.config.no_rope_layers[1:]
+    torch.testing.assert_close(network(x).logits, model.logits(x, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_depend_on_their_place_in_another_way_are_refused(monkeypatch):
+    model = tiny.convert(tiny.network("LlamaForCausalLM"), cond=0)
+    attention = transformers_of_llama().LlamaAttention
+    made = attention.__init__
+
+    def scaled(self, config, layer_idx):
+        made(self, config, layer_idx)
+        self.scaling /= layer_idx + 1
+
+    monkeypatch.setattr(attention, "__init__", scaled)
+    with pytest.raises(ValueError, match=r"model\.layers\.2 depends on its place: as model\.layers\.0.*scaling is"):
+        db.to_original(model, 1)
+
+
+def transformers_of_llama():
+    return pytest.importorskip("transformers.models.llama.modeling_llama")
+
+
 def test_a_model_of_from_layers_is_no_original():
     layers = [torch.nn.Linear(8, 8)]
     model = db.from_layers(

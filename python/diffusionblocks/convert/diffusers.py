@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..arguments import check_whole
@@ -23,6 +22,7 @@ from .checks import check_latent_network
 from .dit import DiTHead, DiTLayer, DiTStem, PixArtHead, PixArtStem
 from .latents import Head, Layer, Stem
 from .layers import layer_counts, partition_for
+from .likeness import cast, dtypes
 from .mmdit import FluxHead, FluxStem, MMDiTHead, SD3Stem
 from .registry import Converter, Places
 from .wan import WanHead, WanStem
@@ -180,15 +180,16 @@ def describe(network: Any) -> dict[str, Any]:
     config = json.loads(network.to_json_string())
     return {
         "config": {name: value for name, value in config.items() if not name.startswith("_")},
-        "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
+        **dtypes(network),
     }
 
 
 def build(described: dict[str, Any], *, kind: str) -> nn.Module:
     """Return an untrained network of class `kind`, as described."""
     made: Any = getattr(importlib.import_module("diffusers"), kind)
-    # diffusers' own `to` warns of modules that it keeps in float32; a converted network has weights of one type
-    return nn.Module.to(made.from_config(described["config"]), getattr(torch, described["dtype"]))
+    network: nn.Module = made.from_config(described["config"])
+    cast(network, described["dtype"], described.get("buffers", {}))
+    return network
 
 
 def cut(described: dict[str, Any], layers: range, *, family: LatentFamily) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..blocks import DiffusionBlocks
 from ..targets.scheduled import ScheduledTarget
+from .likeness import PASSING, differences, set_dropout, weightless
 from .registry import Converter, Places, built_in, rebuild_network
 from .routed import Routed
 
@@ -55,8 +56,14 @@ def to_original(model: DiffusionBlocks, block: int | None = None) -> nn.Module:
     assert model.origin is not None and converter.cut is not None and converter.places is not None
     described, first = model.origin["network"], sum(model.partition.layers[: chosen[0]])
     layers = range(first, first + sum(model.partition.layers[b] for b in chosen))
-    network = rebuild_network({**model.origin, "network": converter.cut(described, layers)})
-    _load(network, _state(model, chosen, converter.places(network, described, layers)))
+    network = rebuild_network({**model.origin, "network": {**converter.cut(described, layers), "dropout": {}}})
+    found = converter.places(network, described, layers)
+    _load(network, _state(model, chosen, found))
+    whole = weightless(rebuild_network, model.origin)
+    places = converter.places(whole, described, range(sum(model.partition.layers)))
+    renamed = dict(zip(places.layers[layers.start : layers.stop], found.layers, strict=True))
+    _check_layers(whole, network, renamed)
+    _keep_dropout(network, described.get("dropout", {}), places.layers, renamed)
     return network.eval()
 
 
@@ -88,6 +95,25 @@ def _state(model: DiffusionBlocks, chosen: list[int], places: Places) -> dict[st
         for name, t in weights.items()
         if name.startswith(ours)
     }
+
+
+def _check_layers(whole: nn.Module, network: nn.Module, renamed: dict[str, str]) -> None:
+    """Raise ValueError unless layers compute what they do in the whole network. renamed: their names there and here."""
+    for old, new in renamed.items():
+        layers = network.get_submodule(new[:-1]), whole.get_submodule(old[:-1])
+        if wrong := next(differences(*layers, ignored=(*PASSING, "layer_idx")), None):
+            raise ValueError(
+                f"{old[:-1]} depends on its place: as {new[:-1]} of a network of its own {wrong}; keep the model as "
+                "blocks (save_pretrained and load)"
+            )
+
+
+def _keep_dropout(network: nn.Module, changed: dict[str, float], layers: list[str], renamed: dict[str, str]) -> None:
+    """Set dropout as it was changed by hand in the whole network. layers: names there; renamed: those that are here."""
+    for name, value in changed.items():
+        old = next((layer for layer in layers if name.startswith(layer)), "")
+        if not old or old in renamed:
+            set_dropout(network, {renamed.get(old, "") + name.removeprefix(old): value})
 
 
 def _load(network: Any, state: dict[str, Tensor]) -> None:

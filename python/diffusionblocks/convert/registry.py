@@ -12,6 +12,7 @@ from torch import nn
 
 from ..blocks import DiffusionBlocks
 from .checks import check_given
+from .likeness import CALLED, check_hooks, check_like, dropout, set_dropout
 
 Convert = TypeVar("Convert", bound=Callable[..., DiffusionBlocks])
 
@@ -95,19 +96,35 @@ def convert(network: nn.Module, blocks: int | Sequence[int], **options: Any) -> 
     Raises: TypeError if the class or an option isn't known; ValueError if the network or an option doesn't fit.
     """
     check_given(network)
-    for name in map(_name, type(network).__mro__):
-        found = find(name)
+    name, found = _found(type(network))
+    _check_options(found.convert, type(network).__name__, options)
+    if name.startswith("transformers.") and name not in _CONVERTERS and getattr(network, "peft_config", None):
+        raise ValueError("the network has an adapter: import diffusionblocks.integrations.peft first")
+    # A copy: blocks move their weights away, and some have stems and heads of their own.
+    model = found.convert(copy.deepcopy(network), blocks, **options)
+    if found.describe is not None and found.build is not None:
+        described = found.describe(network)
+        if built_in(name) is not None:
+            rebuilt = check_like(network, found.build, described)
+            check_hooks(network, model)
+            described |= {"dropout": dropout(network, rebuilt)}
+        counts = list(blocks) if isinstance(blocks, Sequence) else blocks
+        model.origin = {"kind": name, "network": described, "blocks": counts, "options": options}
+    return model
+
+
+def _found(kind: type) -> tuple[str, Converter]:
+    """Return the converter of a class or of the nearest that it is derived from, with its name."""
+    for base in kind.__mro__:
+        found = find(_name(base))
         if found is not None:
-            _check_options(found.convert, type(network).__name__, options)
-            if name.startswith("transformers.") and name not in _CONVERTERS and getattr(network, "peft_config", None):
-                raise ValueError("the network has an adapter: import diffusionblocks.integrations.peft first")
-            # A copy: blocks move their weights away, and some have stems and heads of their own.
-            model = found.convert(copy.deepcopy(network), blocks, **options)
-            if found.describe is not None and found.build is not None:
-                described, counts = found.describe(network), list(blocks) if isinstance(blocks, Sequence) else blocks
-                model.origin = {"kind": name, "network": described, "blocks": counts, "options": options}
-            return model
-    raise TypeError(_unknown(type(network)))
+            if own := [name for name in CALLED if getattr(kind, name, None) is not getattr(base, name, None)]:
+                raise TypeError(
+                    f"{kind.__name__} has a {own[0]} of its own, which blocks made as of a {base.__name__} would leave "
+                    f"out: @register({kind.__name__}) a converter, or convert a {base.__name__}"
+                )
+            return _name(base), found
+    raise TypeError(_unknown(kind))
 
 
 def _check_options(converter: Callable[..., DiffusionBlocks], name: str, options: dict[str, Any]) -> None:
@@ -136,7 +153,10 @@ def rebuild(origin: dict[str, Any]) -> DiffusionBlocks:
 
     Raises: ValueError if its class has no converter here.
     """
-    return convert(rebuild_network(origin), origin["blocks"], **origin["options"])
+    found = _converter(origin)
+    model = found.convert(rebuild_network(origin), origin["blocks"], **origin["options"])
+    model.origin = origin
+    return model
 
 
 def rebuild_network(origin: dict[str, Any]) -> nn.Module:
@@ -144,10 +164,18 @@ def rebuild_network(origin: dict[str, Any]) -> nn.Module:
 
     Raises: ValueError if its class has no converter here.
     """
+    build = _converter(origin).build
+    assert build is not None
+    network = build(origin["network"])
+    set_dropout(network, origin["network"].get("dropout", {}))
+    return network
+
+
+def _converter(origin: dict[str, Any]) -> Converter:
     found = find(origin["kind"])
     if found is None or found.build is None:
         raise ValueError(f"no converter builds {origin['kind']}: import the module that registers it, or pass model")
-    return found.build(origin["network"])
+    return found
 
 
 def find(name: str) -> Converter | None:

@@ -7,7 +7,6 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..arguments import check_whole
@@ -18,6 +17,7 @@ from .checks import check_timm_network
 from .conditioning import Conditioned
 from .embedding import Images, Tokens
 from .layers import layer_counts
+from .likeness import cast, dtypes
 from .registry import Converter, Places
 from .stems import LabelStem, entrances
 from .transformers import assemble
@@ -47,9 +47,7 @@ def convert_timm(
 
     Raises: ValueError on a network or an option that doesn't fit.
     """
-    described = describe(network)
-    with torch.device("meta"):
-        check_timm_network(network, build(described))
+    check_timm_network(network)
     layers, width = list(network.blocks), network.embed_dim
     counts = layer_counts(len(layers), blocks)
     cond = width // 4 if cond is None else cond
@@ -124,15 +122,16 @@ def describe(network: Any) -> dict[str, Any]:
             "num_heads": network.blocks[0].attn.num_heads,
             "dynamic_img_size": network.dynamic_img_size,
         },
-        "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
+        **dtypes(network),
     }
 
 
 def build(described: dict[str, Any]) -> nn.Module:
-    """Return an untrained network, as described; dropout is the architecture's."""
+    """Return an untrained network, as described; stochastic depth is the architecture's."""
     timm = importlib.import_module("timm")
     network: nn.Module = timm.create_model(described["architecture"], **described["arguments"])
-    return network.to(getattr(torch, described["dtype"]))
+    cast(network, described["dtype"], described.get("buffers", {}))
+    return network
 
 
 def cut(described: dict[str, Any], layers: range) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..arguments import check_whole
@@ -24,6 +23,7 @@ from .conditioning import Conditioned
 from .embedding import Head, ImageEmbedding, Layer, TokenEmbedding, padding_of
 from .families import FAMILIES, Family
 from .layers import CONTEXT, layer_counts, partition_for
+from .likeness import cast, dtypes
 from .registry import Converter, Places
 from .stems import (
     CausalStem,
@@ -36,6 +36,7 @@ from .stems import (
 )  # fmt: skip
 
 CODE_DIM = 128  # of a vocabulary's codebook, at most: enough to tell 100,000 tokens apart
+NOT_BY_LAYER = ("_size", "_id", "_ids", "architectures")  # ends of names: lists that may chance to be as long
 CAUSAL_CONTEXT = 0.9  # at the highest noise the loss is the ordinary cross-entropy (docs/method.md)
 
 
@@ -146,7 +147,7 @@ def describe(network: Any) -> dict[str, Any]:
     """Return JSON values that `build` makes a network like this one from."""
     return {
         "config": json.loads(network.config.to_json_string(use_diff=False)),
-        "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
+        **dtypes(network),
         "attention": network.config._attn_implementation,
     }
 
@@ -154,7 +155,8 @@ def describe(network: Any) -> dict[str, Any]:
 def build(described: dict[str, Any], *, kind: str) -> nn.Module:
     """Return an untrained network of class `kind`, as described."""
     made: Any = getattr(importlib.import_module("transformers"), kind)
-    network = made(made.config_class.from_dict(described["config"])).to(getattr(torch, described["dtype"]))
+    network = made(made.config_class.from_dict(described["config"]))
+    cast(network, described["dtype"], described.get("buffers", {}))
     network.set_attn_implementation(described["attention"])
     return network
 
@@ -167,12 +169,11 @@ def cut(described: dict[str, Any], layers: range, *, family: Family) -> dict[str
         raise ValueError(
             "scale_attn_by_inverse_layer_idx=True scales layers by their place: block 0 alone is a network"
         )
-    for name in ("num_hidden_layers", "n_layer"):
-        if name in config:
-            config[name] = len(layers)
-    if config.get("layer_types"):
-        config["layer_types"] = config["layer_types"][layers.start : layers.stop]
-    return {**described, "config": config}
+    depths = [name for name in ("num_hidden_layers", "n_layer") if name in config]
+    for name, value in config.items():
+        if isinstance(value, list) and len(value) == config[depths[0]] and not name.endswith(NOT_BY_LAYER):
+            config[name] = value[layers.start : layers.stop]
+    return {**described, "config": config | {name: len(layers) for name in depths}}
 
 
 def places(network: nn.Module, described: dict[str, Any], layers: range, *, family: Family) -> Places:
