@@ -147,3 +147,12 @@ def test_a_model_of_from_layers_is_no_original():
     )
     with pytest.raises(ValueError, match="a network of transformers, diffusers or timm"):
         db.to_original(model)
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "ModernBertForMaskedLM", "LlamaForCausalLM"])
+@torch.no_grad()
+def test_untied_networks_are_given_back(name, tmp_path):
+    network = tiny.network(name, tie_word_embeddings=False).eval()
+    x, _ = tiny.batch("LlamaForCausalLM")
+    back = reloaded(db.to_original(tiny.convert(network, 1, cond=0)), tmp_path)
+    assert torch.equal(back(x).logits, network(x).logits)

@@ -123,6 +123,9 @@ def _load(network: Any, state: dict[str, Tensor]) -> None:
     for name in copies.keys() & state.keys():
         copy = copies[name]
         state[copy] = state[_COPY.sub(".original_module.", copy)] = state.pop(name)
+    for name, source in (getattr(network, "_tied_weights_keys", None) or {}).items():
+        if name in state and source not in state:  # untied, it isn't used: BERT's bias beside its decoder's
+            state[source] = state[name]
     other = [name for name in state if name in own and own[name].shape != state[name].shape]
     state = {name: t for name, t in state.items() if name not in other}
     missing, extra = network.load_state_dict(state, strict=False)
