@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -144,22 +145,108 @@ def test_a_state_dict_of_another_thread_is_whole(tmp_path, place):
     assert_alike(made, run(trainer(tmp_path / "other", place), 20))
 
 
-@pytest.mark.parametrize("write", [nn.init.zeros_, lambda weight: weight.data.fill_(1)])
-def test_what_is_written_to_a_waiting_block_is_not_lost_in_silence(tmp_path, write):
-    made = run(trainer(tmp_path), 2)
-    write(made.model.blocks[made.block].layers[0].layer.linear.weight)
-    with pytest.raises(RuntimeError, match=r"linear.weight was written to while the block waited elsewhere"):
+def assign(linear):
+    linear.load_state_dict({"weight": torch.ones(8, 8), "bias": torch.ones(8)}, strict=False, assign=True)
+
+
+def replace(linear):
+    linear.weight = nn.Parameter(torch.ones(8, 8))
+
+
+def replace_data(linear):
+    linear.weight.data = torch.ones(8, 8)
+
+
+WRITES = {
+    "in place": lambda linear: nn.init.zeros_(linear.weight),
+    "its data in place": lambda linear: linear.weight.data.fill_(1),
+    "data": replace_data,
+    "parameter": replace,
+    "assign": assign,
+    "dtype": lambda linear: linear.half(),
+    "buffer": lambda linear: linear.calls.zero_(),
+    "buffer replaced": lambda linear: setattr(linear, "calls", torch.tensor(7)),
+}
+
+
+class Counting(nn.Linear):
+    def __init__(self):
+        super().__init__(8, 8)
+        self.register_buffer("calls", torch.tensor(3))
+
+
+def counting():
+    return nn.Sequential(Counting())
+
+
+@pytest.mark.parametrize("write, place", zip(WRITES, itertools.cycle([("cpu", 1), ("disk", 2)])))
+def test_what_is_put_into_a_waiting_block_is_not_lost_in_silence(tmp_path, place, write):
+    made = run(trainer(tmp_path / "one", place, counting), 2)
+    layer = made.model.blocks[made.block].layers[0].layer
+    looks = (lambda: run(made, 3), made.model.state_dict, lambda: made.save(tmp_path / "checkpoint"))
+    for look in looks:
+        WRITES[write](layer[0])
+        with pytest.raises(
+            RuntimeError, match=r"layer.0.(weight|calls) was changed while .*: activate the block first"
+        ):
+            look()
+    layer[0] = Counting()  # whose parameters give way to those that wait, which the optimizer has
+    with pytest.raises(RuntimeError, match=r"layer.0.weight was changed"):
         run(made, 3)
-    assert_alike(run(made, 7), run(trainer(tmp_path), 7))
+    assert_alike(run(made, 7), run(trainer(tmp_path / "other", place, counting), 7))
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_release_keeps_what_was_put_into_a_waiting_block(tmp_path, write):
+    made = run(trainer(tmp_path, layer=counting), 2)
+    before, block, written = made.model.state_dict(), made.block, Counting()
+    linear = made.model.blocks[block].layers[0].layer[0]
+    for layer in (linear, written):
+        WRITES[write](layer)
+    made.offloader.release()
+    ones = ("calls",) if "buffer" in write else ("weight", "bias") if write == "assign" else ("weight",)
+    for name, t in made.model.state_dict().items():
+        key = name.removeprefix(f"blocks.{block}.layers.0.layer.0.")
+        if write != "dtype":
+            expected = written.state_dict()[key] if key in ones else before[name]
+            assert torch.equal(t, expected) and t.is_contiguous(), name
+    assert linear.weight.dtype == written.weight.dtype
 
 
 def test_what_is_added_to_a_waiting_block_is_named(tmp_path):
     made = run(trainer(tmp_path), 2)
-    made.model.blocks[made.block].register_buffer("late", torch.ones(2))
-    with pytest.raises(RuntimeError, match="weight/late was added to a block that waited elsewhere"):
-        run(made, 3)
-    del made.model.blocks[made.block].late
-    assert_alike(run(made, 7), run(trainer(tmp_path), 7))
+    for late in (nn.Parameter(torch.ones(2)), nn.Buffer(torch.ones(2))):
+        made.model.blocks[made.block].late = late
+        with pytest.raises(RuntimeError, match="weight/late was added to a block that waits elsewhere"):
+            run(made, 3)
+        del made.model.blocks[made.block].late
+    assert_alike(run(made, 7), run(trainer(tmp_path / "other"), 7))
+
+
+def unfreeze(linear):
+    linear.bias.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (replace, "linear.weight was replaced, added or unfrozen after its optimizer was made, which doesn't train it"),
+        (unfreeze, "linear.bias was replaced, added or unfrozen"),
+        (lambda linear: linear.half(), r"linear.weight was torch.float32 when .* and is torch.float16"),
+    ],
+)
+@pytest.mark.parametrize("later", [False, True])
+def test_what_the_optimizer_would_not_train_is_named_where_nothing_waits(change, words, later):
+    def layer():
+        made = small.Residual(8)
+        made.linear.bias.requires_grad_(False)
+        return made
+
+    made = run(trainer(None, (None, 1), layer, visit=2), 1)  # in the middle of a visit
+    block = made.block if not later else next(b for b in range(3) if b != made.block)
+    change(made.model.blocks[block].layers[0].layer.linear)
+    with pytest.raises(RuntimeError, match=words):
+        run(made, 7)
 
 
 def view(layer):

@@ -11,6 +11,7 @@ import torch
 import diffusionblocks as db
 import small
 from diffusionblocks.checkpoint.files import CheckpointError
+from diffusionblocks.checkpoint.manifest import digest
 
 
 def save(folder, *blocks, steps=6, model=None, extra=None, loader=None, **settings):
@@ -83,6 +84,88 @@ def model(layers=3, target=None, overlap=0.05):
     return made
 
 
+def decayed(decay, betas=(0.9, 0.99)):
+    """Make an optimizer whose defaults don't have the decay, which its groups have."""
+
+    def make(params):
+        groups = [
+            {"params": [p for p in params if p.dim() > 1], "weight_decay": decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, 1e-3, betas=betas)
+
+    return make
+
+
+def frozen():
+    made = model()
+    made.blocks[1].layers[0].layer.linear.weight.requires_grad_(False)
+    return made
+
+
+def activated(kind):
+    def layer():
+        return torch.nn.Sequential(torch.nn.Linear(8, 8), kind())
+
+    torch.manual_seed(0)
+    parts = dict(stem=torch.nn.Linear(6, 8), head=torch.nn.Linear(8, 3), target=db.LabelTarget(3, 8))
+    return db.from_layers([layer() for _ in range(3)], blocks=3, shared="per_block", **parts)
+
+
+ONE = dict(optimizer=decayed(0.1))
+OTHER_TRAININGS = {
+    "defaults": (ONE, dict(optimizer=decayed(0.1, betas=(0.1, 0.9))), r"recipe: AdamW betas 0\.9 and 0\.1"),
+    "groups": (ONE, dict(optimizer=decayed(5.0)), r"recipe: groups of \d+ parameters \S+ weight_decay 0\.1 and 5\.0"),
+    "frozen": ({}, dict(model=frozen), r"recipe: trained block_1 '\d+ of \d+ parameters .* and '\d+ of \d+ parameters"),
+    "modules": (
+        dict(model=lambda: activated(torch.nn.GELU)),
+        dict(model=lambda: activated(torch.nn.ReLU)),
+        "recipe: modules GELU 3 and None",
+    ),
+    "accumulate": ({}, dict(accumulate=2), "settings: accumulate 1 and 2"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TRAININGS)
+def test_what_would_make_another_model_is_refused(tmp_path, name):
+    *sides, message = OTHER_TRAININGS[name]
+    sides = [side | {"model": side.get("model", model)()} for side in sides]
+    folders = [save(tmp_path / "a", 0, 2, steps=3, **sides[0]), save(tmp_path / "b", 1, steps=3, **sides[1])]
+    with pytest.raises(CheckpointError, match=message):
+        db.merge(folders, tmp_path / "c")
+    assert files(tmp_path / "c") is None
+
+
+def test_equal_optimizers_of_ones_own_are_merged(tmp_path):
+    folders = [save(tmp_path / "a", 0, 2, steps=3, **ONE), save(tmp_path / "b", 1, steps=3, **ONE)]
+    db.merge(folders, tmp_path / "c")
+
+
+def rewrite(folder, change):
+    record = json.loads((folder / "manifest.json").read_text())
+    change(record)
+    record["sha256"] = digest({k: v for k, v in record.items() if k != "sha256"})
+    (folder / "manifest.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_what_an_older_checkpoint_does_not_know_is_not_compared(tmp_path, parts):
+    def forget(record):
+        recipe = record["state"]["recipe"]
+        for name in [n for n in recipe if n in ("modules", "trained", "BlockAdamW") or n.startswith("groups of")]:
+            del recipe[name]
+
+    old = rewrite(shutil.copytree(parts[1], tmp_path / "old"), forget)
+    db.merge([parts[0], old], tmp_path / "c")
+    db.merge([old, parts[0]], tmp_path / "d")
+
+
+def test_one_folder_is_no_list_of_folders(tmp_path, parts):
+    for given in (str(parts[0]), parts[0]):
+        with pytest.raises(TypeError, match=r"folders must be several, e\.g\. .*, got the one"):
+            db.merge(given, tmp_path / "c")
+
+
 def test_what_all_blocks_share_and_each_machine_changes_is_refused(tmp_path):
     def counted():
         torch.manual_seed(0)
@@ -138,12 +221,7 @@ def test_the_same_folder_twice_none_and_another_version_are_refused(tmp_path, pa
     with pytest.raises(CheckpointError, match="no folders"):
         db.merge([], tmp_path / "c")
     old = shutil.copytree(parts[1], tmp_path / "old")
-    record = json.loads((old / "manifest.json").read_text())
-    record["package_version"] = "0.0.1"
-    from diffusionblocks.checkpoint.manifest import digest
-
-    record["sha256"] = digest({k: v for k, v in record.items() if k != "sha256"})
-    (old / "manifest.json").write_text(json.dumps(record))
+    rewrite(old, lambda record: record.update(package_version="0.0.1"))
     with pytest.raises(CheckpointError, match=r"by 0\.0\.1: train all blocks with one version"):
         db.merge([parts[0], old], tmp_path / "c")
 

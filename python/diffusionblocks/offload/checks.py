@@ -1,12 +1,15 @@
-"""What can't move: refused by name before anything is moved."""
+"""What can't move, and what was changed where no change has an effect: refused by name."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..checkpoint.layout import DTYPES
+from .part import Part
 
 
 def check_movable(part: str, module: nn.Module) -> None:
@@ -28,3 +31,34 @@ def check_movable(part: str, module: nn.Module) -> None:
                     f"{part}'s {path}.{name} is a view of {base}, and would keep its old values when blocks move: "
                     "make the view in forward"
                 )
+
+
+def check_unwritten(name: str, part: Part, stored: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Raise RuntimeError if something was put into a waiting part, which the next move would lose in silence.
+
+    It then waits as before, so that training can go on. stored: Returns the tensors that wait elsewhere.
+    """
+    if not (written := part.written()):
+        return
+    tensors, instead = stored(), "activate the block first, or model.offloader.release(), which keeps such changes"
+    if added := [key for key in written if key not in tensors]:
+        raise RuntimeError(f"{name}'s {added[0]} was added to a block that waits elsewhere: undo that and {instead}")
+    part.put_back(tensors)
+    raise RuntimeError(
+        f"{name}'s {written[0].removeprefix('weight/')} was changed while the block waited elsewhere, and that is "
+        f"lost: {instead}"
+    )
+
+
+def check_trained(name: str, part: Part) -> None:
+    """Raise RuntimeError if parameters aren't those that a part's optimizer was made for, or in another dtype."""
+    first = {id(p): (dtype, trained) for p, dtype, trained in part.given.values()}
+    for key, p in part.module.named_parameters():
+        dtype, trained = first.get(id(p), (p.dtype, False))
+        if p.requires_grad and not trained:
+            what = "was replaced, added or unfrozen after its optimizer was made, which doesn't train it"
+        elif p.dtype != dtype:
+            what = f"was {dtype} when its optimizer was made, and is {p.dtype}"
+        else:
+            continue
+        raise RuntimeError(f"{name}'s {key} {what}: undo that, and call model.offloader.release() before such changes")

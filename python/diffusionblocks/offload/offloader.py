@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,12 +14,13 @@ from ..blocks import DiffusionBlocks
 from ..checkpoint.parts import Inspected, Stored
 from ..offloadable import check_free
 from .buffers import give_back
-from .checks import check_movable
+from .checks import check_movable, check_unwritten
 from .materialize import materialize
 from .memory import Usage
 from .part import Part, common_tensors, usage_of
 from .slots import Slots
 from .uninterrupted import exclusive
+from .use import Use
 
 PLACES = (None, "cpu", "disk")
 
@@ -83,13 +84,9 @@ class Offloader:
             given = ", ".join(optimizers) if isinstance(optimizers, Mapping) else type(optimizers).__name__
             raise ValueError(f"optimizers must be a dict by part, of {', '.join(modules)}; got {given}")
         common = common_tensors(model, modules)
-        self.parts = {
-            name: Part(module, optimizers.get(name), common, owns_common=name == "shared")
-            for name, module in modules.items()
-        }
+        self.parts = {n: Part(m, optimizers.get(n), common, owns_common=n == "shared") for n, m in modules.items()}
         self.active: int | None = None
-        self.averaged = False
-        self.lock = threading.RLock()  # a state_dict may be asked for while another thread trains
+        self.use = Use()
         self._slots = Slots.of(slots, self.device, self.folder, pin) if self.offload else None
         try:
             for name, part in self.parts.items():
@@ -105,11 +102,10 @@ class Offloader:
         model.offloader = self
 
     def check_in_charge(self, what: str) -> None:
-        """Raise RuntimeError if the model was released, or its weights are averages now: nothing may train them."""
+        """Raise RuntimeError if the model was released, its weights are averages now, or a step is under way."""
         if self.model.offloader is not self:
             raise RuntimeError(f"{what}: the model was released; make a new Trainer or Offloader for it")
-        if self.averaged:
-            raise RuntimeError(f"{what}: the weights are their averages now; leave averages() first")
+        self.use.check(what)
 
     @exclusive
     @torch.inference_mode(False)
@@ -159,37 +155,36 @@ class Offloader:
         self._release()
         self.active, self.model.offloader = None, None
 
-    @contextlib.contextmanager
-    def averages(self) -> Iterator[None]:
-        """Within it, weights are their moving averages; within itself it changes nothing.
+    def averages(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context within which weights are their moving averages; within itself it changes nothing.
 
         Blocks that come within it leave without being written: what is done to their tensors meanwhile is dropped.
+        Raises: RuntimeError while a step is under way, e.g. in another thread.
         """
-        if self.averaged:
-            yield
-            return
-        if self._slots and self.active is not None:
-            self._slots.touch(self._name(self.active))  # it may have been trained before
-        self._swap()
-        self.averaged = True
-        try:
-            yield
-        finally:
-            self._swap()
-            self.averaged = False
+        return self.use.averaged(self._swap)
 
+    @exclusive
+    def check_unwritten(self, part: str) -> None:
+        """Raise RuntimeError if something was put into a part that waits elsewhere: it would be lost."""
+        if self._slots and not self._is_resident(part):
+            check_unwritten(part, self.parts[part], partial(self._slots.get, part))
+
+    @exclusive
     def tensors(self, part: str) -> dict[str, Tensor]:
         """Return all tensors of a part by name, wherever it is; a part on disk is read, and freed with the result."""
         if self._is_resident(part):
             return self.parts[part].tensors()
         assert self._slots is not None
+        self.check_unwritten(part)
         return self._slots.get(part) | self.parts[part].staying()
 
+    @exclusive
     def source(self, part: str) -> dict[str, Tensor] | Stored:
         """Return what a checkpoint of a part is written from: its tensors, or the file that holds them all."""
         if self._is_resident(part) or self.parts[part].staying():
             return self.tensors(part)
         assert self._slots is not None
+        self.check_unwritten(part)
         return self._slots.source(part)
 
     def weights(self) -> dict[str, Tensor]:
@@ -203,7 +198,7 @@ class Offloader:
     def part_weights(self, name: str) -> dict[str, Tensor]:
         """Return one part's weights as `weights` does."""
         prefix = "" if name == "shared" else f"blocks.{name.removeprefix('block_')}."
-        averaged = self.averaged and not self._is_resident(name)
+        averaged = bool(self.use.averages) and not self._is_resident(name)
         weights = self.parts[name].weights(self.tensors(name), averaged=averaged)
         dense = {key: t.contiguous() if t.layout == torch.strided else t for key, t in weights.items()}
         return {prefix + key: t.detach().to("cpu", copy=True) for key, t in dense.items()}
@@ -212,6 +207,7 @@ class Offloader:
     @torch.inference_mode(False)
     def load(self, part: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace a part's tensors; it stays where it is. Raises: ValueError if names or shapes differ."""
+        self.check_unwritten(part)
         self.parts[part].check(tensors)
         copies: dict[int, Tensor] = {}  # one tensor under several names stays one
         for t in tensors.values():
@@ -255,9 +251,9 @@ class Offloader:
         """Make a block's tensors those of a slot, where it comes if it isn't there."""
         assert self._slots is not None
         part = self.parts[self._name(block)]
-        part.check_unwritten(self._name(block))
+        self.check_unwritten(self._name(block))
         part.bind(self._slots.bring(self._name(block)))
-        if self.averaged:
+        if self.use.averages:
             part.swap()
         self.active = block
 
@@ -265,17 +261,19 @@ class Offloader:
         """Let the active block's tensors go; their bytes stay in the slot until that is needed."""
         if self.active is None or self._slots is None:
             return
+        if self.use.stepping:
+            raise RuntimeError(f"block {self.active} can't leave within its step: bring another one between two steps")
         name = self._name(self.active)
         part = self.parts[name]
-        if self.averaged:
+        if self.use.averages:
             part.swap()
         try:
             if not part.is_bound(self._slots.get(name)):  # state made since, or tensors replaced
                 self._slots.put(name, part.moving())
-            elif not self.averaged:
+            elif not self.use.averages:
                 self._slots.touch(name)
         except BaseException:
-            if self.averaged:
+            if self.use.averages:
                 part.swap()  # it stays, and as it was
             raise
         part.empty()
@@ -284,8 +282,7 @@ class Offloader:
     def _release(self) -> None:
         for name, part in self.parts.items():
             if self._slots and name in self._slots.layouts:
-                tensors = part.moving() if self._is_resident(name) else self._slots.get(name)
-                part.bind({key: t.detach().to("cpu", copy=True) for key, t in tensors.items()})
+                part.come_back(part.moving() if self._is_resident(name) else self._slots.get(name))
             else:
                 part.place(torch.device("cpu"))
             part.widen()
@@ -295,6 +292,8 @@ class Offloader:
     @torch._disable_dynamo  # as torch.optim does: the public decorator imports the compiler at once, 1.7 s
     @exclusive
     def _swap(self) -> None:
+        if self._slots and self.active is not None and not self.use.averages:
+            self._slots.touch(self._name(self.active))  # it may have been trained before
         for name, part in self.parts.items():
             if self._is_resident(name):
                 part.swap()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -36,6 +37,7 @@ class Part:
         self.module, self.optimizer = module, optimizer
         self._common, self._owns_common = common, owns_common
         self.wide = False  # half weights are evaluated by float32 averages or masters: a Trainer made them half
+        self.given = {name: (p, p.dtype, p.requires_grad) for name, p in module.named_parameters()}
         self._halves: dict[str, Tensor] = {}  # half weights while their averages stand in for them
 
     def tensors(self) -> dict[str, Tensor]:
@@ -87,12 +89,20 @@ class Part:
                 t.data = t.data.to(device)
 
     def bind(self, views: Mapping[str, Tensor]) -> None:
-        """Make all tensors that move views of a buffer. Raises: RuntimeError if there are others than it holds."""
+        """Make all tensors that move views of a buffer."""
         own = self.moving()
-        if added := sorted(own.keys() - views.keys()):
-            raise RuntimeError(f"{added[0]} was added to a block that waited elsewhere: activate it first")
-        for name, t in own.items():
-            t.data = views[name]
+        for name in own.keys() & views.keys():
+            own[name].data = views[name]
+
+    def come_back(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take copies of a waiting part's tensors on the host; what was put in their place meanwhile stays."""
+        written = self.written()
+        for name, t in self.moving().items():
+            t.data = (
+                (t if name in written else tensors.get(name, t))
+                .detach()
+                .to("cpu", copy=True, memory_format=torch.contiguous_format)
+            )
 
     def widen(self) -> None:
         """Make half weights float32 again where a Trainer made them half: their masters, where they have any."""
@@ -110,21 +120,27 @@ class Part:
         )
 
     def empty(self) -> None:
-        """Let go of the memory of all tensors; shapes stay, values read as NaN (integers as 0), writing is an error."""
+        """Let go of the memory of all tensors; shapes stay, values read as NaN (integers as their largest), writing is
+        an error."""
         for t in self.moving().values():
             # One element, expanded: most operators crash the process on a tensor whose storage was resized to nothing.
-            t.data = torch.full((), math.nan if t.is_floating_point() else 0, dtype=t.dtype).expand(t.shape)
+            t.data = torch.full((), _absent(t.dtype), dtype=t.dtype).expand(t.shape)
 
-    def check_unwritten(self, name: str) -> None:
-        """Raise RuntimeError if one of its weights isn't as `empty` left it: what was written there would be lost."""
-        for key, t in self._weights().items():
-            waits = t.numel() and not any(t.stride()) and t.is_floating_point()
-            if waits and not t.as_strided((), ()).float().isnan():
-                self.empty()
-                raise RuntimeError(
-                    f"{name}'s {key} was written to while the block waited elsewhere, and that is lost: activate the "
-                    "block first, or change weights before the Trainer is made"
-                )
+    def written(self) -> list[str]:
+        """Return the names of tensors that aren't as `empty` left them, in whatever way something was put there."""
+        own = dict(self.module.named_parameters())
+        replaced = {f"weight/{name}" for name, (p, *_) in self.given.items() if own.get(name) is not p}
+        found = (name for name, t in self.moving().items() if not _is_empty(t, values=name.startswith("weight/")))
+        return list(dict.fromkeys([*found, *replaced]))
+
+    def put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        """Wait again as before something was put here, whose tensors had these shapes and dtypes."""
+        for name, (p, *_) in self.given.items():
+            owner, _, leaf = name.rpartition(".")
+            with contextlib.suppress(AttributeError):  # its module is gone
+                self.module.get_submodule(owner)._parameters[leaf] = p
+        self.bind(tensors)
+        self.empty()
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors in place of the part's own, and make the state that it hasn't got yet."""
@@ -234,6 +250,20 @@ class Part:
                 p.grad = torch.zeros_like(p)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def _absent(dtype: torch.dtype) -> float | int:
+    """Return the value that stands for one that waits elsewhere."""
+    if dtype == torch.bool:
+        return False
+    return math.nan if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max
+
+
+def _is_empty(t: Tensor, *, values: bool) -> bool:
+    if t.numel() < 1 or any(t.stride()) or not values:
+        return t.numel() < 1 or not any(t.stride())
+    value = t.detach().as_strided((), ()).item()
+    return value != value or value == _absent(t.dtype)
 
 
 def common_tensors(model: nn.Module, parts: Mapping[str, nn.Module]) -> Common:

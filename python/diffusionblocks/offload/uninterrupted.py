@@ -41,11 +41,11 @@ def uninterrupted(*, whole: bool = False) -> Iterator[None]:
 
 
 def exclusive(method: Method) -> Method:
-    """Make a method whole, and alone among the exclusive ones of its object's threads, by its `lock`."""
+    """Make a method whole, and alone among the exclusive ones of its object's threads, by its `use`."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.lock, uninterrupted(whole=True):
+        with self.use.lock, uninterrupted(whole=True):
             return method(self, *args, **kwargs)
 
     return call  # type: ignore[return-value]

@@ -13,9 +13,11 @@ from ..checkpoint.files import CheckpointError, Manifest, PartFile
 from ..checkpoint.parts import Stored
 
 # What two checkpoints of one model's blocks have in common, and what to do if not.
-EQUAL = {
+SETTINGS = {
     "settings": "train all blocks with the same settings",
     "recipe": "train all blocks of one network with the same settings",
+}
+PLACE = {
     "partition": "build all models with the same density, blocks and layers, and train with adapt=False",
     "shape": "train all blocks on targets of one shape",
     "positions": "train all blocks on the same batches in the same order",
@@ -36,6 +38,7 @@ def merge(
         extra: Values for the result's `extra`; by default those of the folders, which must be equal then.
 
     Raises:
+        TypeError: One folder rather than several.
         CheckpointError: The folders don't belong together, a block is missing or there twice, a file is missing or
             damaged, or `out` holds something; nothing is written then.
         OSError: The disk refused.
@@ -76,13 +79,12 @@ def join(folders: Iterable[str | os.PathLike[str]], *, extra: dict[str, Any] | N
     """
     shares = _read(folders)
     (first, manifest), *others = shares.items()
-    equal = EQUAL if extra is not None else EQUAL | {"extra": "give the value of the result, extra=..."}
+    place = PLACE if extra is not None else PLACE | {"extra": "give the value of the result, extra=..."}
     for folder, other in others:
         _check_versions(first, manifest, folder, other)
+        _check_equal(first, manifest, folder, other, SETTINGS)
         _check_steps(first, manifest, folder, other)
-        for name, advice in equal.items():
-            if difference := _difference(manifest.state.get(name), other.state.get(name)):
-                raise CheckpointError(f"{first} and {folder} differ in their {name}: {difference}; {advice}")
+        _check_equal(first, manifest, folder, other, place)
     parts = _parts(shares)
     scalars = {name: value for m in shares.values() for name, value in m.state["scalars"].items()}
     state = manifest.state | {"scalars": scalars, "extra": manifest.state["extra"] if extra is None else extra}
@@ -90,6 +92,8 @@ def join(folders: Iterable[str | os.PathLike[str]], *, extra: dict[str, Any] | N
 
 
 def _read(folders: Iterable[str | os.PathLike[str]]) -> dict[Path, Manifest]:
+    if isinstance(folders, (str, bytes, os.PathLike)):
+        raise TypeError(f"folders must be several, e.g. ['a', 'b'], got the one {str(folders)!r}")
     shares: dict[Path, Manifest] = {}
     for folder in (Path(folder).resolve() for folder in folders):
         if folder in shares:
@@ -109,6 +113,16 @@ def _check_versions(first: Path, manifest: Manifest, folder: Path, other: Manife
             f"{first} was saved by diffusionblocks {manifest.package_version}, {folder} by {other.package_version}: "
             "train all blocks with one version"
         )
+
+
+def _check_equal(first: Path, manifest: Manifest, folder: Path, other: Manifest, wanted: dict[str, str]) -> None:
+    for name, advice in wanted.items():
+        one, two = manifest.state.get(name), other.state.get(name)
+        if wanted is SETTINGS and one and two:  # older ones don't know all, and each knows its own blocks' optimizers
+            known = [key for key in one if key in two]
+            one, two = {key: one[key] for key in known}, {key: two[key] for key in known}
+        if difference := _difference(one, two):
+            raise CheckpointError(f"{first} and {folder} differ in their {name}: {difference}; {advice}")
 
 
 def _check_steps(first: Path, manifest: Manifest, folder: Path, other: Manifest) -> None:
@@ -158,6 +172,8 @@ def _same(one: Any, other: Any) -> bool:
 
 def _difference(one: Any, other: Any) -> str:
     """Return the first difference of two JSON values, "" if they are equal."""
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return next((text for pair in zip(one, other, strict=True) if (text := _difference(*pair))), "")
     if isinstance(one, dict) and isinstance(other, dict):
         for key in dict.fromkeys((*one, *other)):
             if difference := _difference(one.get(key), other.get(key)):

@@ -11,7 +11,7 @@ import functools
 import os
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..offload.offloader import Offloader
+from .optimizer import gradients_of
 
 GROUP = "group_"  # begins the names of the folders that groups save to
 TIMEOUT = timedelta(minutes=30)  # for ranks of a group that are late, e.g. because the first one writes a checkpoint
@@ -77,30 +78,57 @@ class Mesh:
         share = count // self.ranks
         return slice(self.rank * share, (self.rank + 1) * share)
 
-    def sum(self, tensors: Iterable[Tensor]) -> None:
-        """Replace tensors by their sums over the group's ranks. Raises: RankLost, naming who didn't answer."""
+    def sum(self, params: Sequence[Tensor]) -> None:
+        """Replace parameters' gradients by their sums over the group's ranks; one that no rank reached gets none.
+
+        A rank that didn't reach a parameter (an expert of other rows) adds zeros: all ranks sum the same tensors.
+        Raises: RankLost, naming who didn't answer.
+        """
         if self.ranks == 1:
             return
+        missing = [i for i, p in enumerate(params) if p.grad is None]
+        for i in missing:
+            params[i].grad = torch.zeros_like(params[i])
+        reached = torch.ones(len(params), dtype=torch.int32)
+        reached[missing] = 0
+        reached = reached.to(params[0].device)
         try:
-            for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+            gradients = gradients_of(params)
+            for work in [dist.all_reduce(t, async_op=True) for t in (reached, *gradients)]:
                 work.wait()
         except RuntimeError as error:
             raise RankLost(f"{self._lost()}; other groups go on ({_first_line(error)})") from error
+        if missing:  # else every parameter was reached, and nothing need be read from the device
+            for i in (i for i in missing if not reached[i]):
+                params[i].grad = None
 
     def check_weights(self, offloader: Offloader, parts: Iterable[str]) -> None:
         """Raise ValueError unless all ranks of the group begin with the same weights of these parts."""
-        if self.ranks == 1:
-            return
-        numbers = {part: _checksum(offloader.part_weights(part).values()) for part in sorted(parts)}
-        own = torch.tensor(list(numbers.values()), dtype=torch.int64, device=offloader.device)
+        if self.ranks > 1:
+            tensors = {part: offloader.part_weights(part).values() for part in sorted(parts)}
+            if found := self._different(tensors, offloader.device):
+                raise ValueError(
+                    f"the ranks of a group begin with different weights of {', '.join(found)}: seed before the model "
+                    "is built, the same on every rank"
+                )
+
+    def check_buffers(self, modules: Mapping[str, nn.Module], device: torch.device) -> None:
+        """Raise ValueError if layers updated buffers by what their rank's rows are: no rank has those of all rows."""
+        if self.ranks > 1:
+            named = {f"{part}'s {n}": [t] for part, m in sorted(modules.items()) for n, t in m.named_buffers()}
+            if found := self._different(named, device):
+                raise ValueError(
+                    f"a step left different values in {', '.join(found[:3])} on the ranks of a group, each by its own "
+                    "rows: use layers that keep no statistics of a batch, or one data rank, mesh=(groups, 1)"
+                )
+
+    def _different(self, tensors: Mapping[str, Iterable[Tensor]], device: torch.device) -> list[str]:
+        """Return the names of what isn't equal on all ranks of the group."""
+        own = torch.tensor([_checksum(given) for given in tensors.values()], dtype=torch.int64, device=device)
         found = [torch.empty_like(own) for _ in range(self.ranks)]
         dist.all_gather(found, own)
-        for rank, other in enumerate(found):
-            if differing := [name for name, same in zip(numbers, (own == other).tolist(), strict=True) if not same]:
-                raise ValueError(
-                    f"ranks {self.rank} and {rank} of a group begin with different weights of {', '.join(differing)}: "
-                    "seed before the model is built, the same on every rank"
-                )
+        same = (torch.stack(found) == own).all(0).tolist()
+        return [name for name, equal in zip(tensors, same, strict=True) if not equal]
 
     def _lost(self) -> str:
         """Return which ranks don't answer."""
@@ -169,7 +197,8 @@ def share(blocks: Sequence[int], groups: int, group: int) -> list[int]:
 
 
 def _checksum(tensors: Iterable[Tensor]) -> int:
-    return sum(zlib.crc32(t.flatten().view(torch.uint8).numpy()) for t in tensors)
+    flat = (t.detach().to("cpu", memory_format=torch.contiguous_format).reshape(-1) for t in tensors)
+    return sum(zlib.crc32(t.view(torch.uint8).numpy()) for t in flat)
 
 
 def _close() -> None:

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterable
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..blocks import DiffusionBlocks
 from ..noise.density import Tabulated
@@ -50,6 +52,8 @@ def own_blocks(model: DiffusionBlocks, config: TrainerConfig, mesh: Mesh) -> fro
             f"{what} with a partition that adapts to all that is measured: set adapt=False (--no-adapt), which keeps "
             "it, or build the model with a density measured before, and adapt=False"
         )
+    if mesh.ranks > 1:
+        _check_statistics(model)
     if len(own) < len(every):
         _check_apart(model, config, what)
     _check_trained(model, own)
@@ -88,6 +92,15 @@ def _check_apart(model: DiffusionBlocks, config: TrainerConfig, what: str) -> No
             f"{what} needs blocks that share nothing they train: build the model with shared='per_block' or "
             "shared='frozen', or train all blocks in one group"
         )
+
+
+def _check_statistics(model: DiffusionBlocks) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(
+                f"mesh: {name} is a {type(module).__name__}, and each rank of a group would have the statistics of its "
+                "own rows: use GroupNorm or LayerNorm, or one data rank, mesh=(groups, 1)"
+            )
 
 
 def learning_rate(step: int, *, steps: int | None, peak: float, warmup: int) -> float:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..blocks import DiffusionBlocks
 from ..checkpoint import files
@@ -96,6 +97,7 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
     here = [name for name in trainer.offloader.parts if name in manifest.parts]
     found = files.inspect_parts(folder, manifest, here)
     for name in here:  # all before the first is replaced: nothing is half loaded
+        trainer.offloader.check_unwritten(name)
         _check_part(trainer.offloader.parts[name], found[name].layout, f"{folder}: {name}")
     for name in here:
         if not trainer.offloader.adopt(name, found[name]):
@@ -194,7 +196,39 @@ def _recipe(trainer: Trainer) -> dict[str, Any]:
         if key.startswith("weight/")
     }
     values = {name: config[name] for name in RECIPE}
-    return values | {"shared": trainer.model.shared, "context": trainer.model.context, "network": digest(shapes)}
+    values |= {"shared": trainer.model.shared, "context": trainer.model.context, "network": digest(shapes)}
+    kinds = Counter(type(module).__name__ for module in trainer.model.modules())
+    trained = {name: _trained(module) for name, module in trainer.model.parts().items()}
+    return values | {"modules": dict(sorted(kinds.items())), "trained": trained} | _optimizers(trainer)
+
+
+def _trained(module: nn.Module) -> str:
+    named = dict(module.named_parameters())
+    names = [name for name, p in named.items() if p.requires_grad]
+    return f"{len(names)} of {len(named)} parameters ({digest({'names': names})[:8]})"
+
+
+def _optimizers(trainer: Trainer) -> dict[str, Any]:
+    """Return the optimizers' settings: defaults by class, and groups' by the shapes that the optimizer was made for,
+    which are all that its maker sees of a block."""
+    values: dict[str, Any] = {}
+    for optimizer in trainer.optimizers.values():
+        groups = [
+            group | {"lr": peak} for group, peak in zip(optimizer.param_groups, trainer.peaks[optimizer], strict=True)
+        ]
+        shapes = {"shapes": [list(p.shape) for group in groups for p in group["params"]]}
+        values[type(optimizer).__name__] = _plain(optimizer.defaults)
+        values[f"groups of {len(shapes['shapes'])} parameters ({digest(shapes)[:8]})"] = [_plain(g) for g in groups]
+    return values
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that an update depends on as JSON values; of other objects their type."""
+    left_out = ("params", "seed", "foreach", "fused", *IMPLEMENTATION)
+    known = {name: value for name, value in settings.items() if name not in left_out}
+    text = json.dumps(known, default=lambda value: float(value) if isinstance(value, Tensor) else type(value).__name__)
+    plain: dict[str, Any] = json.loads(text, parse_constant=str)  # infinity is no JSON
+    return plain
 
 
 def _settings(trainer: Trainer) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 import dbkernels
 
 from ..denoiser import BlockLoss
+from ..offload import checks
 from ..offload.memory import Usage
 from .activations import saving
 from .optimizer import clipped_step, gradients_of
@@ -71,7 +72,11 @@ def run(
         counted: Also count the bytes on the device before the update.
     """
     trainer.watch.look(batch.x, batch.y)
-    loss, activations = _forward(trainer, block, batch, numbers, counted)
+    try:
+        loss, activations = _forward(trainer, block, batch, numbers, counted)
+    except RuntimeError:
+        check_trained(trainer, block)  # e.g. a block that was made half: that is said rather than what came of it
+        raise
     usage = norm = None
     try:
         loss.loss.backward()
@@ -86,6 +91,12 @@ def run(
         trainer.batches_done -= trainer.batches_done % trainer.config.accumulate
         raise
     return Work(loss, norm, usage)
+
+
+def check_trained(trainer: Trainer, block: int) -> None:
+    """Raise RuntimeError if a step of this block has other parameters than its optimizers, or in another dtype."""
+    for name in ("shared", f"block_{block}"):
+        checks.check_trained(name, trainer.offloader.parts[name])
 
 
 def pass_over(trainer: Trainer) -> StepOutput:
@@ -118,15 +129,24 @@ def _forward(trainer: Trainer, block: int, batch: Batch, numbers: Numbers, count
 def _update(trainer: Trainer, block: int, numbers: Numbers, losses: Sequence[BlockLoss]) -> Tensor:
     active, given = trainer.active_optimizers(block), iter(numbers.rates or ())
     groups = [group for optimizer in active for group in optimizer.param_groups]
-    gradients = gradients_of(p for group in groups for p in group["params"])
-    trainer.mesh.sum(gradients)
-    norm = dbkernels.total_norm(gradients)
+    params = [p for group in groups for p in group["params"]]
+    _check_buffers(trainer, block)
+    trainer.mesh.sum(params)
+    norm = dbkernels.total_norm(gradients_of(params))
     for optimizer in active:
         rates = None if numbers.rates is None else [next(given) for _ in optimizer.param_groups]
         clipped_step(optimizer, norm, trainer.config.clip, rates)
         optimizer.zero_grad(set_to_none=True)
     trainer.watch.update(numbers.step, numbers.block, losses, norm)
     return norm
+
+
+def _check_buffers(trainer: Trainer, block: int) -> None:
+    """Raise ValueError if a block's first step left other buffers on other ranks."""
+    visit, rest = divmod(trainer.steps_done, trainer.config.visit)
+    if visit < len(trainer.model.blocks) and not rest:
+        parts = trainer.offloader.parts
+        trainer.mesh.check_buffers({n: parts[n].module for n in ("shared", f"block_{block}")}, trainer.device)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from .precision import autocast, seeded, stored
 from .progress import Progress
 from .schedule import adaptive_density, learning_rate, own_blocks, turn, warn_untrained
 from .settings import settings_from, typed
-from .step import Batch, StepOutput, Work, pass_over
+from .step import Batch, StepOutput, Work, check_trained, pass_over
 
 
 class Trainer:
@@ -86,7 +86,7 @@ class Trainer:
                 for part, module in modules.items()
                 if (made := optimizer_of(module, optimizer or adamw_of(self.config, part), self.config.ema)) is not None
             }
-        self._peaks = {o: [g["lr"] for g in o.param_groups] for o in self.optimizers.values()}
+        self.peaks = {o: [g["lr"] for g in o.param_groups] for o in self.optimizers.values()}
         self.offloader = Offloader(
             model,
             self.optimizers,
@@ -147,7 +147,8 @@ class Trainer:
         self.model.activate(block)
         with autocast(self.device, self.config.precision):
             self.model.check(block, x, y)
-        with seeded(stream(self.config.seed, "layers", self.batches_done, *self.mesh.draws), self.device):
+        key = stream(self.config.seed, "layers", self.batches_done, *self.mesh.draws)
+        with self.offloader.use.step(), seeded(key, self.device):
             work = self._run(block, Batch(x, y, sigma), self._losses, counted=self._logs(self.steps_done))
         self.batches_done += 1
         if work.norm is not None:
@@ -160,10 +161,8 @@ class Trainer:
     def choose(self, y: Tensor) -> tuple[int, Tensor]:
         """Return the block to train on a batch, and its noise levels: before blocks branch, of all noise."""
         block, shape = self.block, self.model.target.level_shape(y)
-        drawn_for = None if self.steps_done < self.config.trunk_steps else block
-        sigma = self.model.draw_sigma(
-            drawn_for, shape, seed=self.config.seed, step=self.batches_done, device=self.device
-        )
+        drawn = None if self.steps_done < self.config.trunk_steps else block
+        sigma = self.model.draw_sigma(drawn, shape, seed=self.config.seed, step=self.batches_done, device=self.device)
         return block, sigma
 
     def _begin(self) -> None:
@@ -176,6 +175,7 @@ class Trainer:
             self.model.repartition(self.meter.density())
         if step % config.visit == 0 or self.offloader.active is None:
             self.model.activate(self.block)
+            check_trained(self, self.block)
             self.call("on_block_start", self.block)
             following = (step // config.visit + 1) * config.visit
             while self._block_at(following) not in self.own:
@@ -194,7 +194,7 @@ class Trainer:
         """Give the groups of a step's optimizers their learning rates, and return them in order."""
         rates = []
         for optimizer in self.active_optimizers(block):
-            for group, peak in zip(optimizer.param_groups, self._peaks[optimizer], strict=True):
+            for group, peak in zip(optimizer.param_groups, self.peaks[optimizer], strict=True):
                 group["lr"] = self.learning_rate_of(self.steps_done, peak)
                 rates.append(group["lr"])
         return rates

@@ -1,0 +1,59 @@
+"""What weights are in use for: a step, or an evaluation by their averages; never both, whatever threads ask for."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+
+class Use:
+    """Who uses the weights now. Nobody waits for another thread: what can't be now is refused.
+
+    Attributes:
+        lock: Held while blocks change places or weights are exchanged, and while it is decided who may.
+        averages: Evaluations under way, in any thread; the weights are averages from the first one's begin to the last
+            one's end.
+        stepping: A step computes with the weights.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()  # a state_dict may be asked for while another thread trains
+        self.averages = 0
+        self.stepping = False
+
+    def check(self, what: str) -> None:
+        """Raise RuntimeError if the weights are averages, or a step is under way."""
+        if self.averages:
+            raise RuntimeError(f"{what}: the weights are their averages now; leave averages() first")
+        if self.stepping:
+            raise RuntimeError(
+                f"{what}: a step is under way, of another thread or around this call; do it between two steps"
+            )
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Within it a step computes. Raises: RuntimeError as `check`."""
+        with self.lock:
+            self.check("step")
+            self.stepping = True
+        try:
+            yield
+        finally:
+            self.stepping = False
+
+    @contextlib.contextmanager
+    def averaged(self, exchange: Callable[[], None]) -> Iterator[None]:
+        """Within it weights are averages, by `exchange` and back again. Raises: RuntimeError within a step."""
+        with self.lock:
+            if not self.averages:
+                self.check("averages")
+                exchange()
+            self.averages += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                if self.averages == 1:
+                    exchange()
+                self.averages -= 1

@@ -1,0 +1,109 @@
+"""A step and an evaluation by averages exclude each other, whatever threads ask for."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import diffusionblocks as db
+import small
+
+
+def trainer(place="cpu"):
+    model = small.model(blocks=3, layers=3)
+    return db.Trainer(model, device="cpu", offload=place, visit=1, ema=0.9)
+
+
+def run(made, last):
+    while made.steps_done < last:
+        made.step(*small.batch(step=made.steps_done))
+    return made
+
+
+def assert_alike(one, other):
+    one, other = small.everything(one), small.everything(other)
+    assert one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+def in_thread(function):
+    """Call a function in another thread; return what it raised."""
+    errors = []
+
+    def call():
+        try:
+            function()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    return errors[0] if errors else None
+
+
+ASKED = {
+    "averages": lambda made, folder: made.averages().__enter__(),
+    "forward": lambda made, folder: made.model(small.batch()[0]),
+    "save_pretrained": lambda made, folder: made.model.save_pretrained(folder),
+    "activate": lambda made, folder: made.model.activate((made.block + 1) % 3),
+    "save": lambda made, folder: made.save(folder),
+    "release": lambda made, folder: made.offloader.release(),
+    "step": lambda made, folder: made.step(*small.batch()),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("place", [None, "cpu"])
+def test_another_thread_is_refused_while_a_step_computes(tmp_path, asked, place):
+    if asked == "activate" and place is None:
+        return  # nothing moves
+    made, errors = run(trainer(place), 2), []
+
+    def ask(module, given, h):
+        errors.append(in_thread(lambda: ASKED[asked](made, tmp_path / "saved")))
+
+    hook = made.model.blocks[made.block].layers[0].register_forward_hook(ask)
+    run(made, 3)
+    hook.remove()
+    assert isinstance(errors[0], RuntimeError) and "between two steps" in str(errors[0])
+    assert_alike(run(made, 6), run(trainer(place), 6))
+
+
+def test_weights_are_averages_until_the_last_evaluation_ends():
+    made, entered, leave = run(trainer(), 4), threading.Event(), threading.Event()
+    before = made.model.state_dict()
+
+    def evaluate():
+        with made.averages():
+            entered.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=evaluate)
+    with made.averages():
+        thread.start()
+        assert entered.wait(20)
+        with made.averages():
+            inner = made.model.state_dict()
+    after = made.model.state_dict()
+    with pytest.raises(RuntimeError, match="the weights are their averages now"):
+        made.step(*small.batch())
+    leave.set()
+    thread.join()
+    names = [name for name, t in before.items() if not torch.equal(t, inner[name])]
+    assert names and all(torch.equal(t, after[name]) for name, t in inner.items())
+    assert all(torch.equal(t, before[name]) for name, t in made.model.state_dict().items())
+    assert_alike(run(made, 6), run(trainer(), 6))
+
+
+def test_a_step_that_fails_is_over():
+    made = run(trainer(), 2)
+    hook = made.model.blocks[made.block].layers[0].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(made, 3)
+    hook.remove()
+    with made.averages():
+        pass
+    assert_alike(run(made, 5), run(trainer(), 5))
