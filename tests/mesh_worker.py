@@ -94,8 +94,11 @@ def run(folder: Path, scenario: str, groups: int, ranks: int) -> None:
             "bytes": dict(bytes_.counts),
         }
         seen["groups"] = [len(g) for g in dist.distributed_c10d._world.pg_group_ranks.values()]
-        gradients = [p.nbytes for b in made.own for p in made.model.blocks[b].parameters() if p.requires_grad]
-        seen["per_round"] = sum(gradients)
+        trained = [p for b in made.own for p in made.model.blocks[b].parameters() if p.requires_grad]
+        seen["per_round"] = sum(p.nbytes + 4 for p in trained)  # each with the number of ranks that reached it
+        parts = made.model.parts()
+        buffers = [len([*parts["shared"].buffers(), *parts[f"block_{b}"].buffers()]) for b in made.own]
+        seen["buffers"] = sum(buffers) * 8 * ranks
         torch.save(small.everything(made), folder / f"rank{rank}.pt")
     except Exception as error:
         seen["error"] = f"{type(error).__name__}: {error}"

@@ -64,12 +64,13 @@ def test_each_group_trains_its_blocks(mesh):
 
 def test_no_byte_passes_between_blocks(mesh):
     """Every process belongs to one process group, of its own group's two ranks, and holds no other connection but to
-    the store that they met at; within it the gradients pass once a step, and the weights' checksums at the start."""
+    the store that they met at; within it the gradients pass once a step, and checksums at the start, and of buffers in each
+    block's first step."""
     _, seen, port = mesh
     visits = mesh_worker.STEPS // 3  # steps of each block
     for rank in seen:
         assert rank["groups"] == [2] and len(rank["bytes"]) == 1
-        assert sum(rank["bytes"].values()) - rank["start"] == rank["per_round"] * visits > 0
+        assert sum(rank["bytes"].values()) - rank["start"] == rank["per_round"] * visits + rank["buffers"] > 0
     for a, one in enumerate(seen):
         for b, other in enumerate(seen):
             met = {tuple(pair) for pair in one["connections"]} & {tuple(pair[::-1]) for pair in other["connections"]}
