@@ -64,8 +64,8 @@ def test_each_group_trains_its_blocks(mesh):
 
 def test_no_byte_passes_between_blocks(mesh):
     """Every process belongs to one process group, of its own group's two ranks, and holds no other connection but to
-    the store that they met at; within it the gradients pass once a step, and checksums at the start, and of buffers in each
-    block's first step."""
+    the store that they met at; within it the gradients pass once a step, and checksums at the start, and of buffers in
+    each block's first step."""
     _, seen, port = mesh
     visits = mesh_worker.STEPS // 3  # steps of each block
     for rank in seen:

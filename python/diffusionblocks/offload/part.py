@@ -98,11 +98,8 @@ class Part:
         """Take copies of a waiting part's tensors on the host; what was put in their place meanwhile stays."""
         written = self.written()
         for name, t in self.moving().items():
-            t.data = (
-                (t if name in written else tensors.get(name, t))
-                .detach()
-                .to("cpu", copy=True, memory_format=torch.contiguous_format)
-            )
+            kept = t if name in written else tensors.get(name, t)
+            t.data = kept.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     def widen(self) -> None:
         """Make half weights float32 again where a Trainer made them half: their masters, where they have any."""
@@ -282,8 +279,7 @@ def common_tensors(model: nn.Module, parts: Mapping[str, nn.Module]) -> Common:
 
 
 def usage_of(parts: Iterable[Part], device: torch.device, buffers: Sequence[Tensor] = ()) -> Usage:
-    """Return the parts' bytes on a device by category. buffers: flat memory that some of their tensors lie in, whose
-    remainder is counted, too."""
+    """Return the parts' bytes on a device by category, and what is left of flat memory that they lie in (buffers)."""
     inside = {buffer.untyped_storage()._cdata for buffer in buffers}
     groups: dict[str, list[Tensor]] = {"weights": [], "gradients": [], "moments": [], "averages": []}
     for part in parts:
