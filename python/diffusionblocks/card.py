@@ -15,21 +15,14 @@ SHARING = {
 }
 
 
-def model_card(model: Any, name: str, *, repo_id: str | None = None) -> str:
+def model_card(model: Any, name: str, *, repo_id: str | None = None, run: bool = False) -> str:
     """Return a card of the facts that DiffusionBlocks know of themselves; licence, data and results are left open.
 
-    repo_id: The Hub's repository that the model is loaded from; None: the folder `name`.
+    repo_id: The Hub's repository that the model is loaded from; None: the folder `name`. run: The model is of a run of
+        `dblocks`, which knows how to build it.
     """
     rows = "\n".join(_row(model, block) for block in range(len(model.blocks)))
-    if model.origin:
-        library, _, kind = model.origin["kind"].partition(".")
-        network, build = f"A `{kind.rpartition('.')[2]}`", ""
-        note = f"\n{library} doesn't load these files: `db.to_original(model)` makes networks of its classes.\n"
-    else:
-        network, build = "A network", ", build()"
-        note = "\n`build()` is the code that built the model, which a file can't hold: add it here.\n"
-    adapter = "import diffusionblocks.integrations.peft  # the network has an adapter\n"
-    download = "from huggingface_hub import snapshot_download\n"
+    network = f"A `{model.origin['kind'].rpartition('.')[2]}`" if model.origin else "A network"
     return f"""---
 library_name: diffusionblocks
 tags:
@@ -49,17 +42,43 @@ trained without the others ([paper](https://arxiv.org/abs/2506.14202)).
 
 ## Use
 
+{_use_of_a_run(name) if run else _use(model, name, repo_id)}
+Licence, training data and results: not stated yet.
+
+{OURS}
+"""
+
+
+def _use_of_a_run(name: str) -> str:
+    return f"""`dblocks eval {name}`, `dblocks sample {name}`, or `dblocks predict {name} IMAGES`; in Python:
+
 ```python
+from pathlib import Path
+
+from diffusionblocks.experiments.export import open_exported
+
+task, model = open_exported(Path("{name}"))
+answer = model(x)
+```
+"""
+
+
+def _use(model: Any, name: str, repo_id: str | None) -> str:
+    if model.origin:
+        library, build = model.origin["kind"].partition(".")[0], ""
+        note = f"\n{library} doesn't load these files: `db.to_original(model)` makes networks of its classes.\n"
+    else:
+        build = ", build()"
+        note = "\n`build()` is the code that built the model, which a file can't hold: add it here.\n"
+    adapter = "import diffusionblocks.integrations.peft  # the network has an adapter\n"
+    download = "from huggingface_hub import snapshot_download\n"
+    return f"""```python
 import diffusionblocks as db
 {adapter if hasattr(model, "peft_config") else ""}{download if repo_id else ""}
 model = db.load({f'snapshot_download("{repo_id}")' if repo_id else f'"{name}"'}{build})
 answer = model(x)
 ```
-{note}
-Licence, training data and results: not stated yet.
-
-{OURS}
-"""
+{note}"""
 
 
 def is_own(text: str) -> bool:

@@ -144,7 +144,8 @@ class Offloadable(nn.Module):
             save_shards(folder, {part: functools.partial(self.part_weights, part) for part in self.parts()}, config)
         card = Path(folder, CARD)
         if not card.exists() or (card.is_file() and is_own(card.read_text(encoding="utf-8", errors="replace"))):
-            atomic.write(card, [model_card(self, card.resolve().parent.name).encode()])
+            text = model_card(self, card.resolve().parent.name, run="run" in (extra or {}))
+            atomic.write(card, [text.encode()])
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model's folder to the Hugging Face Hub, and return the commit's address.

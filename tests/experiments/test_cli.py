@@ -177,7 +177,12 @@ def test_a_garbage_config_is_refused(tmp_path, capsys):
     ("arguments", "suggestion"),
     [("train vit-digits --stepz 5", "--steps"), ("train vit-digit", "vit-digits"), ("trian vit-digits", "train"),
      ("train vit-digits --lr abc", "could not convert"), ("train", "vit-digits"),
-     ("sample x --temprature 2", "--temperature"), ("train vit-digits --precision int8", "bfloat16")],
+     ("sample x --temprature 2", "--temperature"), ("train vit-digits --precision int8", "bfloat16"),
+     ("train --steps 5", "name a preset first, e.g. dblocks train vit-digits --steps"),
+     ("--steps 5", "name a command first"), ("presets", "dblocks train --help lists the presets"),
+     ("train vit-digits --steps abc", "dblocks: --steps must be a whole number, got abc"),
+     ("train vit-digits --model.heads 5", "dblocks: heads=5 must divide dim=64"),
+     ("predict x .", "not a run folder")],
 )  # fmt: skip
 def test_what_is_mistyped_gets_one_suggestion(arguments, suggestion, capsys):
     assert suggestion in fails(capsys, *arguments.split())

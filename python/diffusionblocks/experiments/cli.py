@@ -46,6 +46,8 @@ def train(config: Annotated[Run, tyro.conf.arg(name="")], overwrite: bool = Fals
 
     `--config FILE.yaml` takes settings from a run's config.yaml or one like it; options override it.
     `--train-blocks 0 2 --shared per_block --no-adapt` trains these blocks alone; `dblocks merge` joins them.
+    For special cases there are also --overlap, --weight-decay, --tune-warmup, --checkpoint-minutes, --log-every,
+    --checkpoint-layers, --slots, --moments, --compile, --capture and --no-pin: docs/guides/command.md explains them.
 
     Args:
         config: The preset and its settings.
@@ -65,9 +67,12 @@ def resume(folder: Folder, lr: float | None = None, steps: int | None = None, cl
         clip: A new largest norm of the gradients.
     """
     given = {"lr": lr, "steps": steps, "clip": clip}
+    finished = (folder / "summary.json").exists()
     changes = {name: value for name, value in given.items() if value is not None}
     with _explained(folder):
         summary = commands.resume(folder, **changes)
+        if finished and not changes:
+            print(f"this run was finished; to lengthen it: dblocks resume {folder} --steps NUMBER")
         report(read_config(folder), summary)
 
 
@@ -211,6 +216,7 @@ def show_plan(
     if host is not None and plan.device.type == "cpu":
         raise ValueError("--host-memory: the CPU's memory is the host's: give --memory alone, or --device cuda")
     print(f"{config.architecture}, batch {config.batch_size}, shared={config.shared!r}\n{plan}")
+    print(f"B: number of blocks; {plan.device}: all columns before it together; behind it what waits there")
     if limit is None:
         return
     choice = plan.fit(limit, host)

@@ -69,9 +69,10 @@ class TrainConfig(TrainerConfig):
     checkpoint_minutes: Hidden[float] = 10.0
     """Minutes after which a checkpoint is written, too."""
     baseline: tuple[Literal["end-to-end", "checkpointing", "shallow"], ...] = ("end-to-end",)
-    """Networks to train beside, for comparison; the option alone, without a name, trains none."""
+    """Networks to train beside, for comparison; the option alone, without a name, trains none. shallow: one block's
+    layers, with end-to-end's steps, so with one block's share of the compute."""
     tune_lr: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-    """End-to-end learning rates to choose from on the validation split."""
+    """End-to-end learning rates to choose from on the validation split; the best with each of --tune-warmup."""
     tune_warmup: Hidden[tuple[float, ...]] = (0.05, 0.2)
     """End-to-end warm-ups to choose from, at the best rate."""
     weight_decay: Hidden[float] = 0.01

@@ -20,6 +20,9 @@ from .config import Hidden, from_yaml
 from .presets import RUNS
 
 RENAMED = {"--to": "--out"}  # export and sample had another name for what is --out everywhere
+_WHOLE = r"^Error parsing [\w.-]*config[\w.-]*: "  # of a whole preset: the fault names the setting
+_SEVERAL = r"^Error parsing (\S+): no type matching (\S+) could be instantiated from \['(.*?)'\]"
+_KINDS = {"INT": "a whole number", "FLOAT": "a number"}
 FLAGS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
 
 
@@ -37,9 +40,9 @@ def presets_of(arguments: list[str]) -> Any:
         if not named or type(runs[named[0]]) is not type(given):
             raise ValueError(f"{path} is of a {given.architecture} run: name a preset of that kind")
         runs[named[0]] = dataclasses.replace(given, out=runs[named[0]].out)
-    return tyro.extras.subcommand_type_from_defaults(
-        runs, {name: text for name, (text, _) in RUNS.items()}, prefix_names=False
-    )
+    more = {name: f"{text}. Options for special cases: see dblocks train --help" for name, (text, _) in RUNS.items()}
+    texts = {name: more[name] if name in arguments else text for name, (text, _) in RUNS.items()}
+    return tyro.extras.subcommand_type_from_defaults(runs, texts, prefix_names=False)
 
 
 def parse(table: dict[str, Callable[..., Any]], arguments: list[str], description: str) -> Callable[[], Any]:
@@ -88,12 +91,26 @@ def _short(text: str) -> str:
     near = difflib.get_close_matches(wrong[0], known, 1, 0.0) if wrong and "nrecognized" in fault else []
     if near:
         return f"unrecognized option {wrong[0]}; perhaps {near[0]}"
-    fault = re.sub(r"^Error parsing \w+: ", "", fault)  # of a whole preset: the fault names the setting
+    fault = re.sub(_WHOLE, "", fault)
+    if several := re.search(_SEVERAL, fault):
+        option, types, given = several.groups()
+        wanted = " or ".join(_KINDS.get(name, name.strip("{}")) for name in types.split("|") if name != "{None}")
+        return f"{option} must be {wanted}, got {given}"
     return fault.split(" Arguments are applied")[0] or "bad arguments"
 
 
 def _check_names(commands: list[str], arguments: list[str]) -> None:
-    """Raise ValueError, with a suggestion, on a command or preset that doesn't exist."""
+    """Raise ValueError, with a suggestion, on a command or preset that doesn't exist or isn't named."""
+    asks = {"-h", "--help"} & set(arguments)
+    if arguments and arguments[0].startswith("-") and not asks:
+        raise ValueError(
+            f"name a command first, e.g. dblocks train vit-digits {arguments[0]}; dblocks --help lists them"
+        )
+    if arguments[:1] in (["train"], ["plan"]) and arguments[1:2] and arguments[1].startswith("-") and not asks:
+        first = f"dblocks {arguments[0]} vit-digits {arguments[1]}"
+        raise ValueError(f"name a preset first, e.g. {first}; dblocks {arguments[0]} --help lists them")
+    if arguments[:1] in (["presets"], ["list"]):
+        raise ValueError("there is no command of that name: dblocks train --help lists the presets")
     for name, known in itertools.chain(
         [(arguments[0], commands)] if arguments else [],
         [(arguments[1], list(RUNS))] if len(arguments) > 1 and arguments[0] in ("train", "plan") else [],

@@ -28,6 +28,8 @@ def predict(task: Task, model: DiffusionBlocks, images: Sequence[Path]) -> Itera
         raise ValueError(f"a {task.config.architecture} run gives no labels; see `dblocks sample`")
     if not images:
         raise ValueError("name the image files to label")
+    if folders := [str(path) for path in images if path.is_dir()]:
+        raise ValueError(f"{folders[0]} is a folder: name the image files in it, e.g. {folders[0]}/*.png")
     config, facts = task.config, task.facts
     pixels, faults = {}, []
     for path in images:

@@ -13,6 +13,14 @@ from .tasks import task_of
 from .tasks.base import Metric
 
 console = Console()
+LABELS = {  # of the numbers beside a task's own that are printed; results/*.json have all
+    "exact": "whole answers right %",
+    "class_accuracy": "images of the class asked for %",
+    "floor": "training images' distance",
+    "unigram": "by the frequency of tokens alone",
+    "first_bits": "after the first step",
+    "mixture_bits": "mean of several draws",
+}
 
 
 def report(config: TrainConfig, summary: dict[str, Any]) -> None:
@@ -34,8 +42,8 @@ def report(config: TrainConfig, summary: dict[str, Any]) -> None:
 
 def show(metric: Metric, result: dict[str, Any]) -> None:
     """Print an evaluation: its numbers, the trajectory, the information bound."""
-    numbers = {k: v for k, v in result.items() if isinstance(v, float) and k not in (metric.key, "bound_bits")}
-    console.print(f"{metric.label} {result[metric.key]:.4g}", *(f"{k} {v:.4g}" for k, v in numbers.items()), sep="; ")
+    numbers = [f"{label} {result[key]:.4g}" for key, label in LABELS.items() if key in result]
+    console.print(f"{metric.label} {result[metric.key]:.4g}", *numbers, sep="; ")
     if "trajectory" in result:
         steps = Table("step", "sigma", "block", metric.label, title="along the trajectory")
         for step in result["trajectory"]:
@@ -43,4 +51,4 @@ def show(metric: Metric, result: dict[str, Any]) -> None:
         console.print(steps)
     if "bound_bits" in result:
         regret = ", ".join(f"{bits:+.3f}" for bits in result["regret_bits"])
-        console.print(f"information bound {result['bound_bits']:.3f} bits; regret by block {regret}")
+        console.print(f"information bound {result['bound_bits']:.3f} bits; regret by block {regret} (0 or less: none)")

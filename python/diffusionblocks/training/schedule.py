@@ -80,7 +80,7 @@ def _check_trained(model: DiffusionBlocks, own: Iterable[int]) -> None:
     idle = [b for b in sorted(own) if not trained & {"shared", f"block_{b}"}]
     if idle:
         others = tuple(b for b in sorted(own) if b not in idle)
-        rather = f", or leave it out: train_blocks={others}, adapt=False" if others else ""
+        rather = f": unfreeze some, or leave it out, train_blocks={others}, adapt=False" if others else ""
         raise ValueError(f"block {idle[0]} has nothing to train: none of its parameters requires a gradient{rather}")
 
 

@@ -36,7 +36,7 @@ def image_folder(folder: Path | None, *, size: int | None = None, resize: Resize
             8 bits per channel, or several sizes.
     """
     if folder is None or not folder.is_dir():
-        raise FileNotFoundError(f"data='folder' needs folder= with image files, got {folder}")
+        raise FileNotFoundError(f"data='folder' needs folder= (--data-folder) with image files, got {folder}")
     places = _splits(folder)
     names = _classes(places.get("train", folder))
     files = {split: _files(place, names) for split, place in places.items()}
@@ -98,7 +98,7 @@ def read_image(path: Path, channels: int, size: int, resize: Resize | None = Non
     _, width, height = _header(path)
     if resize is None and (width, height) != (size, size):
         raise ValueError(
-            f"{path} is {width}x{height}, not {size}x{size}: resize it first (runs trained with --resize take any)"
+            f"{path} is {width}x{height}, not {size}x{size}: resize it first, or train with --resize crop or stretch"
         )
     try:
         with Image.open(path) as file:

@@ -149,7 +149,9 @@ def check_model(data: ImageData, model: Any) -> None:
     have = (data.channels, data.image_size, data.num_classes)
     want = (model.channels, model.image_size, model.num_classes)
     if have != want:
-        raise ValueError(f"{data.name} has (channels, image_size, num_classes) {have}, the model {want}: set --model.*")
+        names = ("channels", "image-size", "num-classes")
+        options = (f"--model.{name} {n}" for name, n, other in zip(names, have, want, strict=True) if n != other)
+        raise ValueError(f"the model is for other images than {data.name}'s: set {' '.join(options)}")
 
 
 def _val_count(n: int, fraction: float) -> int:

@@ -96,7 +96,7 @@ def idx_folder(folder: Path | None) -> Source:
         ValueError: files that aren't IDX, several candidates for one file, or test labels absent from training.
     """
     if folder is None or not folder.is_dir():
-        raise FileNotFoundError(f"data='idx' needs folder= with four IDX files, got {folder}")
+        raise FileNotFoundError(f"data='idx' needs folder= (--data-folder) with four IDX files, got {folder}")
     pairs = {}
     for part, names in (("train", ("train",)), ("test", ("t10k", "test"))):
         images, labels = (idx.load(_only(folder, [f"{n}-{kind}" for n in names])) for kind in ("images", "labels"))
