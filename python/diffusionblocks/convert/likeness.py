@@ -25,8 +25,10 @@ class _Weightless(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.empty:
             kwargs["device"] = "meta"
-        if func in (Tensor.normal_, Tensor.uniform_) and args[0].is_meta:  # each such call takes a millisecond
-            return args[0]
+        if getattr(func, "__name__", "").endswith(("normal_", "uniform_")):  # a millisecond each on the meta device
+            weight = args[0] if args else kwargs.get("tensor")
+            if isinstance(weight, Tensor) and weight.is_meta:
+                return weight
         return func(*args, **kwargs)
 
 
