@@ -83,9 +83,11 @@ def _check_tuned(arguments: list[str]) -> None:
 
 def _short(text: str) -> str:
     """Return the parser's error without frame, help texts and other commands' options."""
-    lines = [line.strip("│╭╮╰╯ ") for line in text.splitlines()]
-    rule = next((i for i, line in enumerate(lines) if i and set(line) == {"─"}), len(lines))
-    fault = re.sub(r"\s+", " ", " ".join(lines[1:rule])).strip()
+    lines = [line.strip("│╭╮╰╯+| ") for line in text.splitlines()]
+    rules = [i for i, line in enumerate(lines) if len(line) > 9 and set(line) <= {*"─-"}]  # dashes where no UTF-8 is
+    begin = 2 if 1 in rules else 1
+    rule = next((i for i in rules if i > begin), len(lines))
+    fault = re.sub(r"\s+", " ", " ".join(lines[begin:rule])).strip()
     wrong = re.findall(r"--[\w.-]+", fault)
     known = [word for line in lines[rule:] for word in re.findall(r"^(--[\w.-]+)", line)]
     near = difflib.get_close_matches(wrong[0], known, 1, 0.0) if wrong and "nrecognized" in fault else []
