@@ -26,7 +26,7 @@ class CausalLMConfig(ConditionedConfig):
         group_size: tokens denoised together.
         sees_z: feed the noised tokens of a group to the network, as a second stream. For single tokens the posterior
             readout already holds all that z tells, so one stream of clean tokens is enough.
-        z_gain: factor of c_in z in the noisy stream.
+        z_gain: size of the noised embedding beside the tokens' own in the noisy stream.
     """
 
     layers: int = 4

@@ -21,7 +21,7 @@ class ViTConfig(ConditionedConfig):
         channels: color channels of the images.
         num_classes: number of classes.
         patch: side length of a patch in pixels.
-        z_gain: factor of c_in z in the first token, where it is noise to the classifier's features.
+        z_gain: size of the noised label in the first token, beside the features of the image.
     """
 
     image_size: int = 8

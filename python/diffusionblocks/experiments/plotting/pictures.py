@@ -65,7 +65,7 @@ def write_trajectory(
     from .axes import DPI, block_colours, short
 
     rows, columns, colours = len(estimates[0][2]), len(estimates), block_colours(blocks)
-    margin = 0.02 + 0.08 * max((len(str(label)) for label in labels), default=0)  # inches
+    margin = 0.02 + max((0.1 + 0.08 * len(str(label)) for label in labels), default=0.0)  # inches
     figure = Figure(figsize=(0.8 * columns + margin, 0.8 * rows + 0.5), dpi=DPI)
     FigureCanvasAgg(figure)
     left, top = margin / (0.8 * columns + margin), 0.8 * rows / (0.8 * rows + 0.5)

@@ -47,7 +47,7 @@ class MaskedLMRun(TrainConfig):
     lr: float = 1e-2
     sampling_steps: int = 64
     levels: int = 12
-    """Times that a window is read at for the bound."""
+    """Levels of masking at which each window of text is evaluated; their mean is the bound."""
     tune_lr: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
     tune_warmup: Hidden[tuple[float, ...]] = (0.2,)
     model: MaskedLMConfig = field(default_factory=MaskedLMConfig)

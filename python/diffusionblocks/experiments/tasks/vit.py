@@ -41,7 +41,7 @@ class ViTRun(TrainConfig):
     data: str = "digits"
     """"digits", "fashion-mnist", "cifar100", "tiny-imagenet", "folder" or "idx" for files of one's own, or "hub:ID"."""
     data_folder: Path | None = None
-    """Folder of the data's files; by default fetched by name."""
+    """Folder of the data's files; without it, installed or cached files of that name, or a download."""
     resize: Literal["crop", "stretch"] | None = None
     """Images of other sizes in a folder of one's own: cut out of their middle, or stretched; None refuses them."""
     out: Path = Path("runs/vit-digits")
