@@ -101,7 +101,7 @@ def test_what_is_added_has_the_dtype_of_the_layers():
 @pytest.mark.parametrize(
     "shape,y,head,words",
     [
-        ((1,), (5,), 1, r"\(B, \*shape\) of ContinuousTarget's \(1,\), got \(5,\)"),
+        ((1,), (5,), 1, r"targets y must be \(B, 1\) as ContinuousTarget's shape says, got \(5,\)"),
         ((1,), (5, 1), 2, r"the head must give F in y's shape \(5, 1\), got \(5, 2\)"),
     ],
 )

@@ -88,7 +88,7 @@ def from_layers(
             like = next((p for layer in layers for p in layer.parameters()), torch.empty(0))
             stem = PlainStem(stem, width, _z_dim(target), cond)
             for added in (stem.z, stem.noise):
-                added.to(like.device, like.dtype)
+                added.to(None if like.is_meta else like.device, like.dtype)  # lazy layers get values later
     around = StemHead(stem, head if hasattr(head, "features") else PlainHead(head))
     return DiffusionBlocks(
         [copy.deepcopy(around) for _ in counts] if shared == "per_block" else around,

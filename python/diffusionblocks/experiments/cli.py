@@ -204,7 +204,9 @@ def merge(folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path)
 def show_plan(
     config: Annotated[Run, tyro.conf.arg(name="")], memory: str | None = None, host_memory: str | None = None
 ) -> None:
-    """Print the bytes a preset will take on its device, by category, for every number of blocks.
+    """Print the bytes a preset will take on its device, by category, for every number of blocks (B).
+
+    The column named like the device is the sum of those before it; behind it stands what waits on the host or on disk.
 
     Args:
         config: The preset and its settings.
@@ -216,7 +218,6 @@ def show_plan(
     if host is not None and plan.device.type == "cpu":
         raise ValueError("--host-memory: the CPU's memory is the host's: give --memory alone, or --device cuda")
     print(f"{config.architecture}, batch {config.batch_size}, shared={config.shared!r}\n{plan}")
-    print(f"B: number of blocks; {plan.device}: all columns before it together; behind it what waits there")
     if limit is None:
         return
     choice = plan.fit(limit, host)

@@ -54,9 +54,8 @@ class ContinuousTarget(Target):
         if not y.is_floating_point() or y.dim() == 0 or y.numel() == 0:
             raise ValueError(f"the target y must be a non-empty floating (B, ...), got {tuple(y.shape)} {y.dtype}")
         if self.given is not None and tuple(y.shape[1:]) != self.given:
-            raise ValueError(
-                f"the target y must be (B, *shape) of ContinuousTarget's {self.given}, got {tuple(y.shape)}"
-            )
+            what, shape = "images" if len(self.given) == 3 else "targets y", ", ".join(map(str, self.given))
+            raise ValueError(f"{what} must be (B, {shape}) as ContinuousTarget's shape says, got {tuple(y.shape)}")
 
     def check_noised(self, z: Tensor) -> None:
         """Raise ValueError unless `z` is a non-empty floating (B, ...)."""

@@ -151,7 +151,9 @@ def check_model(data: ImageData, model: Any) -> None:
     if have != want:
         names = ("channels", "image-size", "num-classes")
         options = (f"--model.{name} {n}" for name, n, other in zip(names, have, want, strict=True) if n != other)
-        raise ValueError(f"the model is for other images than {data.name}'s: set {' '.join(options)}")
+        raise ValueError(
+            f"{data.name} has (channels, image_size, num_classes) {have}, the model {want}: set {' '.join(options)}"
+        )
 
 
 def _val_count(n: int, fraction: float) -> int:
