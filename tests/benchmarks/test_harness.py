@@ -152,7 +152,7 @@ def test_rows_are_there_after_a_kill(benchmarks, tmp_path):
     """The process dies while its second case runs: the first one's rows are read."""
     script = f"""
 import sys, time
-sys.path[:0] = [{str(BENCHMARKS)!r}, {str(Path(__file__).parent)!r}]
+sys.path[:0] = [{str(BENCHMARKS)!r}, *{[str(path) for path in Path(__file__).parents[:2]]!r}]
 import harness, test_harness, torch
 from pathlib import Path
 bench = test_harness.bench_of(harness, Path({str(tmp_path)!r}), dict(ours=test_harness.double))
@@ -162,6 +162,7 @@ bench.kernels("endless", torch.float32, lambda: time.sleep(600))
     lines = tmp_path / "double.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (lines.exists() and len(lines.read_text().splitlines()) == 5):
+        assert process.poll() is None, "it died by itself"
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
