@@ -81,7 +81,8 @@ def test_resuming_a_finished_run_changes_nothing(folder, capsys):
     before = json.loads((folder / "summary.json").read_text())["results"]
     dblocks("resume", folder)
     assert json.loads((folder / "summary.json").read_text())["results"] == before
-    assert "block-wise" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "block-wise" in said and "this run was finished; to lengthen it: dblocks resume" in said
 
 
 def test_eval_repeats_the_summary_and_writes_nothing(folder, capsys):
@@ -106,6 +107,8 @@ def test_an_exported_folder_is_used_as_a_run(folder, tmp_path, capsys):
     assert [json.loads(line)["file"] for line in lines.splitlines()] == [str(name) for name in names]
     dblocks("export", folder, "--out", tmp_path / "model")
     assert files(folder) == before
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert 'open_exported(Path("model"))' in card and "dblocks predict model IMAGES" in card and "build()" not in card
     capsys.readouterr()
     dblocks("predict", tmp_path / "model", *names)
     assert capsys.readouterr().out == lines
