@@ -102,3 +102,16 @@ def everything(trainer: db.Trainer) -> dict[str, Tensor]:
         for part in trainer.offloader.parts
         for name, t in trainer.offloader.tensors(part).items()
     }
+
+
+def run(trainer: db.Trainer, last: int) -> db.Trainer:
+    """Train up to step `last`, and return the trainer."""
+    while trainer.steps_done < last:
+        trainer.step(*batch(step=trainer.steps_done))
+    return trainer
+
+
+def assert_alike(one: db.Trainer, other: db.Trainer) -> None:
+    """Fail unless two trainers hold the same bits."""
+    ours, theirs = everything(one), everything(other)
+    assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from .checkpoint import atomic
 
 CARD = "README.md"
 OURS = "<!-- Written with the model, and anew with the next one while this line stays. -->"
@@ -13,6 +16,13 @@ SHARING = {
     "frozen": "All blocks have one stem and head, which weren't trained.",
     "per_block": "Each block has a stem and head of its own.",
 }
+
+
+def write_card(model: Any, folder: Path, *, run: bool = False) -> None:
+    """Write a model's card into its folder, unless there is one that somebody wrote. run: as `model_card`."""
+    card = folder / CARD
+    if not card.exists() or (card.is_file() and is_own(card.read_text(encoding="utf-8", errors="replace"))):
+        atomic.write(card, [model_card(model, folder.resolve().name, run=run).encode()])
 
 
 def model_card(model: Any, name: str, *, repo_id: str | None = None, run: bool = False) -> str:
@@ -50,7 +60,7 @@ Licence, training data and results: not stated yet.
 
 
 def _use_of_a_run(name: str) -> str:
-    return f"""`dblocks eval {name}`, `dblocks sample {name}`, or `dblocks predict {name} IMAGES`; in Python:
+    return f"""`dblocks eval {name}`, and `dblocks sample {name}` or `dblocks predict {name} IMAGES`; in Python:
 
 ```python
 from pathlib import Path

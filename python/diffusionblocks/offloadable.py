@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .card import CARD, is_own, model_card
-from .checkpoint import atomic
+from .card import write_card
 from .checkpoint.shards import save_shards
 from .noise.partition import Partition
 from .targets.base import Target
@@ -142,10 +141,7 @@ class Offloadable(nn.Module):
         }
         with self.averages():
             save_shards(folder, {part: functools.partial(self.part_weights, part) for part in self.parts()}, config)
-        card = Path(folder, CARD)
-        if not card.exists() or (card.is_file() and is_own(card.read_text(encoding="utf-8", errors="replace"))):
-            text = model_card(self, card.resolve().parent.name, run="run" in (extra or {}))
-            atomic.write(card, [text.encode()])
+        write_card(self, Path(folder))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model's folder to the Hugging Face Hub, and return the commit's address.

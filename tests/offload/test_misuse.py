@@ -14,6 +14,7 @@ from torch import nn
 import diffusionblocks as db
 import small
 from diffusionblocks.offload.uninterrupted import uninterrupted
+from small import assert_alike, run
 
 PLACES = pytest.mark.parametrize("place", [("cpu", 1), ("disk", 2)])
 
@@ -38,17 +39,6 @@ def trainer(folder, place=("cpu", 1), layer=None, **settings):
     )
     settings = {"visit": 1, "ema": 0.9, **settings}
     return db.Trainer(model, device="cpu", offload=place[0], slots=place[1], folder=folder, **settings)
-
-
-def run(made, last):
-    while made.steps_done < last:
-        made.step(*small.batch(step=made.steps_done))
-    return made
-
-
-def assert_alike(one, other):
-    one, other = small.everything(one), small.everything(other)
-    assert one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
 
 
 @pytest.fixture

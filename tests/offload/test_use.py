@@ -9,22 +9,12 @@ import torch
 
 import diffusionblocks as db
 import small
+from small import assert_alike, run
 
 
 def trainer(place="cpu"):
     model = small.model(blocks=3, layers=3)
     return db.Trainer(model, device="cpu", offload=place, visit=1, ema=0.9)
-
-
-def run(made, last):
-    while made.steps_done < last:
-        made.step(*small.batch(step=made.steps_done))
-    return made
-
-
-def assert_alike(one, other):
-    one, other = small.everything(one), small.everything(other)
-    assert one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
 
 
 def in_thread(function):

@@ -7,6 +7,7 @@ import torch
 
 import diffusionblocks as db
 import small
+from small import assert_alike
 
 
 def trainer(seed=0, **settings):
@@ -17,11 +18,6 @@ def run(made, first, last):
     for step in range(first, last):
         made.step(*small.batch(step=step))
     return made
-
-
-def assert_alike(one, other):
-    one, other = small.everything(one), small.everything(other)
-    assert one.keys() == other.keys() and all(torch.equal(t, other[name]) for name, t in one.items())
 
 
 class Raising(torch.autograd.Function):

@@ -23,12 +23,12 @@ from torch import Tensor
 from . import atomic
 from . import manifest as manifests
 from .manifest import CheckpointError, Manifest, PartFile, refuse
-from .parts import Inspected, Part, check_size, inspect_part, is_ours, read_part, write_part
+from .parts import Inspected, Part, check_size, inspect_part, owned, read_part, write_part
 
 __all__ = ["CheckpointError", "Manifest", "PartFile", "load_part", "read_state", "save", "sweep"]
 
 MANIFEST = "manifest.json"
-_PART = re.compile(r"[a-z0-9_]{1,100}\.save\d+\.safetensors")
+_PART = re.compile(r"[a-z0-9_]{1,100}(\.save\d+)\.safetensors")
 _TEMPORARY = re.compile(_PART.pattern + r"\.tmp|manifest\.json\.tmp")
 
 
@@ -66,11 +66,12 @@ def save(
     old = read_state(folder) if path.exists() else None
     kept = _kept(path, old, parts, list(keep))
     saves = old.saves + 1 if old else 1
-    with atomic.saving(path, _own(old), manifests.files(old)):
+    own = owned(_PART, _TEMPORARY, saved=old is not None)
+    with atomic.saving(path, own, manifests.files(old)):
         written = {name: write_part(folder / f"{name}.save{saves}.safetensors", part) for name, part in parts.items()}
         new = Manifest(state, kept | written, saves, manifests.package_version())
         text = json.dumps(manifests.to_record(new), indent=1).encode()
-        atomic.commit(folder, {MANIFEST: text}, _own(old), manifests.files(new), manifests.files(old))
+        atomic.commit(folder, {MANIFEST: text}, own, manifests.files(new), manifests.files(old))
     return new
 
 
@@ -78,8 +79,7 @@ def sweep(folder: str | os.PathLike[str]) -> None:
     """Remove what a killed save left beside a checkpoint. Not safe while another process saves there."""
     folder = Path(folder)
     if (folder / MANIFEST).exists():
-        present = read_state(folder)
-        atomic.sweep(folder, _own(present), manifests.files(present))
+        atomic.sweep(folder, owned(_PART, _TEMPORARY, saved=True), manifests.files(read_state(folder)))
 
 
 def read_state(folder: str | os.PathLike[str]) -> Manifest:
@@ -130,17 +130,6 @@ def inspect_parts(folder: str | os.PathLike[str], manifest: Manifest, names: Ite
             refuse(Path(folder) / MANIFEST, f"has no part {name!r}; it has {sorted(manifest.parts)}")
         found[name] = inspect_part(Path(folder) / manifest.parts[name].file, manifest.parts[name])
     return found
-
-
-def _own(old: Manifest | None) -> atomic.Own:
-    """Return what saves wrote: by its name where a checkpoint lies, in anybody's folder by its header, too."""
-
-    def own(path: Path) -> bool:
-        if _TEMPORARY.fullmatch(path.name):
-            return True
-        return _PART.fullmatch(path.name) is not None and (old is not None or is_ours(path))
-
-    return own
 
 
 def _kept(path: Path, old: Manifest | None, parts: Iterable[str], keep: list[str]) -> dict[str, PartFile]:

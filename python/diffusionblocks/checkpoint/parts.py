@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,22 @@ def is_ours(path: Path) -> bool:
     """
     with open(path, "rb") as file:
         return file.read(100)[8:].startswith(json.dumps(METADATA)[:-1].encode())
+
+
+def owned(names: re.Pattern[str], temporary: re.Pattern[str], *, saved: bool) -> atomic.Own:
+    """Return what tells the files of earlier saves from those of others: temporary ones by their names, numbered ones
+    too where a save lies (`saved`), and the rest by their headers.
+
+    names: Of files; group 1 is their number. temporary: Of files that a killed save leaves.
+    """
+
+    def own(path: Path) -> bool:
+        if temporary.fullmatch(path.name):
+            return True
+        name = names.fullmatch(path.name)
+        return name is not None and ((saved and name[1] is not None) or is_ours(path))
+
+    return own
 
 
 class Inspected(NamedTuple):

@@ -26,7 +26,7 @@ from torch import Tensor
 from . import atomic
 from . import manifest as manifests
 from .manifest import Manifest, refuse
-from .parts import Part, is_ours, read_part, tensor_sizes, write_part
+from .parts import Part, owned, read_part, tensor_sizes, write_part
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -64,13 +64,14 @@ def save_shards(folder: str | os.PathLike[str], shards: Mapping[str, Part], conf
         _refuse_foreign(folder)
     saves = old.saves + 1 if old else 1
     suffix = f".save{saves}" if saves > 1 else ""
-    with atomic.saving(path, _own(old), manifests.files(old)):
+    own = owned(_SHARD, _TEMPORARY, saved=old is not None)
+    with atomic.saving(path, own, manifests.files(old)):
         parts = {
             name: write_part(folder / f"model.{name}{suffix}.safetensors", shard) for name, shard in shards.items()
         }
         new = Manifest(config, parts, saves, manifests.package_version())
         texts = {INDEX: _index(folder, new), CONFIG: json.dumps(config, indent=2).encode()}
-        atomic.commit(folder, texts, _own(old), manifests.files(new), manifests.files(old))
+        atomic.commit(folder, texts, own, manifests.files(new), manifests.files(old))
 
 
 def read_index(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -146,15 +147,3 @@ def _index(folder: Path, manifest: Manifest) -> bytes:
 def _refuse_foreign(folder: Path) -> None:
     if found := [path for pattern in _FOREIGN for path in folder.glob(pattern)]:
         refuse(found[0], "belongs to a model that diffusionblocks didn't save; give another folder")
-
-
-def _own(old: Manifest | None) -> atomic.Own:
-    """Return what saves wrote: numbered files by their names where a model of ours lies, all others by their header."""
-
-    def own(path: Path) -> bool:
-        if _TEMPORARY.fullmatch(path.name):
-            return True
-        shard = _SHARD.fullmatch(path.name)
-        return shard is not None and ((old is not None and shard[1] is not None) or is_ours(path))
-
-    return own

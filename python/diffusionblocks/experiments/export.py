@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..blocks import DiffusionBlocks
+from ..card import write_card
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.shards import INDEX, read_index
 from ..convert.pretrained import load
@@ -21,6 +22,7 @@ def export(task: Task, model: DiffusionBlocks, to: Path) -> None:
     """
     run = {"config": to_dict(task.config) | task.config.resolved(), "facts": task.facts}
     model.save_pretrained(to, extra={"run": run})
+    write_card(model, to, run=True)
 
 
 def is_exported(folder: Path) -> bool:

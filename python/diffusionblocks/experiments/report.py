@@ -14,6 +14,7 @@ from .tasks.base import Metric
 
 console = Console()
 LABELS = {  # of the numbers beside a task's own that are printed; results/*.json have all
+    "standard_error": "standard error",
     "exact": "whole answers right %",
     "class_accuracy": "images of the class asked for %",
     "floor": "training images' distance",

@@ -59,7 +59,9 @@ class MaskedTarget(Target):
         """Return logits (..., V) with no chance for the token that is never written."""
         if self.never is None:
             return logits
-        return logits.index_fill(-1, torch.tensor(self.never, device=logits.device), -torch.inf)
+        logits = logits.clone()
+        logits[..., self.never] = -torch.inf
+        return logits
 
     def loss(
         self, features: Features, noised: Noised, y: Tensor, sigma: Tensor, *, weight: float = 1.0, error: bool = False

@@ -89,9 +89,9 @@ class Mesh:
         missing = [i for i, p in enumerate(params) if p.grad is None]
         for i in missing:
             params[i].grad = torch.zeros_like(params[i])
-        reached = torch.ones(len(params), dtype=torch.int32)
-        reached[missing] = 0
-        reached = reached.to(params[0].device)
+        reached = torch.ones(len(params), dtype=torch.int32, device=params[0].device)
+        if missing:
+            reached[missing] = 0
         try:
             gradients = gradients_of(params)
             for work in [dist.all_reduce(t, async_op=True) for t in (reached, *gradients)]:
