@@ -1,12 +1,14 @@
 """A fake GPU: Triton compiles for sm_90, loads and launches by a driver that does nothing.
 
 Run in a process of its own (`run_faked`), since Triton's driver is one for a process. Kernels don't run, so outputs
-hold anything; what can be seen is the host's side: launches, grids, arguments, time.
+hold anything; what can be seen is the host's side: launches, grids, arguments, and how many Python functions a call
+enters. That number stands for host time, which depends on what else the machine does, so tests don't measure it.
 """
 
 import ctypes
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,6 +28,23 @@ def run_faked(script, *arguments):
     run = warm.run(HERE / script, *arguments, env=environment)
     assert run.returncode == 0 and "faked: ok" in run.stdout, run.stdout + run.stderr
     return run.stdout
+
+
+def entered(call):
+    """Return how many Python functions a call enters, once it is prepared."""
+    call()
+    count = 0
+
+    def see(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(see)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 class FakeGPU:

@@ -1,6 +1,4 @@
-"""Run by test_adamw_ema_triton.py on a fake GPU: launches of a step, what they are given, host time."""
-
-import time
+"""Run by test_adamw_ema_triton.py on a fake GPU: launches of a step, what they are given, functions entered."""
 
 import torch
 
@@ -22,16 +20,6 @@ OPTIONS = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, max_norm=1.0, ema_d
 def lists_of(shapes):
     params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
     return [params, *([torch.zeros(shape) for shape in shapes] for _ in range(4))]
-
-
-def fastest(call, rounds=20):
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        for _ in range(rounds):
-            call()
-        times.append((time.perf_counter() - start) / rounds)
-    return 1e6 * min(times)
 
 
 lists = lists_of(SHAPES)
@@ -101,34 +89,8 @@ assert adamw_ema_list._plans == kept and gpu.launches() == 3
 adamw_ema_list.capturing = lambda device: False
 
 
-def ours():
-    dbkernels.adamw_ema_step(*lists, step=2, **OPTIONS)
-
-
-params, emas = lists[0], lists[4]
-for param, grad in zip(params, lists[1], strict=True):
-    param.grad = grad
-optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-
-def eager():
-    torch.nn.utils.clip_grad_norm_(params, 1.0)
-    optimizer.step()
-    with torch.no_grad():
-        torch._foreach_lerp_(emas, params, 0.01)
-
-
-def new_gradients():
-    adamw_ema_list._plans.clear()
-    ours()
-
-
-eager(), ours()
-for _ in range(3):
-    mine, theirs = fastest(ours), fastest(eager)
-    if mine < 0.6 * theirs:
-        break
-print(f"host time of {len(SHAPES)} tensors: ours {mine:.0f} us, with a new table {fastest(new_gradients):.0f}, "
-      f"clip_grad_norm_ + AdamW(fused=True) + lerp {theirs:.0f} (with its kernels, on a CPU)")  # fmt: skip
-assert mine < 1.2 * theirs
+# As many functions for many tensors as for few: the tensors' addresses are read in C
+few = lists_of(SHAPES[:4])
+found = fake_gpu.entered(lambda: dbkernels.adamw_ema_step(*lists, step=2, **OPTIONS))
+assert found == fake_gpu.entered(lambda: dbkernels.adamw_ema_step(*few, step=2, **OPTIONS)) <= 84, found
 print("faked: ok")

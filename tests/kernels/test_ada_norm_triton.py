@@ -19,7 +19,7 @@ def test_interpreted(script):
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the fake driver")
-def test_launches_and_host_time_on_a_fake_gpu():
+def test_launches_and_functions_on_a_fake_gpu():
     from fake_gpu import run_faked
 
     print(run_faked("faked_ada_norm.py"))

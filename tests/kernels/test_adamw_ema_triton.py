@@ -36,7 +36,7 @@ def test_interpreted():
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the fake driver")
-def test_launches_and_host_time():
+def test_launches_and_functions():
     run_faked("faked_adamw_ema.py")
 
 

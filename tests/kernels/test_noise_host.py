@@ -1,5 +1,5 @@
-"""Host time and launches of the ops that draw noise and of edm_loss: on a fake GPU, since the host side is all that
-matters."""
+"""What the ops that draw noise and edm_loss launch, and the Python functions they enter: on a fake GPU, since the host
+side is all that matters."""
 
 import shutil
 
@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the fake driver")
 
 
-def test_launches_and_host_time():
+def test_launches_and_functions():
     from fake_gpu import run_faked
 
     run_faked("faked_noise.py")

@@ -23,7 +23,7 @@ def test_paths_with_a_stand_in_for_cudnn():
     run_interpreted("interpreted_two_stream_cudnn.py")
 
 
-def test_launches_and_host_time_on_a_fake_gpu():
+def test_launches_and_functions_on_a_fake_gpu():
     run_faked("faked_two_stream_attention.py")
 
 
