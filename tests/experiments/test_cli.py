@@ -179,11 +179,14 @@ def test_a_garbage_config_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "suggestion"),
     [("train vit-digits --stepz 5", "--steps"), ("train vit-digit", "vit-digits"), ("trian vit-digits", "train"),
-     ("train vit-digits --lr abc", "could not convert"), ("train", "vit-digits"),
+     ("train vit-digits --lr abc", "--lr must be a number, got abc"), ("train", "vit-digits"),
      ("sample x --temprature 2", "--temperature"), ("train vit-digits --precision int8", "bfloat16"),
      ("train --steps 5", "name a preset first, e.g. dblocks train vit-digits --steps"),
      ("--steps 5", "name a command first"), ("presets", "dblocks train --help lists the presets"),
      ("train vit-digits --steps abc", "dblocks: --steps must be a whole number, got abc"),
+     ("resume x --clip a", "--clip must be a number"),
+     ("train vit-digits --split 1 a", "--split doesn't take '1 a'"), ("plan vit-digits --train-blocks a", "take 'a'"),
+     ("train vit-digits --steps None", "steps must be a whole number, got None"),
      ("train vit-digits --model.heads 5", "dblocks: heads=5 must divide dim=64"),
      ("predict x .", "not a run folder")],
 )  # fmt: skip
@@ -196,7 +199,9 @@ def help_of(capsys, *command):
     with pytest.raises(SystemExit) as stop:
         dblocks(*command, "--help")
     assert stop.value.code == 0
-    text = re.sub(r"[│╭╮╰╯─|+]|-{5,}", "", capsys.readouterr().out)  # without frames
+    out = capsys.readouterr().out
+    assert "{None}" not in out and "(default: )" not in out
+    text = re.sub(r"[│╭╮╰╯─|+]|-{5,}", "", out)  # without frames
     entries = re.split(r"\n\s*(?=--?[a-z])", text)[1:]
     return {
         entry.split()[0]: re.sub(r"\(default:.*?\)|\(required\)", "", " ".join(entry.split()[1:]), flags=re.S)

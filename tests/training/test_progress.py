@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+import time
 import types
 
 import pytest
@@ -135,6 +136,18 @@ def test_a_stage_without_steps_is_told_at_its_beginning_and_its_end(capsys, cloc
         assert capsys.readouterr().err == "evaluating on val ...\n"
         clock[0] += 148.0
     assert capsys.readouterr().err == "evaluating on val: 148.0 s\n"
+
+
+def test_a_long_stage_is_told_of_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr(module, "STILL", 0.02)
+    said = ""
+    with stage("evaluating on val"):
+        while said.count("so far\n") < 2:
+            said += capsys.readouterr().err
+    assert re.match(r"evaluating on val \.\.\.\nevaluating on val: 0 s so far\n", said)
+    assert capsys.readouterr().err.endswith(" s\n")
+    time.sleep(0.1)
+    assert not capsys.readouterr().err
 
 
 def test_a_stage_in_a_terminal(monkeypatch):

@@ -33,6 +33,7 @@ from .run_folder import new_folder, read_config
 from .tasks import task_of
 
 Folder = Annotated[Path, tyro.conf.Positional]
+Paths = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="(required)")]
 SHOWN = 400  # characters of sampled text that are printed
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def at_least_one(**numbers: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, got {number}")
 
 
-def predict(folder: Folder, images: Annotated[tuple[Path, ...], tyro.conf.Positional]) -> None:
+def predict(folder: Folder, images: Paths) -> None:
     """Label image files: one JSON object per line with file, label and probability.
 
     The probability is that of the trajectory's last step; it can be near 1 for a wrong label, too.
@@ -190,7 +191,7 @@ def export(folder: Folder, out: Path) -> None:
     print(out)
 
 
-def merge(folders: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path) -> None:
+def merge(folders: Paths, out: Path) -> None:
     """Join the folders of runs that each trained some of the blocks (`--train-blocks`); no block's file is copied.
 
     Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from tyro.conf import Suppress
+from tyro.conf import Suppress, arg
 
 from ..noise.partition import spread_layers
 from ..training.config import TrainerConfig, check_at_least
@@ -29,6 +29,7 @@ else:
             return type_ if cls.shown else Suppress[type_]
 
 
+EMPTY = arg(help_behavior_hint="(default: none)")  # of a setting that is an empty tuple
 CONFIGS: dict[str, type[TrainConfig]] = {}
 RESOLVED = ("method",)  # keys of `resolved`
 
@@ -47,7 +48,7 @@ class TrainConfig(TrainerConfig):
     """Run folder; must not hold another run."""
     blocks: int = 3
     """Blocks that the layers are cut into."""
-    split: tuple[int, ...] = ()
+    split: Annotated[tuple[int, ...], EMPTY] = ()
     """Layers of each block, from the input on; none given: spread evenly."""
     shared: Literal["shared", "per_block", "frozen"] = "shared"
     """Stem and head: one that every block trains, one per block, or one that nobody trains."""
@@ -97,6 +98,8 @@ class TrainConfig(TrainerConfig):
         CONFIGS[cls.architecture] = cls
 
     def __post_init__(self) -> None:
+        if self.steps is None:
+            raise ValueError("steps must be a whole number, got None: only a Trainer can go on for any number of steps")
         super().__post_init__()
         check_at_least(self, 1, "blocks", "steps", "batch_size", "sampling_steps", "checkpoint_every")
         check_at_least(self, 0, "overlap")

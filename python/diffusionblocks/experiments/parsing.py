@@ -10,19 +10,23 @@ import io
 import itertools
 import re
 import sys
+import types as types_
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from .config import Hidden, from_yaml
 from .presets import RUNS
 
 RENAMED = {"--to": "--out"}  # export and sample had another name for what is --out everywhere
 _WHOLE = r"^Error parsing [\w.-]*config[\w.-]*: "  # of a whole preset: the fault names the setting
-_SEVERAL = r"^Error parsing (\S+): no type matching (\S+) could be instantiated from \['(.*?)'\]"
-_KINDS = {"INT": "a whole number", "FLOAT": "a number"}
+_SEVERAL = r"^Error parsing (\S+): (?:no type matching .* could be instantiated from|.*for arguments:) \['(.*?)'\]"
+_WRONG = r"^Error parsing (\S+): (must be .*)"
+_KINDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}
 FLAGS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
 
 
@@ -62,7 +66,7 @@ def parse(table: dict[str, Callable[..., Any]], arguments: list[str], descriptio
     commands_ = {name: later(command) for name, command in table.items()}
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _rules():
             call: Callable[[], Any] = tyro.extras.subcommand_cli_from_dict(
                 commands_, prog="dblocks", description=description, args=arguments, config=FLAGS
             )
@@ -72,6 +76,36 @@ def parse(table: dict[str, Callable[..., Any]], arguments: list[str], descriptio
             print(f"dblocks: {_short(said.getvalue()).rstrip('.')}; see {path} --help", file=sys.stderr)
         raise
     return call
+
+
+def _rules() -> ConstructorRegistry:
+    """Return how tyro takes numbers, texts and paths, optional or not: the help shows the type without `{None}|`."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def simple(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        types = [info.type]
+        if info.type_origin in (typing.Union, types_.UnionType):
+            types = [type_ for type_ in typing.get_args(info.type) if type_ is not type(None)]
+        if len(types) != 1 or types[0] not in _KINDS:
+            return None
+        kind, optional = types[0], types != [info.type]
+
+        def read(words: list[str]) -> Any:
+            try:
+                return None if optional and words == ["None"] else kind(words[0])
+            except ValueError:
+                raise ValueError(f"must be {_KINDS[kind]}, got {words[0]}") from None
+
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=kind.__name__.upper(),
+            instance_from_str=read,
+            is_instance=lambda value: (optional and value is None) or isinstance(value, kind),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 def _check_tuned(arguments: list[str]) -> None:
@@ -94,10 +128,11 @@ def _short(text: str) -> str:
     if near:
         return f"unrecognized option {wrong[0]}; perhaps {near[0]}"
     fault = re.sub(_WHOLE, "", fault)
+    if wrong_value := re.search(_WRONG, fault):
+        return " ".join(wrong_value.groups())
     if several := re.search(_SEVERAL, fault):
-        option, types, given = several.groups()
-        wanted = " or ".join(_KINDS.get(name, name.strip("{}")) for name in types.split("|") if name != "{None}")
-        return f"{option} must be {wanted}, got {given}"
+        option, words = several[1], several[2].replace("', '", " ")
+        return f"{option} doesn't take {words!r}"
     return fault.split(" Arguments are applied")[0] or "bad arguments"
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..offload.memory import readable
@@ -14,7 +15,7 @@ from ..offload.memory import readable
 if TYPE_CHECKING:
     from .trainer import StepOutput, Trainer
 
-EVERY = 10.0  # seconds between lines
+EVERY, STILL = 10.0, 30.0  # seconds between lines of steps, and of what has none
 BAR, ROOM = 16, 80  # columns of the bar, where there are more than a usual terminal's
 
 
@@ -82,7 +83,7 @@ class Progress:
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
     """Show that something is at work which has no steps, e.g. "evaluating on test": a spinner with the time in a
-    terminal, else a line at its beginning and one at its end."""
+    terminal, else a line at its beginning, one at its end, and one every half minute between them."""
     began = time.monotonic()
     with contextlib.ExitStack() as shown:
         spinning = False
@@ -100,9 +101,28 @@ def stage(name: str) -> Iterator[None]:
                 spinning = True
         if not spinning:
             print(f"{name} ...", file=sys.stderr, flush=True)
+            shown.callback(_repeated(name, began))
         yield
     if not spinning:
         print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+
+
+def _repeated(name: str, began: float) -> Callable[[], None]:
+    """Print now and then how long a stage has been at work; return what ends that."""
+    ended = threading.Event()
+
+    def lines() -> None:
+        while not ended.wait(STILL):
+            print(f"{name}: {_clock(time.monotonic() - began)} so far", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=lines, daemon=True)
+    thread.start()
+
+    def end() -> None:
+        ended.set()
+        thread.join()
+
+    return end
 
 
 def _in_terminal() -> bool:

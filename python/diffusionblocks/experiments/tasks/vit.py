@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ...noise.partition import Partition, make_partition, spread_layers
 from ...noise.rng import stream
 from ...targets.labels import LabelTarget
 from ...training.trainer import Trainer
-from ..config import Hidden, TrainConfig
+from ..config import EMPTY, Hidden, TrainConfig
 from ..data.batches import Loader, prepare
 from ..data.images import ImageData, check_model, read_data
 from ..metrics import classification
@@ -47,7 +47,7 @@ class ViTRun(TrainConfig):
     out: Path = Path("runs/vit-digits")
     recipe: Literal["corrected", "published"] = "corrected"
     """Details of the method: ours, or those of the published code."""
-    switch: tuple[str, ...] = ()
+    switch: Annotated[tuple[str, ...], EMPTY] = ()
     """Fields of the recipe to take from the other one (ablation)."""
     sampler: Hidden[Literal["euler", "heun", "dpmpp_2m"]] = "euler"
     """Solver of the sampling trajectory."""
