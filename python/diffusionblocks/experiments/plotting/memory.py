@@ -31,6 +31,7 @@ def memory_figure(run: Run) -> Figure:
             marker = "o" if len(rows) == 1 else None  # a line through one point can't be seen
             allocated = [r["allocated"] / per for r in rows]
             left.plot(done, allocated, ls=style, color=colour, lw=1.8, marker=marker, label=name)
+    left.set_xlim(0, 103)
     left.set_ylim(0, 1.1 * left.get_ylim()[1])
     caption(left, "during training", "steps done, %", f"allocated on the device, {unit}")
     legend_below(left, 2)
