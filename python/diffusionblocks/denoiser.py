@@ -37,8 +37,13 @@ class Block(nn.Module):
         return self._decoded(h, cond, around)
 
     def logits(self, x: Tensor, shared: StemHead | None) -> Tensor:
-        """Return the logits from x alone, float32; the stem has clean(x)."""
+        """Return the logits from x alone, float32. Raises: ValueError if the stem has no clean(x), or layers need z."""
         around = self.around(shared)
+        if not hasattr(around.stem, "clean") or getattr(around.stem, "z", None) is not None:
+            raise ValueError(
+                "logits are of x alone, and this model's blocks read z and the noise, too: call model(x), or convert "
+                "with cond=0"
+            )
         head, h, cond = self._decoded(around.stem.clean(x), None, around)
         return head(h, cond).float()
 

@@ -127,7 +127,8 @@ class Offloadable(nn.Module):
         """Write the model's folder: a safetensors shard per block, model.safetensors.index.json and config.json.
 
         With averaged weights where there are any; offloaded blocks one at a time. `load` reads it. A model card,
-        README.md, is added unless there is one that somebody wrote or changed.
+        README.md, is added unless there is one that somebody wrote or changed. A warning names what was changed about a
+        converted model's modules, which `load` builds anew.
         extra: JSON values of one's own, kept in config.json under "extra".
         Raises: CheckpointError or OSError if the folder can't be used.
         """
@@ -136,12 +137,17 @@ class Offloadable(nn.Module):
             "origin": self.origin,
             "shared": self.shared,
             "facts": self.facts(),
-            "frozen": [name for name, p in self.named_parameters() if not p.requires_grad],
+            "frozen": [plain_name(name) for name, p in self.named_parameters() if not p.requires_grad],
             "extra": extra or {},
         }
         with self.averages():
-            save_shards(folder, {part: functools.partial(self.part_weights, part) for part in self.parts()}, config)
+            save_shards(folder, {part: functools.partial(self._plain_weights, part) for part in self.parts()}, config)
         write_card(self, Path(folder))
+        if self.origin is not None:
+            importlib.import_module(".convert.left_out", __package__).warn_of_left_out(self)
+
+    def _plain_weights(self, part: str) -> dict[str, Tensor]:
+        return {plain_name(name): t for name, t in self.part_weights(part).items()}
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload the model's folder to the Hugging Face Hub, and return the commit's address.
@@ -150,6 +156,11 @@ class Offloadable(nn.Module):
         """
         hub = importlib.import_module(".integrations.hub", __package__)  # which imports huggingface_hub
         return str(hub.push_to_hub(self, repo_id, **options))
+
+
+def plain_name(name: str) -> str:
+    """Return a module's or tensor's name as it is without torch.compile(module)."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def check_free(model: Any) -> None:

@@ -67,6 +67,10 @@ def another_config(net):
     net.config.hidden_act = "relu"
 
 
+def tied_projections(net):
+    net.model.layers[1].mlp.up_proj.weight = net.model.layers[0].mlp.up_proj.weight
+
+
 def hook_on_network(net):
     net.register_forward_hook(lambda *_: None)
 
@@ -88,6 +92,7 @@ def hook_on_head(net):
     (scaled_angles, r"the values of model\.rotary_emb\.inv_freq"),
     (halved_and_back, r"the values of model\.rotary_emb\.inv_freq"),
     (another_config, r"mlp\.act_fn is a SiLUActivation, no ReLU"),
+    (tied_projections, r"layers\.0\.mlp\.up_proj\.weight and model\.layers\.1\.mlp\.up_proj\.weight are tied"),
     (hook_on_network, "LlamaForCausalLM has a hook, which would be lost.*put it on a layer, or remove it"),
     (hook_on_model, "model has a hook, which would be lost"),
     (hook_on_head, "lm_head has a hook, and the loss takes its plain weight"),

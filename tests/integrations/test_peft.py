@@ -205,6 +205,24 @@ def test_an_adapter_needs_this_module(monkeypatch):
         db.convert(adapted(LLAMA), 2, cond=0)
 
 
+@pytest.mark.parametrize(("config", "words"), [
+    (dict(num_virtual_tokens=2), "PromptTuningConfig: prompts"),
+    (dict(adapter_len=2, adapter_layers=2), "AdaptionPromptConfig: prompts"),
+])  # fmt: skip
+def test_prompts_would_be_lost_and_are_refused(config, words):
+    kind = peft.PromptTuningConfig if "num_virtual_tokens" in config else peft.AdaptionPromptConfig
+    wrapped = peft.get_peft_model(tiny.network(LLAMA), kind(task_type="CAUSAL_LM", **config))
+    with pytest.raises(ValueError, match=words):
+        db.convert(wrapped, 2, cond=0)
+
+
+def test_single_tokens_are_refused():
+    network = tiny.network(LLAMA)
+    network.add_adapter(peft.TrainableTokensConfig(token_indices=[1, 2], target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match="single tokens' embeddings"):
+        db.convert(network, 2, cond=0)
+
+
 def test_options_of_others_are_refused():
     with pytest.raises(TypeError, match="no option 'scheduler' for a LlamaForCausalLM, only shared,"):
         db.convert(adapted(LLAMA), 2, scheduler={})

@@ -138,8 +138,10 @@ def test_batches_of_collators():
     assert x.tolist() == [[3, 4, 5]] and y.tolist() == [[4, 5, 6]]
     x, y = batch_of(masked, {"input_ids": torch.where(ids == 4, 19, ids), "labels": torch.where(ids == 4, ids, -100)})
     assert x.shape == (1, 0) and torch.equal(y, ids)
+    assert batch_of(causal, {"input_ids": ids, "position_ids": torch.arange(4)})[0].tolist() == [[3, 4, 5]]
     texts = tiny.convert(tiny.network("BertForSequenceClassification"))
     padded = {"input_ids": torch.tensor([[3, 4, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    padded["token_type_ids"] = torch.zeros(1, 3, dtype=torch.int64)
     assert batch_of(texts, {**padded, "labels": torch.tensor([1])})[1].tolist() == [1]
 
 
@@ -148,6 +150,8 @@ def test_batches_of_collators():
     (LLAMA, dict(input_ids=[[3, 2]], attention_mask=[[1, 0]]), "pack texts"),
     ("BertForSequenceClassification", dict(input_ids=[[3, 5]], attention_mask=[[1, 0]], labels=[1]), "pad_token_id"),
     (VIT, dict(image=[[1]]), "batch="),
+    ("BertForSequenceClassification", dict(input_ids=[[3, 5]], token_type_ids=[[0, 1]], labels=[1]), "ids must be 0"),
+    (LLAMA, dict(input_ids=[[3, 4, 5]], position_ids=[[0, 1, 0]]), "position_ids must be 0, 1, 2 and so on"),
 ])  # fmt: skip
 def test_batches_that_would_be_taken_wrongly_are_refused(name, inputs, words):
     with pytest.raises(ValueError, match=words):

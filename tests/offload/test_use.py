@@ -12,9 +12,9 @@ import small
 from small import assert_alike, run
 
 
-def trainer(place="cpu"):
+def trainer(place="cpu", slots=1):
     model = small.model(blocks=3, layers=3)
-    return db.Trainer(model, device="cpu", offload=place, visit=1, ema=0.9)
+    return db.Trainer(model, device="cpu", offload=place, slots=slots, visit=1, ema=0.9)
 
 
 def in_thread(function):
@@ -87,6 +87,32 @@ def test_weights_are_averages_until_the_last_evaluation_ends():
     assert names and all(torch.equal(t, after[name]) for name, t in inner.items())
     assert all(torch.equal(t, before[name]) for name, t in made.model.state_dict().items())
     assert_alike(run(made, 6), run(trainer(), 6))
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_block_does_not_move_while_another_thread_evaluates(slots):
+    """It may compute with the one that would leave; where nothing waits, threads evaluate together."""
+    for place in ("cpu", None):
+        made, entered, leave = run(trainer(place, slots if place else 1), 4), threading.Event(), threading.Event()
+        x = small.batch()[0]
+        expected = made.model.eval()(x)
+
+        def evaluate(made=made, entered=entered, leave=leave):
+            with made.averages():
+                entered.set()
+                leave.wait(20)
+
+        thread = threading.Thread(target=evaluate)
+        thread.start()
+        assert entered.wait(20)
+        if place:
+            with pytest.raises(RuntimeError, match="another thread evaluates, and the blocks wait elsewhere"):
+                made.model(x)
+        else:
+            assert torch.equal(made.model(x), expected)
+        leave.set()
+        thread.join()
+        assert torch.equal(made.model(x), expected)
 
 
 def test_a_step_that_fails_is_over():

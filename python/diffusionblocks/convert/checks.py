@@ -29,6 +29,12 @@ def check_given(network: Any) -> None:
         found = repr(network) if isinstance(network, (str, type)) else f"a {kind}"
         instead = "convert its transformer" if hasattr(network, "transformer") else "load it by from_pretrained first"
         raise TypeError(f"network must be a torch.nn.Module, got {found}: {instead}")
+    for config in getattr(network, "peft_config", {}).values():
+        if getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False):
+            raise ValueError(
+                f"{type(config).__name__}: prompts before each text or layer are no part of blocks, and the network "
+                "within is without them: use LoRA, or another adapter of the layers' own weights"
+            )
     for wrapper in (base.__name__ for base in type(network).__mro__):
         if wrapper in WRAPPERS:
             inner, instead = WRAPPERS[wrapper]

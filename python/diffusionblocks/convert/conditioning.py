@@ -119,6 +119,8 @@ class PlainStem(nn.Module):
 class PlainHead(nn.Module):
     """A head h -> output that knows no noise. `linear`: the head itself, where it is one linear map."""
 
+    is_linear = True
+
     def __init__(self, head: nn.Module):
         super().__init__()
         self.head = head

@@ -179,6 +179,8 @@ class Head(nn.Module):
     pool: one of POOLS; noisy: of two streams, read the second.
     """
 
+    is_linear = True
+
     def __init__(self, before: list[nn.Module], pool: str | None, after: list[nn.Module], *, noisy: bool = False):
         super().__init__()
         self.before, self.after = nn.ModuleList(before), nn.ModuleList(after)

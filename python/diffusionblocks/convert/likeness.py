@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..offloadable import plain_name
+
 CALLED = ("__call__", "forward", "forward_features", "forward_head", "_pos_embed", "pool")  # of whole networks
 # attributes that change nothing of what blocks compute
 PASSING = ("training", "gradient_checkpointing", "name_or_path", "vocab_size", "padding_idx", "loss_type")
@@ -72,13 +74,14 @@ def check_like(
         rebuilt = weightless(build, described)
     except ValueError as error:
         raise ValueError(f"{kind} can't be built again, and so no file could give it back: {error}") from error
-    found, wanted = ({_plain(key): t.shape for key, t in net.state_dict().items()} for net in (network, rebuilt))
+    found, wanted = ({plain_name(key): t.shape for key, t in net.state_dict().items()} for net in (network, rebuilt))
     if wrong := sorted({key for key, _ in found.items() ^ wanted.items()}):
         raise ValueError(
             f"{kind} isn't what its config describes, and so can't be built again; these differ: "
             f"{', '.join(wrong[:4])}. Merge adapters, unfuse projections, or set sizes where it is made"
         )
-    if others := [*differences(network, rebuilt), *_buffers(network, rebuilt)]:
+    shared = [" and ".join(sorted(names)) + " are tied, or aren't" for names in ties(network) ^ ties(rebuilt)]
+    if others := [*differences(network, rebuilt), *_buffers(network, rebuilt), *shared]:
         raise ValueError(
             f"{kind} isn't what its config describes, and so files couldn't give it back: {'; '.join(others[:4])}. "
             "Choose by the config where it is made, or convert first and change the model's modules then"
@@ -140,14 +143,17 @@ def _hooks(module: nn.Module) -> Iterator[int]:
         yield from getattr(module, kind)
 
 
-def _plain(name: str) -> str:
-    """Return a name as it is without torch.compile."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+def ties(network: nn.Module) -> set[frozenset[str]]:
+    """Return the names that parameters have together."""
+    names: dict[int, set[str]] = {}
+    for name, p in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), set()).add(plain_name(name))
+    return {frozenset(together) for together in names.values() if len(together) > 1}
 
 
 def _modules(network: nn.Module) -> dict[str, nn.Module]:
     """Return modules by their names; of compiled ones those inside."""
-    return {_plain(name): module for name, module in network.named_modules(remove_duplicate=False)}
+    return {plain_name(name): module for name, module in network.named_modules(remove_duplicate=False)}
 
 
 def _is_one(module: nn.Module, wanted: nn.Module) -> bool:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..blocks import DiffusionBlocks
+from ..offloadable import plain_name
 from ..targets.scheduled import ScheduledTarget
+from .left_out import warn_of_left_out
 from .likeness import PASSING, differences, set_dropout, weightless
 from .registry import Converter, Places, built_in, rebuild_network
 from .routed import Routed
@@ -64,6 +66,7 @@ def to_original(model: DiffusionBlocks, block: int | None = None) -> nn.Module:
     renamed = dict(zip(places.layers[layers.start : layers.stop], found.layers, strict=True))
     _check_layers(whole, network, renamed)
     _keep_dropout(network, described.get("dropout", {}), places.layers, renamed)
+    warn_of_left_out(model)
     return network.eval()
 
 
@@ -90,7 +93,7 @@ def _state(model: DiffusionBlocks, chosen: list[int], places: Places) -> dict[st
         parts = ["shared", *(f"block_{b}" for b in chosen)]
         weights = {name: t.detach().cpu() for part in parts for name, t in model.part_weights(part).items()}
     return {
-        theirs + name.removeprefix(ours): t
+        theirs + plain_name(name.removeprefix(ours)): t
         for ours, theirs in names.items()
         for name, t in weights.items()
         if name.startswith(ours)

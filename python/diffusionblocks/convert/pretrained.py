@@ -11,6 +11,7 @@ from torch import Tensor
 from ..blocks import DiffusionBlocks
 from ..checkpoint.manifest import CheckpointError
 from ..checkpoint.shards import load_shards, read_index
+from ..offloadable import plain_name
 from .registry import rebuild
 
 FOREIGN = {  # files of other folders, and how those are loaded
@@ -64,6 +65,8 @@ def load(folder: str | Path, model: DiffusionBlocks | None = None) -> DiffusionB
     state: dict[str, Tensor] = {}
     for _, tensors in load_shards(folder):
         state |= tensors
+    own = {plain_name(name): name for name in model.state_dict()}
+    state = {own.get(name, name): t for name, t in state.items()}
     if rebuilt:
         _take_after(model, state, set(config.get("frozen", [])))
     _check(model, state, folder)

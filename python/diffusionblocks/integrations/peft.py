@@ -26,6 +26,7 @@ from ..convert.checks import layers_name
 from ..convert.families import FAMILIES, Family
 from ..convert.registry import Converter, register
 from ..convert.transformers import CONVERTERS
+from ..offloadable import plain_name
 
 WEIGHTS, WRITER = "adapter_model.safetensors", "diffusionblocks"
 FRESH = (True, False, "gaussian", "orthogonal")  # init_lora_weights that leave the network's own weights alone
@@ -148,7 +149,7 @@ def _paths(model: DiffusionBlocks, chosen: Sequence[int]) -> dict[str, str]:
 def _renamed(key: str, paths: dict[str, str]) -> str:
     found = ((prefix, path) for prefix, path in paths.items() if key.startswith(prefix))
     prefix, path = next(found, ("", ""))
-    return f"{path}.{key.removeprefix(prefix)}"
+    return plain_name(f"{path}.{key.removeprefix(prefix)}")
 
 
 def _is_inside(key: str, modules: Sequence[str]) -> bool:
@@ -188,6 +189,8 @@ def _check(network: nn.Module, configs: dict[str, Any]) -> None:
         raise ValueError(f"init_lora_weights={init!r} changes the network's own weights: use one of {FRESH}")
     if isinstance(config, peft.AdaLoraConfig):
         raise ValueError("AdaLoRA moves ranks between layers in every step, and blocks are trained apart: use LoRA")
+    if isinstance(config, peft.TrainableTokensConfig):
+        raise ValueError("adapters of single tokens' embeddings aren't converted: use LoRA on the layers")
     for name in ("trainable_token_indices", "layer_replication"):
         if getattr(config, name, None):
             raise ValueError(f"adapters with {name} aren't converted: leave it out")

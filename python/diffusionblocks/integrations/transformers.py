@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from transformers.trainer_utils import has_length
 from ..blocks import DiffusionBlocks
 from ..targets.devices import send_batch
 from ..targets.labels import LabelTarget
-from ..targets.masked import MaskedTarget
 from ..targets.tokens import TokenTarget
 from ..training.config import TrainerConfig
 from ..training.settings import settings_from
 from ..training.trainer import Trainer
+from .batches import IMPLIED, batch_of
 
 CHECKPOINT = "blocks"  # folder of a checkpoint: what resuming the blocks takes
-COLUMNS = ["pixel_values", "input_ids", "attention_mask", "labels", "label", "label_ids"]
+COLUMNS = ["pixel_values", "input_ids", "attention_mask", *IMPLIED, "labels", "label", "label_ids"]
 
 REFUSED = {  # TrainingArguments that must be unset, and what to do instead
     "fp16": "bf16=True",
@@ -221,42 +221,6 @@ class _BlockTrainer(Trainer):
 
     def learning_rate_of(self, step: int, peak: float) -> float:
         return peak * self._share()
-
-
-def batch_of(model: DiffusionBlocks, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return (x, y) of what transformers' collators give.
-
-    Raises: ValueError if there is no input, no label, or a mask that the model wouldn't honour.
-    """
-    x, labels = inputs.get("pixel_values", inputs.get("input_ids")), inputs.get("labels")
-    if x is None or (labels is None and not isinstance(model.target, (MaskedTarget, TokenTarget))):
-        raise ValueError(
-            f"the batch has {', '.join(inputs)}, not pixel_values or input_ids, and labels: give batch=, a function "
-            "that makes (x, y) of it"
-        )
-    if "attention_mask" in inputs:
-        _check_hidden(model, x, inputs["attention_mask"])
-    if isinstance(model.target, MaskedTarget):
-        return x[:, :0], x if labels is None else torch.where(labels == -100, x, labels)  # what the collator masked
-    if isinstance(model.target, TokenTarget):
-        if labels is not None and not torch.equal(labels, x):
-            raise ValueError("labels differ from input_ids: prompts can't be left out of the loss; leave labels out")
-        return x[:, :-1], x[:, 1:]
-    assert labels is not None
-    return x, labels
-
-
-def _check_hidden(model: DiffusionBlocks, ids: Tensor, mask: Tensor) -> None:
-    """Raise ValueError unless the model hides the very tokens that an attention mask does."""
-    embedding: Any = getattr(model.blocks[0].around(model.stem_head).stem, "embedding", None)
-    padding = embedding.padding if getattr(embedding, "hides_padding", False) else None
-    seen = torch.ones_like(mask) if padding is None else ids != padding
-    if not torch.equal(seen.bool(), mask.bool()):
-        what = "no token" if padding is None else f"tokens {padding} (pad_token_id)"
-        raise ValueError(
-            f"attention_mask hides tokens, where the model hides {what}: pack texts into full windows, or let the "
-            "tokenizer pad by the network's pad_token_id"
-        )
 
 
 def _check(model: Any, args: Any, settings: dict[str, Any], compute_metrics: Any) -> None:

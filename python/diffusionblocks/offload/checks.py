@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..checkpoint.layout import DTYPES
+from ..checkpoint.layout import DTYPES, identity
 from .part import Part
 
 
@@ -31,6 +33,37 @@ def check_movable(part: str, module: nn.Module) -> None:
                     f"{part}'s {path}.{name} is a view of {base}, and would keep its old values when blocks move: "
                     "make the view in forward"
                 )
+
+
+def check_apart(part: str, module: nn.Module) -> None:
+    """Raise ValueError if a trained weight overlaps another tensor without being one with it: files and moves give each
+    memory of its own."""
+    found: dict[Any, list[tuple[int, int, str, Tensor]]] = {}
+    for name, t in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(t) or t.layout != torch.strided or t.numel() == 0 or t.is_meta:
+            continue
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        if extent < t.numel():
+            raise ValueError(f"{part}'s {name} is expanded, its elements share memory: make it a clone(), or scalar")
+        start = t.storage_offset() * t.itemsize
+        found.setdefault(t.untyped_storage()._cdata, []).append((start, start + extent * t.itemsize, name, t))
+    for spans in found.values():
+        spans.sort(key=lambda span: span[0])
+        for (_, end, first, a), (start, _, second, b) in itertools.pairwise(spans):
+            trained = a.requires_grad or b.requires_grad
+            if trained and start < end and identity(first, a) != identity(second, b) and _overlap(a, b):
+                raise ValueError(
+                    f"{part}'s {first} and {second} share memory and are views of different shapes, which would part "
+                    "when blocks move or are loaded: keep one of them, and make the view in forward"
+                )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    used = torch.zeros(a.untyped_storage().nbytes(), dtype=torch.uint8)
+    for t in (a, b):
+        strides = [stride * t.itemsize for stride in t.stride()]
+        used.as_strided([*t.shape, t.itemsize], [*strides, 1], t.storage_offset() * t.itemsize).add_(1)
+    return bool((used > 1).any())
 
 
 def check_unwritten(name: str, part: Part, stored: Callable[[], Mapping[str, Tensor]]) -> None:

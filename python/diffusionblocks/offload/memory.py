@@ -57,6 +57,10 @@ class SavedTensors:
         """Bytes counted."""
         return self._kept + self._recomputed
 
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that are kept for the backward pass, but not by autograd."""
+        self._kept += sum(t.nbytes for t in tensors)
+
     def _first(self, t: Tensor, seen: dict[int, Tensor]) -> int:
         """Return the bytes of a storage that wasn't counted yet, and keep it alive: no address may come twice."""
         key = t.untyped_storage()._cdata

@@ -14,7 +14,7 @@ from ..blocks import DiffusionBlocks
 from ..checkpoint.parts import Inspected, Stored
 from ..offloadable import check_free
 from .buffers import give_back
-from .checks import check_movable, check_unwritten
+from .checks import check_apart, check_movable, check_unwritten
 from .materialize import materialize
 from .memory import Usage
 from .part import Part, common_tensors, usage_of
@@ -92,6 +92,7 @@ class Offloader:
             for name, part in self.parts.items():
                 if self.device.type != "meta":  # else nothing is to be computed
                     materialize(part.module)
+                check_apart(name, part.module)
                 if self._slots:
                     check_movable(name, part.module)
                 part.prepare()
@@ -112,11 +113,11 @@ class Offloader:
     def activate(self, block: int) -> None:
         """Bring a block to the device; the one that was there leaves, unless there are slots for both.
 
-        Raises: ValueError if there is no such block; OSError if the disk refused: no block is lost then, and the one
-            that couldn't leave stays.
+        Raises: ValueError for no such block; RuntimeError while another thread evaluates; OSError, which loses none.
         """
         self._name(block)
         if block != self.active and self._slots:
+            self.use.check_alone(f"block {block}")
             before = self.active
             self._unbind()
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 
@@ -14,12 +15,14 @@ class Use:
         lock: Held while blocks change places or weights are exchanged, and while it is decided who may.
         averages: Evaluations under way, in any thread; the weights are averages from the first one's begin to the last
             one's end.
+        threads: How many of them are of which thread.
         stepping: A step computes with the weights.
     """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()  # a state_dict may be asked for while another thread trains
         self.averages = 0
+        self.threads: Counter[int] = Counter()
         self.stepping = False
 
     def check(self, what: str) -> None:
@@ -30,6 +33,11 @@ class Use:
             raise RuntimeError(
                 f"{what}: a step is under way, of another thread or around this call; do it between two steps"
             )
+
+    def check_alone(self, what: str) -> None:
+        """Raise RuntimeError if another thread evaluates: it may compute with what would move."""
+        if any(count for thread, count in self.threads.items() if thread != threading.get_ident()):
+            raise RuntimeError(f"{what}: another thread evaluates, and the blocks wait elsewhere: one thread at a time")
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -50,6 +58,7 @@ class Use:
                 self.check("averages")
                 exchange()
             self.averages += 1
+            self.threads[threading.get_ident()] += 1
         try:
             yield
         finally:
@@ -57,3 +66,4 @@ class Use:
                 if self.averages == 1:
                     exchange()
                 self.averages -= 1
+                self.threads[threading.get_ident()] -= 1

@@ -45,10 +45,21 @@ class Loss(NamedTuple):
 
 
 def linear_of(head: Any) -> nn.Linear | None:
-    """Return the linear map from features to logits that a head consists of: itself or its `linear`; None if there is
-    none."""
-    linear = head if isinstance(head, nn.Linear) else getattr(head, "linear", None)
-    return linear if isinstance(linear, nn.Linear) else None
+    """Return the linear map that is all that a head's forward(features, cond) does: None unless that is certain.
+
+    The class that defines the forward promises it by `is_linear = True`; the map is the head's `linear`, or else the
+    head itself. Hooks and forwards that were replaced do more."""
+    of = (vars(kind) for kind in type(head).__mro__)
+    promised = next((own.get("is_linear", False) for own in of if own.keys() & {"forward", "is_linear"}), False)
+    linear = getattr(head, "linear", head) if promised else None
+    if not isinstance(linear, nn.Linear) or any(map(_does_more, {head, linear})):
+        return None
+    return linear if linear is head or type(linear).forward is nn.Linear.forward else None
+
+
+def _does_more(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return "forward" in vars(module) or any(hooks)
 
 
 def check_logits(made: Sequence[int], wanted: Sequence[int]) -> None:

@@ -71,6 +71,8 @@ def run(
         losses: Of the step's batches so far; this one's is appended.
         counted: Also count the bytes on the device before the update.
     """
+    if not torch.is_grad_enabled():
+        raise RuntimeError("a step needs gradients: call it outside torch.no_grad() and torch.inference_mode()")
     trainer.watch.look(batch.x, batch.y)
     try:
         loss, activations = _forward(trainer, block, batch, numbers, counted)

@@ -200,6 +200,8 @@ class CausalStem(nn.Module):
 class CausalHead(nn.Module):
     """Map tokens to logits (B, N, V): `features` is the final norm, (B, N, D)."""
 
+    is_linear = True
+
     def __init__(self, config: CausalLMConfig):
         super().__init__()
         self.eps = config.norm_eps

@@ -53,6 +53,8 @@ class Stem(nn.Module):
 class Head(nn.Linear):
     """Map tokens to logits (B, N, V): `features` is the final norm, (B, N, D)."""
 
+    is_linear = True
+
     def __init__(self, config: MaskedLMConfig):
         super().__init__(config.dim, config.vocab_size)
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)

@@ -1,0 +1,71 @@
+"""Tensors that share memory without being one tensor, and steps without gradients: refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import diffusionblocks as db
+from small import assert_alike, run
+
+
+class Odd(nn.Module):
+    """A linear layer with something beside it."""
+
+    def __init__(self, add):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        add(self)
+
+    def forward(self, h):
+        return h + self.linear(h)
+
+
+def trainer(add=lambda layer: None, offload=None):
+    torch.manual_seed(0)
+    model = db.from_layers(
+        [Odd(add) for _ in range(3)], stem=nn.Linear(6, 8), head=nn.Linear(8, 3), target=db.LabelTarget(3, 8),
+        blocks=3, dim=8,
+    )  # fmt: skip
+    return db.Trainer(model, device="cpu", offload=offload, visit=1, ema=0.9)
+
+
+def row(layer):
+    layer.register_buffer("row", layer.linear.weight.data[0])
+
+
+def half(layer):
+    layer.part = nn.Parameter(layer.linear.weight.data.view(-1)[:9])
+
+
+def expanded(layer):
+    layer.gain = nn.Parameter(torch.ones(1).expand(8))
+
+
+@pytest.mark.parametrize(("add", "words"), [
+    (row, r"layer\.linear\.weight and layers\.0\.layer\.row share memory"),
+    (half, r"layer\.part and layers\.0\.layer\.linear\.weight share memory|weight and layers\.0\.layer\.part share"),
+    (expanded, r"block_0's layers\.0\.layer\.gain is expanded"),
+])  # fmt: skip
+@pytest.mark.parametrize("offload", [None, "cpu"])
+def test_tensors_that_overlap_are_refused_by_name(add, words, offload):
+    """Files, and flat memory, have a place for each of them."""
+    with pytest.raises(ValueError, match=words):
+        trainer(add, offload)
+
+
+def test_tensors_beside_each_other_in_one_memory_train():
+    def columns(layer):
+        both = torch.ones(8, 6)
+        layer.left, layer.right = nn.Parameter(both[:, :3]), nn.Parameter(both[:, 3:])
+        layer.forward = lambda h: h + layer.linear(h) * layer.left.mean() + layer.right.mean()
+
+    assert_alike(run(trainer(columns), 4), run(trainer(columns, "cpu"), 4))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_step_without_gradients_is_refused(mode):
+    made = trainer()
+    with mode(), pytest.raises(RuntimeError, match=r"call it outside torch\.no_grad"):
+        run(made, 1)
