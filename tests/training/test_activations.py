@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 
 import pytest
@@ -145,7 +146,10 @@ def test_a_call_that_raises_leaves_the_block_as_it_was():
         assert saved is None
 
 
-def test_compiled_layers_are_checkpointed():
+def test_compiled_layers_are_checkpointed(monkeypatch):
+    """By the graphs that autograd is given, without inductor's code of them, which takes half a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
     def losses(**settings):
         trainer = db.Trainer(small.model(layers=2, blocks=1), device="cpu", log_every=2, clip=0.0, **settings)
         outputs = [trainer.step(*small.batch(step=s)) for s in range(4)]
