@@ -38,10 +38,15 @@ def example(shape, levels, count, width, dtype):
     return torch.randint(count, shape), table, sigma
 
 
+def ways(index, dtype, *both):
+    """Both at the types that a case or two have; one after the other in float32, which all cases have."""
+    return both if dtype != torch.float32 and index < 8 else both[index % 2 :][:1]
+
+
 def forward():
-    for case, dtype in COMBINED:
+    for index, (case, dtype) in enumerate(COMBINED):
         indices, table, sigma = example(*case, dtype)
-        for normalize, sigma_data in ((False, None), (True, 0.5)):
+        for normalize, sigma_data in ways(index, dtype, (False, None), (True, 0.5)):
             z = torch.full((*indices.shape, table.shape[1]), float("nan"), dtype=dtype)  # what isn't written shows
             launch(indices, table, sigma, z, sigma_data, normalize, 2**63 + 9, 1)
             exact = inject_noise_table_reference(
@@ -73,10 +78,10 @@ def bad_indices_are_not_read():
 
 
 def sums():
-    for case, dtype in COMBINED:
+    for index, (case, dtype) in enumerate(COMBINED):
         indices, table, sigma = example(*case, dtype)
         grad = torch.randn(*indices.shape, table.shape[1]).to(dtype)
-        for sigma_data in (None, 0.5):
+        for sigma_data in ways(index, dtype, None, 0.5):
             ours = launch_sums(grad, indices, len(table), sigma, sigma_data)
             exact = row_sums(grad.double(), indices, len(table), sigma.double(), sigma_data)
             # Up to 70 terms, each off by a unit of the arithmetic.

@@ -81,7 +81,7 @@ CASES = [((2, 5, 24), torch.float32, "chunks", True), ((2, 5, 24), torch.float32
          ((2, 300, 16), torch.bfloat16, "chunks", False), ((2, 300, 16), torch.float32, "flat", True),
          ((1, 2, 4500), torch.bfloat16, "chunks", True), ((2, 9, 40), torch.float64, "flat", True)]  # fmt: skip
 for index, case in thinned(enumerate(CASES)):
-    for rms in (False, True) if index in (0, 6) else (bool(index % 2),):
+    for rms in (False, True) if index == 0 else (bool(index % 2),):
         check_case(*case, rms)
 
 # An upstream gradient that is one number expanded, only some gradients wanted, nothing differentiated
@@ -95,7 +95,7 @@ assert not dbkernels.ada_layer_norm(x, shift, scale).requires_grad
 
 # A branch of another dtype counts as cast to that of x, in h and in the gradient of the gate
 for width in (24, 4500):
-    x, branch, gate, shift, scale, _, _ = example((2, 5, width), torch.bfloat16, "chunks", False)
+    x, branch, gate, shift, scale, _, _ = example((1, 2, width), torch.bfloat16, "chunks", False)
     # More digits than bfloat16's, which both rounding and the interpreter's cutting off take away
     more = (branch.float().view(torch.int32) + torch.randint(2**15, branch.shape).int()).view(torch.float32)
     results = []
