@@ -216,10 +216,10 @@ class DiffusionBlocks(Offloadable):
     @torch._disable_dynamo(recursive=False)
     @torch.no_grad()
     def forward(self, x: Tensor, *, steps: int = STEPS, seed: int = 0) -> Tensor:
-        """Return the raw output at the end of the sampling trajectory, with averaged weights where there are any.
+        """Return the answer at the end of the sampling trajectory, with averaged weights where there are any.
 
-        From the highest noise to none, each level by its owner, without gradient: logits for classes and tokens. For
-        images see `sample`, which offers samplers and guidance.
+        From the highest noise to none, each level by its owner, without gradient: logits of classes and tokens, else y
+        itself, of one draw. `sample` gives y of all of them, and offers samplers and guidance.
 
         Args:
             x: Conditioning, (B, ...).
@@ -232,12 +232,14 @@ class DiffusionBlocks(Offloadable):
             for i, (sigma, below) in enumerate(itertools.pairwise(levels)):
                 output = self.denoise(x, z, sigma)
                 z = self.target.advance(z, output, sigma, below, seed=seed, step=i)
-        return output.raw
+        return self.target.answer(output)
 
     def start(self, x: Tensor, sigma: float, *, seed: int) -> Tensor:
         """Return z at the highest noise for each of x, whose length is z's where y holds a token for each of x's."""
-        if getattr(self.blocks[0].around(self.stem_head).stem, "aligned", False):
-            self.target.shape = self.target.sample_shape(x)
+        stem = self.blocks[0].around(self.stem_head).stem
+        if getattr(stem, "aligned", False):
+            self.activate(0)
+            self.target.shape = self.target.sample_shape(stem.places(x) if hasattr(stem, "places") else x)
         return self.target.start(len(x), sigma, seed=stream(seed, "sample"), device=x.device)
 
     def check(self, block: int, x: Tensor, y: Tensor) -> None:

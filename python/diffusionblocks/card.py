@@ -8,12 +8,16 @@ from typing import Any
 from torch import nn
 
 from .checkpoint import atomic
+from .targets.continuous import ContinuousTarget
+from .targets.labels import LabelTarget
+from .targets.masked import MaskedTarget
+from .targets.tokens import TokenTarget
 
 CARD = "README.md"
 OURS = "<!-- Written with the model, and anew with the next one while this line stays. -->"
 SHARING = {
-    "shared": "All blocks have one stem and head, and trained them.",
-    "frozen": "All blocks have one stem and head, which weren't trained.",
+    "shared": "All blocks share one stem and head, which each of them trained.",
+    "frozen": "All blocks share one stem and head, which weren't trained.",
     "per_block": "Each block has a stem and head of its own.",
 }
 
@@ -52,23 +56,25 @@ trained without the others ([paper](https://arxiv.org/abs/2506.14202)).
 
 ## Use
 
-{_use_of_a_run(name) if run else _use(model, name, repo_id)}
+{_use_of_a_run(model, name) if run else _use(model, name, repo_id)}
 Licence, training data and results: not stated yet.
 
 {OURS}
 """
 
 
-def _use_of_a_run(name: str) -> str:
-    return f"""`dblocks eval {name}`, and `dblocks sample {name}` or `dblocks predict {name} IMAGES`; in Python:
+def _use_of_a_run(model: Any, name: str) -> str:
+    other = f"dblocks predict {name} IMAGES" if isinstance(model.target, LabelTarget) else f"dblocks sample {name}"
+    return f"""`dblocks eval {name}` and `{other}`; in Python:
 
 ```python
 from pathlib import Path
 
+import diffusionblocks as db
 from diffusionblocks.experiments.export import open_exported
 
 task, model = open_exported(Path("{name}"))
-answer = model(x)
+{_answer(model)}
 ```
 """
 
@@ -76,7 +82,10 @@ answer = model(x)
 def _use(model: Any, name: str, repo_id: str | None) -> str:
     if model.origin:
         library, build = model.origin["kind"].partition(".")[0], ""
-        note = f"\n{library} doesn't load these files: `db.to_original(model)` makes networks of its classes.\n"
+        given = "`db.to_original(model)` makes networks of its classes"
+        if model.origin["options"].get("cond") != 0 and not isinstance(model.target, ContinuousTarget):
+            given = "the layers have AdaLN, for which its classes have no place"
+        note = f"\n{library} doesn't load these files: {given}.\n"
     else:
         build = ", build()"
         note = "\n`build()` is the code that built the model, which a file can't hold: add it here.\n"
@@ -86,9 +95,17 @@ def _use(model: Any, name: str, repo_id: str | None) -> str:
 import diffusionblocks as db
 {adapter if hasattr(model, "peft_config") else ""}{download if repo_id else ""}
 model = db.load({f'snapshot_download("{repo_id}")' if repo_id else f'"{name}"'}{build})
-answer = model(x)
+{_answer(model)}
 ```
 {note}"""
+
+
+def _answer(model: Any) -> str:
+    if isinstance(model.target, ContinuousTarget):
+        return "y = db.sample(model, x, seed=0)"
+    if isinstance(model.target, (TokenTarget, MaskedTarget)) and model.origin:
+        return "ids = db.generate(model, prompt_ids, max_new_tokens=20)"
+    return "logits = model(x)  # of the likeliest answer"
 
 
 def is_own(text: str) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +43,7 @@ class Offloadable(nn.Module):
         self.seed, self.step = 0, 0  # of the noise, where `loss` isn't given others
         self.origin: dict[str, Any] | None = None  # how `convert` made it, for `load`
         self.offloader: OffloaderLike | None = None
+        self.elsewhere: tuple[int, ...] = ()  # blocks whose training is no affair of the model's Trainer
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +58,16 @@ class Offloadable(nn.Module):
             self.offloader.activate(block)
 
     def averages(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context within which weights are their moving averages, where the optimizer keeps any."""
+        """Return a context within which weights are their moving averages, where the optimizer keeps any.
+
+        A warning names blocks that are trained elsewhere: here they have the weights they began with."""
+        if self.elsewhere:
+            named = ", ".join(map(str, self.elsewhere))
+            warnings.warn(
+                f"blocks {named} of this model are trained elsewhere, by train_blocks or on other ranks, and have the "
+                "weights they began with here: merge the folders first (`dblocks merge`, or load them all)",
+                stacklevel=3,
+            )
         return self.offloader.averages() if self.offloader else contextlib.nullcontext()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -214,6 +216,13 @@ def test_prompts_would_be_lost_and_are_refused(config, words):
     wrapped = peft.get_peft_model(tiny.network(LLAMA), kind(task_type="CAUSAL_LM", **config))
     with pytest.raises(ValueError, match=words):
         db.convert(wrapped, 2, cond=0)
+
+
+def test_loading_an_adapter_needs_this_module_too(monkeypatch, tmp_path):
+    db.convert(adapted(LLAMA), 2, cond=0).save_pretrained(tmp_path)
+    monkeypatch.delitem(sys.modules, "diffusionblocks.integrations.peft")
+    with pytest.raises(ValueError, match="the network has an adapter: import diffusionblocks.integrations.peft first"):
+        db.load(tmp_path)
 
 
 def test_single_tokens_are_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -38,6 +39,20 @@ def test_files_are_links(tmp_path, parts):
     inodes = {p.stat().st_ino for folder in parts for p in folder.glob("*.safetensors")}
     merged = list((tmp_path / "c").glob("*.safetensors"))
     assert len(merged) == 4 and all(p.stat().st_ino in inodes for p in merged)
+
+
+def test_a_model_that_is_trained_in_part_says_so(tmp_path, parts):
+    """Its other blocks are as they began, until a merged folder is loaded."""
+    model = small.model(blocks=3, layers=3, shared="per_block")
+    trainer = db.Trainer(model, train_blocks=(1,), device="cpu", visit=1, adapt=False, ema=0.9)
+    for use in (model, lambda x: db.sample(model, x), lambda x: model.save_pretrained(tmp_path / "part")):
+        with pytest.warns(UserWarning, match="blocks 0, 2 of this model are trained elsewhere"):
+            use(small.batch()[0])
+    db.merge(parts, tmp_path / "whole")
+    trainer.load(tmp_path / "whole")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(small.batch()[0])
 
 
 def test_a_merge_outlives_its_folders(tmp_path, parts):

@@ -91,16 +91,21 @@ class PlainStem(nn.Module):
         dim: D.
         z_dim: Width of z, (B, z_dim) or (B, N, z_dim).
         cond: Width of the conditioning.
+        aligned: z has a token for each of h, as many as x makes.
     """
 
     takes_float32 = True
 
-    def __init__(self, stem: nn.Module, dim: int, z_dim: int, cond: int):
+    def __init__(self, stem: nn.Module, dim: int, z_dim: int, cond: int, aligned: bool = False):
         super().__init__()
-        self.stem = stem
+        self.stem, self.aligned = stem, aligned
         self.z = nn.Linear(z_dim, dim, bias=False)
         nn.init.orthogonal_(self.z.weight, gain=Z_GAIN)
         self.noise = NoiseEmbedding(cond)
+
+    def places(self, x: Tensor) -> Tensor:
+        """Return h of one x: z is as long."""
+        return embed(self.stem, x[:1])
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
         h, noise = embed(self.stem, x), self.z(z.to(self.z.weight.dtype))

@@ -18,6 +18,7 @@ from ..noise.partition import Partition, make_partition, spread_layers
 from ..targets.base import Target
 from ..targets.codebook import CodebookTarget
 from ..targets.masked import T_MIN, MaskedTarget
+from ..targets.tokens import TokenTarget
 from .checks import check_initialized
 from .conditioning import Conditioned, PlainHead, PlainStem, check_layer, pass_by_keyword, takes
 
@@ -86,7 +87,7 @@ def from_layers(
         layers = [Conditioned(layer, width, cond) if p else layer for layer, p in zip(layers, plain, strict=True)]
         if plain_stem:
             like = next((p for layer in layers for p in layer.parameters()), torch.empty(0))
-            stem = PlainStem(stem, width, _z_dim(target), cond)
+            stem = PlainStem(stem, width, _z_dim(target), cond, aligned=isinstance(target, TokenTarget))
             for added in (stem.z, stem.noise):
                 added.to(None if like.is_meta else like.device, like.dtype)  # lazy layers get values later
     around = StemHead(stem, head if hasattr(head, "features") else PlainHead(head))
@@ -139,6 +140,10 @@ def _check_modules(layers: list[nn.Module], stem: nn.Module, head: nn.Module, ta
         raise TypeError(f"target must be a Target such as LabelTarget(num_classes, dim), got {type(target).__name__}")
     if not layers:
         raise ValueError("layers must hold at least one layer")
+    if not hasattr(head, "features") and takes(head, "h", "cond"):
+        raise ValueError(
+            f"head ({type(head).__name__}) takes the conditioning, too: give it features(h), e.g. one that returns h"
+        )
     for i, layer in enumerate(layers):
         check_layer(f"layers[{i}]", layer)
     if len({id(layer) for layer in layers}) < len(layers):
@@ -160,8 +165,9 @@ def _z_dim(target: Target) -> int:
     if target.shape is not None and 0 < len(target.shape) < 3 and not isinstance(target, MaskedTarget):
         return target.shape[-1]  # a vector, or one per token
     if not isinstance(target, CodebookTarget):
+        known = ", or give the target its shape here, e.g. shape=(1,) for one number a sample, where z is a vector"
         raise ValueError(
             f"a plain stem(x) can't take a {type(target).__name__}'s z: write stem(x, z, c_noise) -> (h, cond), "
-            "where z is the noised target scaled by c_in"
+            f"where z is the noised target scaled by c_in{known if target.shape is None else ''}"
         )
     return int(target.embeddings().shape[1])

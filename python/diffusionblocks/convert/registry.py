@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -166,6 +167,8 @@ def rebuild_network(origin: dict[str, Any]) -> nn.Module:
     """
     build = _converter(origin).build
     assert build is not None
+    if "adapter" in origin["network"] and "diffusionblocks.integrations.peft" not in sys.modules:
+        raise ValueError("the network has an adapter: import diffusionblocks.integrations.peft first")
     network = build(origin["network"])
     set_dropout(network, origin["network"].get("dropout", {}))
     return network

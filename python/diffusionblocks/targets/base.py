@@ -139,6 +139,10 @@ class Target(nn.Module):
         r = below / sigma
         return r * z + (1 - r) * output.denoised
 
+    def answer(self, output: Output) -> Tensor:
+        """Return what a model is asked for, of its last output: logits, or y itself."""
+        return output.raw
+
     def known_shape(self) -> tuple[int, ...]:
         """Return the shape of one sample of z. Raises: ValueError if it isn't known."""
         if self.shape is None:

@@ -24,6 +24,8 @@ class CodebookTarget(Target):
     """
 
     def __init__(self, table: Tensor, *, sigma_data: float | None = None):
+        if not isinstance(table, Tensor):
+            raise TypeError(f"table must be a tensor (K, d), as spread_codebook(K, d) makes one, got {table!r:.60}")
         if table.dim() != 2 or len(table) < 2 or not table.shape[1]:
             raise ValueError(f"table must be (K, d) with K >= 2 and d >= 1, got {tuple(table.shape)}")
         super().__init__(sigma_data or 1 / math.sqrt(table.shape[1]))

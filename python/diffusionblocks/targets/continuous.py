@@ -20,6 +20,10 @@ class ContinuousTarget(Target):
 
     def __init__(self, sigma_data: float = edm.SIGMA_DATA, *, shape: tuple[int, ...] | None = None):
         super().__init__(sigma_data)
+        if shape is not None and not (
+            isinstance(shape, (tuple, list)) and all(type(n) is int and n > 0 for n in shape)
+        ):
+            raise ValueError(f"shape must be that of one sample, e.g. (1,) or (3, 32, 32), got {shape!r}")
         self.shape = self.given = None if shape is None else tuple(shape)
 
     def add_noise(self, y: Tensor, sigma: Tensor, *, seed: int | Tensor, offset: int | Tensor) -> Noised:
@@ -34,6 +38,10 @@ class ContinuousTarget(Target):
         c = edm.precondition(sigma, self.sigma_data)
         F = features.head(features.h, features.cond).float()
         return Output(F, edm.expand_as(c.c_skip, z) * z.float() + edm.expand_as(c.c_out, z) * F)
+
+    def answer(self, output: Output) -> Tensor:
+        """Return y: F, or what a network predicts in its place, is no answer."""
+        return output.denoised
 
     def loss(
         self, features: Features, noised: Noised, y: Tensor, sigma: Tensor, *, weight: float = 1.0, error: bool = False

@@ -37,7 +37,8 @@ def adaptive_density(model: DiffusionBlocks, config: TrainerConfig) -> Tabulated
 
 
 def own_blocks(model: DiffusionBlocks, config: TrainerConfig, mesh: Mesh) -> frozenset[int]:
-    """Return the blocks that a trainer trains: all or those of `train_blocks`, and of these its group's.
+    """Return the blocks that a trainer trains: all or those of `train_blocks`, and of these its group's; the model is
+    told which it doesn't.
 
     Raises: ValueError if what is done elsewhere would have a say in them.
     """
@@ -57,6 +58,7 @@ def own_blocks(model: DiffusionBlocks, config: TrainerConfig, mesh: Mesh) -> fro
     if len(own) < len(every):
         _check_apart(model, config, what)
     _check_trained(model, own)
+    model.elsewhere = tuple(b for b in every if b not in own)
     return frozenset(own)
 
 
