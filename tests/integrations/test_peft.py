@@ -221,7 +221,7 @@ def test_prompts_would_be_lost_and_are_refused(config, words):
 def test_loading_an_adapter_needs_this_module_too(monkeypatch, tmp_path):
     db.convert(adapted(LLAMA), 2, cond=0).save_pretrained(tmp_path)
     monkeypatch.delitem(sys.modules, "diffusionblocks.integrations.peft")
-    with pytest.raises(ValueError, match="the network has an adapter: import diffusionblocks.integrations.peft first"):
+    with pytest.raises(ValueError, match=r"the network has an adapter: import diffusionblocks\.integrations"):
         db.load(tmp_path)
 
 

@@ -60,7 +60,7 @@ def test_texts_of_any_length_are_answered(shared, offload):
     (lambda: db.TokenTarget(16), TypeError, r"table must be a tensor \(K, d\).*got 16"),
     (lambda: db.ContinuousTarget(1.0, shape=1), ValueError, r"shape must be that of one sample.*got 1"),
     (lambda: db.ContinuousTarget(1.0, shape=(0,)), ValueError, "shape must be that of one sample"),
-    (lambda: made(target=db.ContinuousTarget(1.0)), ValueError, r"or give the target its shape here, e\.g\. shape=\(1,\)"),
+    (lambda: made(target=db.ContinuousTarget(1.0)), ValueError, r"or give the target its shape here"),
     (lambda: made(head=Bare()), ValueError, r"head \(Bare\) takes the conditioning, too: give it features\(h\)"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(make, error, words):
