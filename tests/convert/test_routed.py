@@ -48,3 +48,7 @@ def test_a_call_is_of_one_block():
         routed(z, timestep=torch.tensor([1, 1, 999, 999]), class_labels=x)
     with pytest.raises(TypeError, match="block_controlnet_hidden_states"):
         routed(z, timestep=torch.ones(4), class_labels=x, block_controlnet_hidden_states=[z])
+
+
+def test_it_is_printed_in_a_line():
+    assert repr(db.to_original(db.convert(tiny.network(tiny.DIT), 3))) == "Routed(DiTTransformer2DModel in 3 blocks)"

@@ -36,6 +36,10 @@ class Routed(nn.Module):
             model.origin["network"]["config"]
         )
 
+    def __repr__(self) -> str:  # diffusers prints it where a pipeline is saved
+        assert self.model.origin is not None
+        return f"Routed({self.model.origin['kind'].rpartition('.')[2]} in {len(self.model.blocks)} blocks)"
+
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
