@@ -24,8 +24,8 @@ class Progress:
 
     def __init__(self, total: int, name: str = "training"):
         self.total, self.name, self.detail = total, name, ""
-        self.began, self.first, self.shown, self.last = time.monotonic(), -1, 0.0, 0.0
-        self.lined = -1
+        self.began, self.shown, self.last = time.monotonic(), 0.0, 0.0
+        self.done, self.trained, self.lined, self.share = 0, 0, 0, 1.0
         self.bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -48,42 +48,47 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self.bar:
             self.bar.stop()
-        elif self.first >= 0 and self.lined < self.done:
+        elif self.lined < self.done:
             self._line()
 
     def on_log(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        self.detail = f"block {row['block']} loss {row['loss']:.3f} {readable(row['allocated'])}"
+        block = f"block {row['block']} " if len(trainer.model.blocks) > 1 else ""
+        self.detail = f"{block}loss {row['loss']:.3f} {readable(row['allocated'])}"
 
     def on_step_end(self, trainer: Trainer, output: StepOutput) -> None:
         self.done, now = trainer.steps_done, time.monotonic()
-        if self.first < 0:
-            self.first = self.done - 1
-        elif (
-            self.done == self.first + 2
-        ):  # the first step also loads, compiles and measures: it tells nothing of others
-            self.began, self.first = self.last, self.first + 1
-        self.last = now
+        if output.block in trainer.own:  # the others' steps pass at once
+            self.trained, self.share = self.trained + 1, len(trainer.own) / len(trainer.model.blocks)
+            if self.trained == 2:  # the first also loads, compiles and measures: it tells nothing of others
+                self.began = self.last
+            self.last = now
         if self.bar:
-            left = f"{_clock((self.total - self.done) / self._rate(now))} left"
-            self.bar.update(self.task, completed=self.done, detail=self.detail, left=left)
+            self.bar.update(self.task, completed=self.done, detail=self.detail, left=self._left())
         elif now - self.shown > EVERY:
             self._line()
 
-    def _rate(self, now: float) -> float:
-        return max((self.done - self.first) / max(now - self.began, 1e-9), 1e-9)
+    def _seconds(self) -> float:
+        """Return the seconds of a step."""
+        return max(self.last - self.began, 1e-9) / max(1, self.trained - 1)
+
+    def _left(self) -> str:
+        """Return the time left, "" where no step has told how long one takes."""
+        seconds = (self.total - self.done) * self.share * self._seconds()
+        return f"{_clock(seconds)} left" if self.trained else ""
 
     def _line(self) -> None:
         self.shown, self.lined = time.monotonic(), self.done
-        rate = self._rate(self.shown)
-        speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s a step"
-        left = _clock((self.total - self.done) / rate)
-        print(f"{self.name} {self.done}/{self.total} {self.detail} {speed}, {left} left", file=sys.stderr, flush=True)
+        seconds, line = self._seconds(), f"{self.name} {self.done}/{self.total} {self.detail}"
+        if self.trained:
+            speed = f"{1 / seconds:.1f} steps/s" if seconds <= 1 else f"{seconds:.1f} s a step"
+            line = f"{line} {speed}, {self._left()}"
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
     """Show that something is at work which has no steps, e.g. "evaluating on test": a spinner with the time in a
-    terminal, else a line at its beginning, one at its end, and one every half minute between them."""
+    terminal, else a line at its beginning and one every half minute; then a line of what it took."""
     began = time.monotonic()
     with contextlib.ExitStack() as shown:
         spinning = False
@@ -97,14 +102,14 @@ def stage(name: str) -> Iterator[None]:
                     progress.TextColumn("{task.description}"),
                     progress.TimeElapsedColumn(),
                 )
-                shown.enter_context(progress.Progress(*columns, console=terminal)).add_task(name, total=None)
+                spinner = progress.Progress(*columns, console=terminal, transient=True)
+                shown.enter_context(spinner).add_task(name, total=None)
                 spinning = True
         if not spinning:
             print(f"{name} ...", file=sys.stderr, flush=True)
             shown.callback(_repeated(name, began))
         yield
-    if not spinning:
-        print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+    print(f"{name}: {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
 
 
 def _repeated(name: str, began: float) -> Callable[[], None]:

@@ -93,9 +93,11 @@ class ImageOptions:
             raise ValueError(f"judge={self.judge!r} must be 'inception' for images")
 
     def labels(self, count: int, classes: int) -> tuple[Tensor, int]:
-        """The class of each of `count` images, (count,), and how many stand in a row: a class, or ten of the one."""
+        """The class of each of `count` images, (count,), and how many stand in a row: whole classes, as many as make
+        the grid nearly square, or ten of the one."""
         if self.label is None:
-            return torch.arange(count) * classes // count, -(-count // classes)
+            each = -(-count // classes)
+            return torch.arange(count) * classes // count, each * max(1, round(math.sqrt(count) / each))
         if not 0 <= self.label < classes:
             raise ValueError(f"label={self.label} must be one of the {classes} classes, 0 to {classes - 1}")
         return torch.full((count,), self.label), min(count, 10)
@@ -180,7 +182,7 @@ class DiTTask(Task):
         }
 
     def sample(self, model: DiffusionBlocks, folder: Path, *, count: int, seed: int, **options: Any) -> list[Path]:
-        """samples.png: `count` images, a class a row; trajectory.png: what each block made of some.
+        """samples.png: `count` images, by class; trajectory.png: what each block made of some.
 
         options: ImageOptions'.
         """
