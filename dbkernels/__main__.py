@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -49,6 +51,16 @@ def _devices() -> dict[str, str]:
 
 
 def main() -> None:
+    """Print it all, and end quietly where the reader of the output has gone (`| head -1`)."""
+    try:
+        _print_all()
+        sys.stdout.flush()  # at the interpreter's end it would be too late to catch its error
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        sys.exit(141)  # as shells say of a process that SIGPIPE ended
+
+
+def _print_all() -> None:
     print(f"dbkernels {dbkernels.__version__} in {Path(dbkernels.__file__).parent}")
     print(f"Python {platform.python_version()}, {platform.system()}")
     print(f"torch {torch.__version__} (CUDA {torch.version.cuda}), Triton {_triton_version()}")

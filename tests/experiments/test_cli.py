@@ -82,6 +82,8 @@ def test_resuming_a_finished_run_changes_nothing(folder, capsys):
     dblocks("resume", folder)
     assert json.loads((folder / "summary.json").read_text())["results"] == before
     said = capsys.readouterr().out
+    assert "run; test and val: accuracy %" in " ".join(said.split())
+    assert f"pictures in {folder}: " in said and "loss.png, memory.png" in said
     assert "block-wise" in said and "this run was finished; to lengthen it: dblocks resume" in said
 
 
@@ -126,7 +128,9 @@ def test_plot_draws_again(folder, capsys):
 
 def test_plan_names_the_smallest_fit(capsys):
     dblocks("plan", "vit-digits", *TINY, "--memory", "24GiB")
-    assert "24GiB: B = 1, all blocks on the device" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith("vit, batch 16, stem and head shared by all blocks; in bytes: K, M and G are KiB, MiB")
+    assert "24GiB: B = 1, all blocks on the device" in out
     with pytest.raises(SystemExit) as stop:
         dblocks("plan", "vit-digits", *TINY, "--memory", "1kB")
     assert stop.value.code == 1 and "nothing fits" in capsys.readouterr().out

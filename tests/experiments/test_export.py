@@ -77,3 +77,17 @@ def test_an_exported_folder_has_no_pictures_to_draw(run, tmp_path):
     export(*commands.open_run(run), tmp_path)
     with pytest.raises(ValueError, match="is an exported model, which holds no results to draw: give the run folder"):
         plots.draw(tmp_path)
+
+
+def test_a_folder_that_holds_a_run_is_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "other")
+    before = sorted(path.name for path in (tmp_path / "other").iterdir())
+    opened = commands.open_run(run)
+    with pytest.raises(ValueError, match="other already holds a run: give another --out"):
+        export(*opened, tmp_path / "other")
+    assert sorted(path.name for path in (tmp_path / "other").iterdir()) == before
+    (tmp_path / "afile").write_text("")
+    with pytest.raises(ValueError, match="afile is a file: --out needs a folder"):
+        export(*opened, tmp_path / "afile")
+    for _ in range(2):  # a model's own folder may be written again
+        export(*opened, tmp_path / "model")

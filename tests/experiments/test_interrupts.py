@@ -16,6 +16,7 @@ from diffusionblocks.experiments import cli, commands
 from diffusionblocks.experiments.config import to_yaml
 from diffusionblocks.experiments.interrupts import Interrupts, Stopped
 from diffusionblocks.experiments.run_folder import write
+from diffusionblocks.experiments.tasks.vit import ViTTask
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -68,10 +69,47 @@ def test_a_stopped_run_is_saved_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
         signalled(patch, signal.SIGINT, at=4)
         with pytest.raises(Stopped) as stop:
             commands.start(tiny.config(tmp_path / "run"))
-    assert stop.value.saved and stop.value.number == signal.SIGINT
+    assert stop.value.kept == "saved" and stop.value.number == signal.SIGINT
     assert files.read_state(tmp_path / "run" / "checkpoint").state["step"] == 4
     resumed = commands.resume(tmp_path / "run")["results"]["block-wise"]["test"]
     assert json.dumps(resumed) == json.dumps(whole)
+
+
+@pytest.mark.parametrize(
+    ("number", "done", "kept"),
+    [(1, set(), "the training is saved, its evaluation begins anew"),
+     (2, {"block-wise"}, "block-wise and its results are saved"),
+     (3, {"block-wise"}, "this baseline begins anew"),
+     (4, {"block-wise", "end-to-end"}, "end-to-end and its results are saved")],
+)  # fmt: skip
+def test_a_signal_stops_an_evaluation_after_its_split(number, done, kept, tmp_path, monkeypatch):
+    evaluated = []
+    config = tiny.config(tmp_path / "run", baseline=("end-to-end", "shallow"), tune_lr=(1e-3,), tune_warmup=(0.1,))
+    for name in ("evaluate", "score"):
+        real = getattr(ViTTask, name)
+
+        def signalled_(self, network, split, *args, real=real, **options):
+            evaluated.append(split)
+            if len(evaluated) == number:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(self, network, split, *args, **options)
+
+        monkeypatch.setattr(ViTTask, name, signalled_)
+    with pytest.raises(Stopped) as stop:
+        commands.start(config)
+    assert len(evaluated) == number and stop.value.kept == kept
+    assert {path.stem for path in (tmp_path / "run" / "results").glob("*")} == done
+
+
+def test_a_signal_in_the_last_evaluation_lets_the_run_finish(tmp_path, monkeypatch):
+    real = ViTTask.evaluate
+
+    def evaluate(self, model, split, **options):
+        os.kill(os.getpid(), signal.SIGINT) if split == "test" else None
+        return real(self, model, split, **options)
+
+    monkeypatch.setattr(ViTTask, "evaluate", evaluate)
+    assert commands.start(tiny.config(tmp_path / "run"))["results"]["block-wise"]["test"]
 
 
 def test_the_command_says_how_to_go_on(tmp_path, monkeypatch, capsys):

@@ -120,3 +120,14 @@ def test_a_library_merge_of_run_folders_names_the_command(tmp_path, runs):
 
     with pytest.raises(CheckpointError, match="is a run folder: use `dblocks merge`"):
         db.merge(runs, tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("settings", "lacking"),
+    [({}, "add --shared per_block --no-adapt"), ({"adapt": False}, "add --shared per_block$"),
+     ({"shared": "per_block"}, "add --no-adapt$")],
+)  # fmt: skip
+def test_what_blocks_alone_need_is_said_at_once(settings, lacking, tmp_path):
+    with pytest.raises(ValueError, match=rf"--train-blocks trains blocks apart, .* {lacking}"):
+        commands.start(tiny.config(tmp_path / "run", train_blocks=(0,), **settings))
+    assert not (tmp_path / "run").exists()

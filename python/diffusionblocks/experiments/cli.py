@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,12 +17,11 @@ import tyro
 
 from .. import __version__
 from ..offload.memory import parse_bytes, readable
-from ..training.finite import NonFiniteLoss
 from ..training.progress import stage
 from . import commands
 from . import export as exporting
 from .config import TrainConfig
-from .interrupts import Stopped
+from .endings import explained, mendable, one_line
 from .merge import merge_runs
 from .parsing import parse, presets_of
 from .plan import plan_of
@@ -34,6 +32,7 @@ from .tasks import task_of
 
 Folder = Annotated[Path, tyro.conf.Positional]
 Paths = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="(required)")]
+STEMS = {"shared": "shared by all blocks", "per_block": "one per block", "frozen": "trained by none"}
 SHOWN = 400  # characters of sampled text that are printed
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def train(config: Annotated[Run, tyro.conf.arg(name="")], overwrite: bool = Fals
         config: The preset and its settings.
         overwrite: Remove the run that the folder already holds.
     """
-    with _explained(config.out):
+    with explained(config.out):
         report(config, commands.start(config, overwrite=overwrite))
 
 
@@ -70,7 +69,7 @@ def resume(folder: Folder, lr: float | None = None, steps: int | None = None, cl
     given = {"lr": lr, "steps": steps, "clip": clip}
     finished = (folder / "summary.json").exists()
     changes = {name: value for name, value in given.items() if value is not None}
-    with _explained(folder):
+    with explained(folder):
         summary = commands.resume(folder, **changes)
         if finished and not changes:
             print(f"this run was finished; to lengthen it: dblocks resume {folder} --steps NUMBER")
@@ -127,7 +126,7 @@ def sample(
         label: Only images of this class.
         judge: Also write judge.json, which takes the run's data. For text "ngram" (bits under a model of the training
             text), or a GPT-2 or BERT of transformers, by name or folder (MAUVE); for images "inception" (FID and KID).
-            Take thousands.
+            It takes thousands of samples: of the 16 by default its numbers mean little, so give --count, too.
     """
     at_least_one(count=count, steps=steps)
     if guidance is not None and not 0 <= guidance < math.inf:
@@ -181,11 +180,12 @@ def plot(folder: Folder) -> None:
 
 
 def export(folder: Folder, out: Path) -> None:
-    """Write a run's averaged weights, its config and what else using them takes: eval, sample and predict read it.
+    """Write a run's trained model as a folder of its own, to keep or to pass on: averaged weights and settings, without
+    what only training needs. eval, sample and predict take it as they take the run folder.
 
     Args:
         folder: The run folder.
-        out: Folder to write, in the sharded layout of Hugging Face.
+        out: Folder to write: safetensors files with an index, as Hugging Face's libraries have them.
     """
     exporting.export(*commands.open_run(folder), out)
     print(out)
@@ -211,14 +211,17 @@ def show_plan(
 
     Args:
         config: The preset and its settings.
-        memory: Also name the number of blocks, where they wait and how many slots fit on the device, e.g. 24GiB.
-        host_memory: Memory of the host for blocks that wait beside a GPU, e.g. 16GiB; without it, any.
+        memory: The device's memory, e.g. 24GiB: also say into how many blocks the network must be cut to fit into it,
+            and where the blocks wait while another one trains.
+        host_memory: The host's memory, e.g. 16GiB, for blocks that wait there while another one trains on a GPU;
+            without it, as much as they take.
     """
     limit, host = (None if text is None else parse_bytes(text) for text in (memory, host_memory))
     plan = plan_of(task_of(config))
     if host is not None and plan.device.type == "cpu":
         raise ValueError("--host-memory: the CPU's memory is the host's: give --memory alone, or --device cuda")
-    print(f"{config.architecture}, batch {config.batch_size}, shared={config.shared!r}\n{plan}")
+    unit = "in bytes: K, M and G are KiB, MiB and GiB"
+    print(f"{config.architecture}, batch {config.batch_size}, stem and head {STEMS[config.shared]}; {unit}\n{plan}")
     if limit is None:
         return
     choice = plan.fit(limit, host)
@@ -228,37 +231,6 @@ def show_plan(
         print(f"nothing fits in {within}: the least is {readable(least)} on the device")
         sys.exit(1)
     print(f"{within}: {choice}")
-
-
-@contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Say how to go on after a training that ended early, and exit as shells expect."""
-    try:
-        yield
-    except Stopped as stop:
-        how = "saved" if stop.saved else "this baseline begins anew"
-        print(f"{stop}; {how}. Go on with: dblocks resume {folder}", file=sys.stderr)
-        sys.exit(128 + stop.number)
-    except KeyboardInterrupt:
-        if not (folder / "config.yaml").exists():
-            print("dblocks: stopped before the first step; nothing was written", file=sys.stderr)
-        else:
-            any_ = (folder / "checkpoint" / "manifest.json").exists()
-            state = "the last checkpoint is kept" if any_ else "there is no checkpoint yet, it begins anew"
-            print(f"dblocks: stopped at once; {state}. Go on with: dblocks resume {folder}", file=sys.stderr)
-        sys.exit(130)
-    except NonFiniteLoss as error:
-        kept = (folder / "checkpoint" / "manifest.json").exists()
-        way = f"dblocks resume {folder} --lr LOWER" if kept else "train again with a lower --lr, and --overwrite"
-        print(f"dblocks: {error}. Go on with: {way}", file=sys.stderr)
-        sys.exit(2)
-
-
-def one_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """Return a warning as a line without the code that gave it, which a command's user didn't write."""
-    return f"dblocks: {message}\n"
 
 
 def main() -> None:
@@ -279,18 +251,8 @@ def main() -> None:
         "merge": merge,
         "plan": show_plan,
     }
-    try:
+    with mendable():
         presets = presets_of(arguments)
         for command in (train, show_plan):
             command.__annotations__["config"] = Annotated[presets, tyro.conf.arg(name="")]
         parse(table, arguments, __doc__ or "")()
-    except KeyboardInterrupt:
-        print("dblocks: stopped", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:
-        named = f": {error.filename}" if error.filename else ""
-        print(f"dblocks: {error.strerror or error}{named}", file=sys.stderr)
-        sys.exit(2)
-    except (ValueError, TypeError, ImportError) as error:
-        print(f"dblocks: {error}", file=sys.stderr)
-        sys.exit(2)

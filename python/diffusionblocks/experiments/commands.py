@@ -20,6 +20,7 @@ from ..offload.offloader import Offloader
 from ..training.devices import pick_device
 from ..training.log import named
 from ..training.progress import Progress, stage
+from ..training.schedule import adaptive_density
 from ..training.state import load_averages
 from ..training.trainer import StepOutput, Trainer
 from .baselines import end_to_end
@@ -28,7 +29,7 @@ from .baselines.local import local
 from .baselines.noprop import noprop
 from .config import TrainConfig, to_dict, to_yaml
 from .export import is_exported, open_exported
-from .interrupts import Interrupts, Stopped
+from .interrupts import Interrupts
 from .plan import plan_of
 from .run_folder import (
     clear,
@@ -49,6 +50,7 @@ from .threads import spare_threads
 
 # They train without backpropagation through all layers.
 OTHERS = {"forward-forward": forward_forward, "local": local, "noprop": noprop}
+ANEW = "this baseline begins anew"
 
 
 def start(config: TrainConfig, *, overwrite: bool = False) -> Row:
@@ -62,7 +64,7 @@ def start(config: TrainConfig, *, overwrite: bool = False) -> Row:
     config = with_absolute_paths(config)
     task = task_of(config)
     task.batches(pick_device(config.device))  # load the data and build the model first, so that a failure leaves no run
-    task.model()
+    _check_alone(config, task.model())
     config.out.mkdir(parents=True, exist_ok=True)
     with run_lock(config.out):
         if overwrite:
@@ -77,6 +79,19 @@ def start(config: TrainConfig, *, overwrite: bool = False) -> Row:
             log = config.out / "metrics.jsonl"
             if not (config.out / "checkpoint").exists() and not (log.exists() and log.stat().st_size):
                 clear(config.out)  # no step was made
+
+
+def _check_alone(config: TrainConfig, model: DiffusionBlocks) -> None:
+    """Raise ValueError that names all options which training some of the blocks alone lacks, not one after another."""
+    if config.train_blocks is None or len(config.train_blocks) == config.blocks:
+        return
+    shared, adapts = config.shared == "shared", adaptive_density(model, config) is not None
+    if shared or adapts:
+        options = ("--shared per_block",) * shared + ("--no-adapt",) * adapts
+        raise ValueError(
+            "--train-blocks trains blocks apart, which must share nothing they train, nor a cut of the noise that "
+            f"training moves: add {' '.join(options)}"
+        )
 
 
 def _check_free(folder: Path) -> None:
@@ -139,6 +154,8 @@ def carry_on(task: Task) -> Row:
             run = RunLog(name, lines, config, interrupts, seconds if name == "block-wise" else 0.0)
             row = _block_wise(task, trainer, run) if name == "block-wise" else _baseline(name, task, run)
             write(result_file(config, name), json.dumps(row))
+            if not all(result_file(config, other).exists() for other in names):  # else only pictures are left
+                interrupts.check(f"{name} and its results are saved")
     summary = summarize(task, trainer)
     write(config.out / "summary.json", json.dumps(summary, indent=1))
     shutil.rmtree(config.out / "waiting", ignore_errors=True)
@@ -214,8 +231,11 @@ class RunLog:
             extra = {"seconds": self.seconds(), "run": identity(self.config)}
             trainer.save(self.config.out / "checkpoint", extra=extra)
             self.saved = time.monotonic()
-        if self.interrupts.number is not None:
-            raise Stopped(self.interrupts.number, self.saves)
+        self.interrupts.check("saved" if self.saves else ANEW)
+
+    def on_evaluated(self, trainer: Trainer) -> None:
+        """Stop between two splits, where a signal came meanwhile."""
+        self.interrupts.check("the training is saved, its evaluation begins anew" if self.saves else ANEW)
 
 
 def _train(task: Task, trainer: Trainer, log: RunLog) -> None:
@@ -229,13 +249,14 @@ def _train(task: Task, trainer: Trainer, log: RunLog) -> None:
 def _block_wise(task: Task, trainer: Trainer, log: RunLog) -> Row:
     config = task.config
     _train(task, trainer, log)
-    return {
+    row = {
         "seconds": log.seconds(),
         "memory": peak_memory(config),
         "plan": plan_of(task).rows[config.blocks].by_category,
         "val": evaluate(task, trainer, "val"),
-        "test": evaluate(task, trainer, "test"),
     }
+    log.on_evaluated(trainer)
+    return {**row, "test": evaluate(task, trainer, "test")}
 
 
 def _baseline(name: str, task: Task, log: RunLog) -> Row:

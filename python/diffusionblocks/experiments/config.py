@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import typing
 from dataclasses import dataclass
@@ -90,7 +91,8 @@ class TrainConfig(TrainerConfig):
     slots: Hidden[Literal[1, 2]] = 1
     moments: Hidden[Literal["float32", "bfloat16"]] = "float32"
     loggers: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
-    """Where block-wise training's rows go besides metrics.jsonl: the run folder's logs, or Weights & Biases."""
+    """Where the rows of block-wise training's log go: always into the run folder's metrics.jsonl; tensorboard: also
+    into files in its folder logs; wandb: also to Weights & Biases."""
     model: Any = None
     """Sizes of the network."""
 
@@ -187,8 +189,9 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     return {"architecture": config.architecture, **values}
 
 
-def from_yaml(text: str) -> TrainConfig:
-    """Return the config that `to_yaml` wrote, or one written by hand: fields left out have their defaults.
+def from_yaml(text: str, base: TrainConfig | None = None) -> TrainConfig:
+    """Return the config that `to_yaml` wrote, or one written by hand: fields left out, its architecture among them, are
+    those of `base`, or without one their defaults.
 
     Raises: ValueError on anything else.
     """
@@ -198,30 +201,36 @@ def from_yaml(text: str) -> TrainConfig:
         raise ValueError(f"not a run's config.yaml: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError("not a run's config.yaml: it must hold names and values, one a line")
-    return from_dict(values)
+    return from_dict(values, base)
 
 
-def from_dict(values: dict[str, Any]) -> TrainConfig:
-    """Return the config of `to_dict`'s values, or of some of them. Raises: ValueError on anything else."""
+def from_dict(values: dict[str, Any], base: TrainConfig | None = None) -> TrainConfig:
+    """Return the config of `to_dict`'s values, or of some of them (see `from_yaml`). Raises: ValueError on anything
+    else."""
     values = dict(values)
-    kind = CONFIGS.get(values.pop("architecture", ""))
+    kind = CONFIGS.get(values.pop("architecture", base.architecture if base else ""))
     if kind is None:
         raise ValueError(f"not a run's config.yaml: its architecture must be one of {', '.join(CONFIGS)}")
+    if base and type(base) is not kind:
+        raise ValueError(f"this is of a {kind.architecture} run: name a preset of that kind")
     for name in RESOLVED:
         values.pop(name, None)
-    return typing.cast(TrainConfig, _typed(f"a {kind.architecture} run", kind, values))
+    return typing.cast(TrainConfig, _typed(f"a {kind.architecture} run", kind, values, base))
 
 
-def _typed(name: str, type_: Any, value: Any) -> Any:
-    """Return a value read from YAML as its field's type."""
+def _typed(name: str, type_: Any, value: Any, base: Any = None) -> Any:
+    """Return a value read from YAML as its field's type. base: What a dataclass takes fields left out from."""
     kinds = (type_, *typing.get_args(type_))
     if dataclasses.is_dataclass(type_):
         if not isinstance(value, dict):
-            raise ValueError(f"config.yaml: {name} must hold names and values, got {value!r}")
+            raise ValueError(f"{name} must hold names and values, got {value!r}")
         types, names = typing.get_type_hints(type_), [f.name for f in dataclasses.fields(type_)]
-        if unknown := set(map(str, value)) - set(names):
-            raise ValueError(f"config.yaml: {name} has no {', '.join(sorted(unknown))}")
-        return typing.cast(Any, type_)(**{n: _typed(n, types[n], v) for n, v in value.items()})
+        if unknown := sorted(set(map(str, value)) - set(names)):
+            near = difflib.get_close_matches(unknown[0], names, 1)
+            perhaps = f"; perhaps {near[0]}" if near else f"; known: {', '.join(names)}"
+            raise ValueError(f"{name} has no {', '.join(unknown)}{perhaps}")
+        given = {n: _typed(n, types[n], v, getattr(base, n, None)) for n, v in value.items()}
+        return typing.cast(Any, type_)(**given) if base is None else dataclasses.replace(base, **given)
     if isinstance(value, list):
         return tuple(_typed(name, kinds[1] if len(kinds) > 1 else None, item) for item in value)
     if isinstance(value, str) and Path in kinds:
@@ -230,5 +239,5 @@ def _typed(name: str, type_: Any, value: Any) -> Any:
         try:
             return float(value)
         except ValueError:
-            raise ValueError(f"config.yaml: {name} must be a number, got {value!r}") from None
+            raise ValueError(f"{name} must be a number, got {value!r}") from None
     return float(value) if float in kinds and type(value) is int else value

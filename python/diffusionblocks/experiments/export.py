@@ -18,8 +18,12 @@ from .tasks import Task, task_of
 def export(task: Task, model: DiffusionBlocks, to: Path) -> None:
     """Write a model's folder, from which `open_exported` takes it and its task; no data are needed.
 
-    Raises: CheckpointError or OSError if the folder can't be used.
+    Raises: CheckpointError or OSError if the folder can't be used, ValueError if it is a file or holds a run.
     """
+    if to.exists() and not to.is_dir():
+        raise ValueError(f"{to} is a file: --out needs a folder, a new one or an exported model's to replace")
+    if (to / "config.yaml").exists():  # there it would be the run that `dblocks eval` reads, not the model
+        raise ValueError(f"{to} already holds a run: give another --out")
     run = {"config": to_dict(task.config) | task.config.resolved(), "facts": task.facts}
     model.save_pretrained(to, extra={"run": run})
     write_card(model, to, run=True)

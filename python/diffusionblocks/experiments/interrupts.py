@@ -13,11 +13,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """A signal stopped the training after a step. saved: whether a checkpoint was written."""
+    """A signal stopped a run between two steps or evaluations. kept: What of its work is kept, in words."""
 
-    def __init__(self, number: int, saved: bool):
+    def __init__(self, number: int, kept: str):
         super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.number, self.saved = number, saved
+        self.number, self.kept = number, kept
 
 
 class Interrupts:
@@ -38,8 +38,13 @@ class Interrupts:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def check(self, kept: str) -> None:
+        """Raise Stopped if a signal has come. kept: What of the run's work is kept."""
+        if self.number is not None:
+            raise Stopped(self.number, kept)
+
     def _note(self, number: int, frame: Any) -> None:
         self.number = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.write(2, b"stopping after this step (again: at once)\n")  # print isn't safe in a handler
+        os.write(2, b"stopping after this step or evaluation (again: at once)\n")  # print isn't safe in a handler

@@ -9,12 +9,13 @@ import functools
 import io
 import itertools
 import re
+import shutil
 import sys
 import types as types_
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -22,6 +23,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from .config import Hidden, from_yaml
 from .presets import RUNS
 
+_COLOUR = r"\x1b\[[\d;]*m"  # tyro colours what it prints if stdout is a terminal
 RENAMED = {"--to": "--out"}  # export and sample had another name for what is --out everywhere
 _WHOLE = r"^Error parsing [\w.-]*config[\w.-]*: "  # of a whole preset: the fault names the setting
 _SEVERAL = r"^Error parsing (\S+): (?:no type matching .* could be instantiated from|.*for arguments:) \['(.*?)'\]"
@@ -31,7 +33,8 @@ FLAGS = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
 
 
 def presets_of(arguments: list[str]) -> Any:
-    """Return the presets as subcommands, with the settings of `--config FILE` as defaults, which is removed."""
+    """Return the presets as subcommands; the settings of `--config FILE`, which is removed, are the named one's
+    defaults, and what the file leaves out stays as the preset has it."""
     runs = {name: config for name, (_, config) in RUNS.items()}
     if "--config" in arguments:
         at = arguments.index("--config")
@@ -39,11 +42,14 @@ def presets_of(arguments: list[str]) -> Any:
             raise ValueError("--config needs a file, e.g. runs/vit-digits/config.yaml")
         path = Path(arguments[at + 1])
         del arguments[at : at + 2]
-        given = from_yaml(path.read_text())
         named = [name for name in runs if name in arguments]
-        if not named or type(runs[named[0]]) is not type(given):
-            raise ValueError(f"{path} is of a {given.architecture} run: name a preset of that kind")
-        runs[named[0]] = dataclasses.replace(given, out=runs[named[0]].out)
+        if not named:
+            raise ValueError(f"--config: name a preset, too, e.g. dblocks train vit-digits --config {path}")
+        preset = runs[named[0]]
+        try:
+            runs[named[0]] = dataclasses.replace(from_yaml(path.read_text(), preset), out=preset.out)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from error
     more = {name: f"{text}. Options for special cases: see dblocks train --help" for name, (text, _) in RUNS.items()}
     texts = {name: more[name] if name in arguments else text for name, (text, _) in RUNS.items()}
     return tyro.extras.subcommand_type_from_defaults(runs, texts, prefix_names=False)
@@ -64,9 +70,9 @@ def parse(table: dict[str, Callable[..., Any]], arguments: list[str], descriptio
     _check_tuned(arguments)
     Hidden.shown = not {"-h", "--help"} & set(arguments)
     commands_ = {name: later(command) for name, command in table.items()}
-    said = io.StringIO()
+    said, shown = io.StringIO(), _Help(sys.stdout)
     try:
-        with contextlib.redirect_stderr(said), _rules():
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown), _rules():
             call: Callable[[], Any] = tyro.extras.subcommand_cli_from_dict(
                 commands_, prog="dblocks", description=description, args=arguments, config=FLAGS
             )
@@ -74,8 +80,27 @@ def parse(table: dict[str, Callable[..., Any]], arguments: list[str], descriptio
         if stop.code:
             path = " ".join(["dblocks", *(a for a in arguments[:2] if a in table or a in RUNS)])
             print(f"dblocks: {_short(said.getvalue()).rstrip('.')}; see {path} --help", file=sys.stderr)
+        print(_fitting(shown.getvalue(), "PRESET" if arguments[:1] in (["train"], ["plan"]) else "COMMAND"), end="")
         raise
     return call
+
+
+class _Help(io.StringIO):
+    """Takes the help in a stream's place: with colours if that is a terminal, with frames if its encoding has them."""
+
+    encoding = ""  # io.StringIO's can't be set
+
+    def __init__(self, stream: TextIO):
+        super().__init__()
+        self.isatty, self.encoding = stream.isatty, stream.encoding  # type: ignore[method-assign,assignment]
+
+
+def _fitting(help_: str, name: str) -> str:
+    """Return a help whose first line, of usage, fits into the terminal: by a name for choices that are listed below."""
+    usage, newline, rest = help_.partition("\n")
+    if len(re.sub(_COLOUR, "", usage)) > shutil.get_terminal_size().columns:
+        usage = re.sub(r"\{.*\}", name, usage)
+    return usage + newline + rest
 
 
 def _rules() -> ConstructorRegistry:
@@ -116,8 +141,8 @@ def _check_tuned(arguments: list[str]) -> None:
 
 
 def _short(text: str) -> str:
-    """Return the parser's error without frame, help texts and other commands' options."""
-    lines = [line.strip("│╭╮╰╯+| ") for line in text.splitlines()]
+    """Return the parser's error without colours, frame, help texts and other commands' options."""
+    lines = [line.strip("│╭╮╰╯+| ") for line in re.sub(_COLOUR, "", text).splitlines()]
     rules = [i for i, line in enumerate(lines) if len(line) > 9 and set(line) <= {*"─-"}]  # dashes where no UTF-8 is
     begin = 2 if 1 in rules else 1
     rule = next((i for i in rules if i > begin), len(lines))

@@ -20,16 +20,16 @@ _CIFAR = ViTConfig(image_size=32, channels=3, num_classes=100, patch=4, dim=128,
 _SMALL_CORE = RecurrentConfig(layers=2, prelude=1, coda=1)
 
 RUNS: dict[str, tuple[str, TrainConfig]] = {
-    "vit-digits": ("8x8 digits, embedded; minutes on two CPU cores", ViTRun()),
+    "vit-digits": ("8x8 digits, which come with scikit-learn; minutes on two CPU cores", ViTRun()),
     "vit-fashion-mnist": (
-        "28x28 clothes, IDX files",
+        "28x28 clothes, Fashion-MNIST's IDX files",
         ViTRun(
             data="fashion-mnist", out=Path("runs/vit-fashion-mnist"), model=_FASHION, steps=9000, batch_size=128,
             lr=1e-3, ema=0.999, checkpoint_every=1000, augment=True,
         ),
     ),
     "vit-fashion-small": (
-        "28x28 clothes, IDX files, a network of the digits' size; minutes on two CPU cores",
+        "28x28 clothes, Fashion-MNIST's IDX files; the digits' network; minutes on two CPU cores",
         ViTRun(
             data="fashion-mnist", out=Path("runs/vit-fashion-small"), steps=2000,
             tune_lr=(5e-4, 1e-3, 2e-3, 4e-3), tune_warmup=(0.2,), model=ViTConfig(image_size=28, patch=7),
@@ -43,15 +43,17 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "vit-tiny-imagenet": (
-        "64x64, 200 classes, B = 2",
+        "64x64, 200 classes, in two blocks",
         ViTRun(
             data="tiny-imagenet", out=Path("runs/vit-tiny-imagenet"), blocks=2, steps=390_000, batch_size=128,
             lr=5e-4, ema=0.999, checkpoint_every=5000, augment=True,
             model=replace(_CIFAR, image_size=64, patch=8, num_classes=200, dim=192, cond=32),
         ),
     ),
-    "lm-text": ("text by characters, autoregressive: Python's help, embedded", CausalLMRun()),
-    "mdlm-text": ("masked diffusion of text, by characters; minutes on two CPU cores", MaskedLMRun()),
+    "lm-text": ("text by characters, autoregressive: Python's own help texts", CausalLMRun()),
+    "mdlm-text": (
+        "masked diffusion of text, by characters: Python's own help texts; minutes on two CPU cores", MaskedLMRun(),
+    ),
     "mdlm-king-james": (
         "masked diffusion of the King James Bible, 4 MB, by characters",
         MaskedLMRun(text="king-james", out=Path("runs/mdlm-king-james"), steps=12_000),
@@ -77,9 +79,9 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
             tune_lr=(5e-4, 1e-3, 2e-3), evaluated=256, model=_SMALL_CORE,
         ),
     ),
-    "dit-digits": ("8x8 digits made from noise, embedded; minutes on two CPU cores", DiTRun()),
+    "dit-digits": ("8x8 digits made from noise: those that come with scikit-learn; minutes on two CPU cores", DiTRun()),
     "dit-fashion": (
-        "28x28 clothes made from noise, IDX files",
+        "28x28 clothes made from noise, Fashion-MNIST's IDX files",
         DiTRun(
             data="fashion-mnist", out=Path("runs/dit-fashion"), steps=9000, batch_size=128, lr=2e-3, ema=0.999,
             checkpoint_every=1000, tune_lr=(1e-3, 2e-3), draws=1,
@@ -87,7 +89,7 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "dit-fashion-small": (
-        "28x28 clothes made from noise, IDX files, a network of the digits' size; minutes on two CPU cores",
+        "28x28 clothes made from noise, Fashion-MNIST's IDX files; the digits' network; minutes on two CPU cores",
         DiTRun(
             data="fashion-mnist", out=Path("runs/dit-fashion-small"), steps=2000, draws=0.1,
             tune_lr=(2e-3, 4e-3, 8e-3, 1.6e-2), model=DiTConfig(image_size=28, patch=7),

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ..offload.memory import readable
 from .config import TrainConfig
+from .results import signed
 from .tasks import task_of
 from .tasks.base import Metric
 
@@ -31,7 +32,8 @@ def report(config: TrainConfig, summary: dict[str, Any]) -> None:
         print(f"trained blocks {blocks}; join them with the others by: dblocks merge {config.out} OTHERS --out NEW")
         return
     metric = task_of(config).metric
-    table = Table("training", f"test {metric.label}", "val", "seconds", "memory", "plan", title=str(config.out))
+    title = f"{config.out}; test and val: {metric.label}"
+    table = Table("training", "test", "val", "seconds", "memory", "plan", title=title)
     for name, result in summary["results"].items():
         memory = readable(sum(result["memory"].values()))
         planned = readable(sum(result["plan"].values())) if "plan" in result else "-"
@@ -39,6 +41,8 @@ def report(config: TrainConfig, summary: dict[str, Any]) -> None:
         table.add_row(name, *values, f"{result['seconds']:.0f}", memory, planned)
     console.print(table)
     show(metric, summary["results"]["block-wise"]["test"])
+    if pictures := [path.name for path in sorted(config.out.glob("*.png"))]:
+        print(f"pictures in {config.out}: {', '.join(pictures)}")
 
 
 def show(metric: Metric, result: dict[str, Any]) -> None:
@@ -51,5 +55,6 @@ def show(metric: Metric, result: dict[str, Any]) -> None:
             steps.add_row(str(step["step"]), f"{step['sigma']:.4g}", str(step["block"]), f"{step[metric.key]:.2f}")
         console.print(steps)
     if "bound_bits" in result:
-        regret = ", ".join(f"{bits:+.3f}" for bits in result["regret_bits"])
-        console.print(f"information bound {result['bound_bits']:.3f} bits; regret by block {regret} (0 or less: none)")
+        regret = ", ".join(map(signed, result["regret_bits"]))
+        known = "what a block loses of what those before it know; 0 or less: none"
+        console.print(f"information bound {result['bound_bits']:.3f} bits; regret by block {regret} bits ({known})")

@@ -91,3 +91,8 @@ def _has(values: Any, path: str) -> bool:
             return False
         values = values[key]
     return values is not None and values != []
+
+
+def signed(bits: float) -> str:
+    """Return a number with its sign, without one if it rounds to zero."""
+    return f"{bits:+.3f}" if round(bits, 3) else "0.000"

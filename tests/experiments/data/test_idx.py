@@ -119,7 +119,9 @@ def test_fashion_mnist_of_another_make_is_refused(tmp_path, changes, match):
 
 def test_missing_fashion_mnist_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"nowhere.*apt-get install dataset-fashion-mnist"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere.*apt-get install dataset-fashion-mnist.*folder= \(--data-folder\)"
+    ):
         load("fashion-mnist")
     write_fashion(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()

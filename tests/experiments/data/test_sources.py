@@ -45,8 +45,12 @@ def test_a_folder_of_images(tmp_path):
     (tmp_path / "cats" / "0.png").write_text("a text")
     with pytest.raises(ValueError, match="is not an image file"):
         load("folder", folder=tmp_path)
-    with pytest.raises(FileNotFoundError, match="needs folder="):
+    with pytest.raises(FileNotFoundError, match=r"needs folder= \(--data-folder\).*: none is given"):
         load("folder")
+    with pytest.raises(FileNotFoundError, match=r"needs folder= \(--data-folder\).*: .*nope does not exist"):
+        load("folder", folder=tmp_path / "nope")
+    with pytest.raises(FileNotFoundError, match=r"0\.png is a file"):
+        load("folder", folder=tmp_path / "cats" / "0.png")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no image files"):
         load("folder", folder=tmp_path / "empty")

@@ -224,7 +224,9 @@ def train(
         trainer.offloader.retire()  # the next attempt needs the device
         return result
 
-    return Attempt(trainer, averaged, averaged("val"), seconds, rows.peak)
+    val = averaged("val")
+    trainer.call("on_evaluated")
+    return Attempt(trainer, averaged, val, seconds, rows.peak)
 
 
 def saved_by_a_layer(model: DiffusionBlocks, layer: nn.Module, x: Tensor, y: Tensor) -> int:

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ...noise.rng import stream
-from .sources import Pair, Source, stratified, visible
+from .sources import Pair, Source, own_folder, stratified, visible
 
 GREY, COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}  # Pillow's modes of at most 8 bits
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -35,8 +35,7 @@ def image_folder(folder: Path | None, *, size: int | None = None, resize: Resize
         ValueError: no images, folders within a class, classes that training lacks, files that aren't images of at most
             8 bits per channel, or several sizes.
     """
-    if folder is None or not folder.is_dir():
-        raise FileNotFoundError(f"data='folder' needs folder= (--data-folder) with image files, got {folder}")
+    folder = own_folder("folder", folder, "image files")
     places = _splits(folder)
     names = _classes(places.get("train", folder))
     files = {split: _files(place, names) for split, place in places.items()}
@@ -119,6 +118,8 @@ def _header(path: Path) -> tuple[str, int, int]:
             mode, (width, height) = image.mode, image.size
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image file") from error
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {(error.strerror or str(error)).lower()}") from error
     if mode not in GREY | COLOUR:
         raise ValueError(f"{path} has pixels of Pillow's mode {mode!r}, not of 8 bits a channel; convert it first")
     return mode, width, height

@@ -123,7 +123,7 @@ def _import() -> Any:
 
 def _explained(error: Exception, name: str, folder: Path | None) -> Exception:
     if folder is None:
-        hint = f"check the network, or pass folder= with a copy of {name} (parquet or save_to_disk)"
+        hint = f"check the network, or pass folder= (--data-folder) with a copy of {name} (parquet or save_to_disk)"
         return FileNotFoundError(f"cannot get {name} from the hub: {error}; {hint}")
     kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
     return kind(f"cannot read {folder} as a copy of {name} (parquet or save_to_disk): {error}")

@@ -56,7 +56,8 @@ def _fashion_mnist(folder: Path | None) -> dict[str, Pair]:
     folder = DEBIAN_FASHION_MNIST if folder is None else folder
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"no folder {folder} with Fashion-MNIST; apt-get install dataset-fashion-mnist, or pass folder="
+            f"no folder {folder} with Fashion-MNIST; apt-get install dataset-fashion-mnist, or "
+            "pass folder= (--data-folder) with its four IDX files"
         )
     return {part: _idx_pair(folder, prefix) for part, prefix in (("train", "train"), ("test", "t10k"))}
 
@@ -87,6 +88,15 @@ def visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
+def own_folder(name: str, folder: Path | None, content: str) -> Path:
+    """Return the folder that the data set `name` is read from. Raises: FileNotFoundError if there is none."""
+    if folder is None or not folder.is_dir():
+        state = "is a file" if folder and folder.exists() else "does not exist"
+        fault = f"{folder} {state}" if folder else "none is given"
+        raise FileNotFoundError(f"data={name!r} needs folder= (--data-folder) with {content}: {fault}")
+    return folder
+
+
 def idx_folder(folder: Path | None) -> Source:
     """Return the source of a folder of four IDX files, gzipped or not, with MNIST's names after any prefix
     (emnist-letters-train-images-idx3-ubyte.gz). The sorted labels of the training split become classes 0, 1, ...
@@ -95,9 +105,7 @@ def idx_folder(folder: Path | None) -> Source:
         FileNotFoundError: the folder or a file is missing.
         ValueError: files that aren't IDX, several candidates for one file, or test labels absent from training.
     """
-    if folder is None or not folder.is_dir():
-        raise FileNotFoundError(f"data='idx' needs folder= (--data-folder) with four IDX files, got {folder}")
-    pairs = {}
+    folder, pairs = own_folder("idx", folder, "four IDX files"), {}
     for part, names in (("train", ("train",)), ("test", ("t10k", "test"))):
         images, labels = (idx.load(_only(folder, [f"{n}-{kind}" for n in names])) for kind in ("images", "labels"))
         pairs[part] = (images.unsqueeze(1), labels.long())

@@ -5,6 +5,7 @@ Stateless: the windows of a batch are a function of (seed, step).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import warnings
 from collections import Counter
@@ -105,15 +106,21 @@ def _tell_unknown(text: str, train: Counter[str], known: list[str], source: str)
     unknown = Counter({character: counts[character] for character in counts.keys() - set(known)})
     if not unknown:
         return
-    share, few = unknown.total() / len(text), "".join(character for character, _ in unknown.most_common(8))
+    share, kinds = unknown.total() / len(text), sorted(unknown, key=lambda character: (-unknown[character], character))
     more = f"; --model.vocab-size {len(train) + 1} keeps those of the training split" if len(train) > len(known) else ""
     said = (
-        f"{source}: {unknown.total():,} of {len(text):,} characters ({share:.2%}) are beyond the {len(known)} most "
-        f"frequent of the training split and become U+FFFD, {len(unknown)} kinds, most of all {few!r}{more}"
+        f"the text {source}: {unknown.total():,} of {len(text):,} characters ({share:.2%}) are beyond the {len(known)} "
+        f"most frequent of the training split, the model's alphabet, and become U+FFFD, the replacement character: "
+        f"{len(kinds)} rare one{'s' * (len(kinds) > 1)}, most often {', '.join(map(repr, kinds[:8]))}{more}"
     )
     if share > UNKNOWN_LIMIT and source != EMBEDDED:
         raise ValueError(f"{said}. More than {UNKNOWN_LIMIT:.0%} is refused: raise it, or remove them from the text")
-    warnings.warn(said, stacklevel=4)
+    _warn_once(said)
+
+
+@functools.cache
+def _warn_once(said: str) -> None:  # a run loads its text several times
+    warnings.warn(said, stacklevel=5)
 
 
 def load_documents(source: str) -> list[str]:

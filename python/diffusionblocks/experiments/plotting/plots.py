@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from ...noise.partition import Partition
-from ..results import BLOCKWISE, Run, read_run
+from ..results import BLOCKWISE, Run, read_run, signed
 from .axes import (
     BASELINES,
     BLOCK_COLOURS,
@@ -156,7 +156,7 @@ def bound_figure(run: Run) -> Figure:
         middle, regret = math.sqrt(edges[block] * edges[block + 1]), _regret(run, block)
         height = 0.97 if len(edges) <= 5 else 0.97 - 0.07 * (block % 3)  # many narrow blocks: in three rows
         name = f"block {block}\n" if len(edges) <= 5 else f"{block}: "
-        axes.text(middle, height * top, f"{name}{regret:+.3f}", ha="center", va="top", **INK)
+        axes.text(middle, height * top, f"{name}{signed(regret)}", ha="center", va="top", **INK)
     axes.set_ylim(0, top)
     total = (
         f"information bound {run.test['bound_bits']:.3f} bits; numbers: what each block's range adds to it (its regret)"
