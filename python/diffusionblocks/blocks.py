@@ -208,10 +208,8 @@ class DiffusionBlocks(Offloadable):
         if block is not None:
             self.activate(block)
             return self.blocks[block].logits(x, self.stem_head)
-        said = torch.zeros(())
-        for b in range(len(self.blocks)):
-            said = self.logits(x, b) + said.to(x.device)
-        return said / len(self.blocks)
+        others = (self.logits(x, b) for b in range(1, len(self.blocks)))
+        return sum(others, self.logits(x, 0)) / len(self.blocks)
 
     @torch._disable_dynamo(recursive=False)
     @torch.no_grad()
@@ -239,7 +237,8 @@ class DiffusionBlocks(Offloadable):
         stem = self.blocks[0].around(self.stem_head).stem
         if getattr(stem, "aligned", False):
             self.activate(0)
-            self.target.shape = self.target.sample_shape(stem.places(x) if hasattr(stem, "places") else x)
+            like = stem.places(x) if hasattr(stem, "places") else x
+            self.target.shape = self.target.sample_shape(like) if like.dim() < 4 else self.target.shape
         return self.target.start(len(x), sigma, seed=stream(seed, "sample"), device=x.device)
 
     def check(self, block: int, x: Tensor, y: Tensor) -> None:

@@ -15,6 +15,7 @@ from .targets.tokens import TokenTarget
 
 CARD = "README.md"
 OURS = "<!-- Written with the model, and anew with the next one while this line stays. -->"
+LIBRARIES = ("transformers", "diffusers", "timm")  # whose networks `convert` knows
 SHARING = {
     "shared": "All blocks share one stem and head, which each of them trained.",
     "frozen": "All blocks share one stem and head, which weren't trained.",
@@ -82,10 +83,12 @@ task, model = open_exported(Path("{name}"))
 def _use(model: Any, name: str, repo_id: str | None) -> str:
     if model.origin:
         library, build = model.origin["kind"].partition(".")[0], ""
-        given = "`db.to_original(model)` makes networks of its classes"
-        if model.origin["options"].get("cond") != 0 and not isinstance(model.target, ContinuousTarget):
-            given = "the layers have AdaLN, for which its classes have no place"
-        note = f"\n{library} doesn't load these files: {given}.\n"
+        given = ": `db.to_original(model)` makes networks of its classes"
+        if library not in LIBRARIES:
+            given = ", and `db.load` needs the code that registered the network's class"
+        elif model.origin["options"].get("cond") != 0 and not isinstance(model.target, ContinuousTarget):
+            given = ": the layers have AdaLN, for which its classes have no place"
+        note = f"\n{library} doesn't load these files{given}.\n"
     else:
         build = ", build()"
         note = "\n`build()` is the code that built the model, which a file can't hold: add it here.\n"
@@ -103,7 +106,8 @@ model = db.load({f'snapshot_download("{repo_id}")' if repo_id else f'"{name}"'}{
 def _answer(model: Any) -> str:
     if isinstance(model.target, ContinuousTarget):
         return "y = db.sample(model, x, seed=0)"
-    if isinstance(model.target, (TokenTarget, MaskedTarget)) and model.origin:
+    texts = isinstance(model.target, (TokenTarget, MaskedTarget)) and model.origin
+    if texts and model.origin["kind"].partition(".")[0] in LIBRARIES:
         return "ids = db.generate(model, prompt_ids, max_new_tokens=20)"
     return "logits = model(x)  # of the likeliest answer"
 

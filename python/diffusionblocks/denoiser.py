@@ -41,8 +41,8 @@ class Block(nn.Module):
         around = self.around(shared)
         if not hasattr(around.stem, "clean") or getattr(around.stem, "z", None) is not None:
             raise ValueError(
-                "logits are of x alone, and this model's blocks read z and the noise, too: call model(x), or convert "
-                "with cond=0"
+                "logits are of x alone, and this model's blocks read z and the noise, too: call model(x), or, for "
+                "labels and next tokens of a converted network, convert with cond=0"
             )
         head, h, cond = self._decoded(around.stem.clean(x), None, around)
         return head(h, cond).float()

@@ -43,7 +43,7 @@ class Offloadable(nn.Module):
         self.seed, self.step = 0, 0  # of the noise, where `loss` isn't given others
         self.origin: dict[str, Any] | None = None  # how `convert` made it, for `load`
         self.offloader: OffloaderLike | None = None
-        self.elsewhere: tuple[int, ...] = ()  # blocks whose training is no affair of the model's Trainer
+        self.begun: set[int] = set()  # blocks that a Trainer here trains or has loaded; none while there was no Trainer
 
     @property
     def device(self) -> torch.device:
@@ -61,8 +61,8 @@ class Offloadable(nn.Module):
         """Return a context within which weights are their moving averages, where the optimizer keeps any.
 
         A warning names blocks that are trained elsewhere: here they have the weights they began with."""
-        if self.elsewhere:
-            named = ", ".join(map(str, self.elsewhere))
+        if self.begun and (others := [b for b in range(self.partition.blocks) if b not in self.begun]):
+            named = ", ".join(map(str, others))
             warnings.warn(
                 f"blocks {named} of this model are trained elsewhere, by train_blocks or on other ranks, and have the "
                 "weights they began with here: merge the folders first (`dblocks merge`, or load them all)",

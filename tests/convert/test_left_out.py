@@ -41,12 +41,27 @@ def another_number(model):
     layer_of(model).input_layernorm.variance_epsilon = 0.5
 
 
+def untied(model):
+    head = model.stem_head.head.linear
+    head.weight = nn.Parameter(head.weight.detach().clone())
+
+
+def other_angles(model):
+    model.stem_head.stem.embedding.rotary.inv_freq.mul_(0.1)
+
+
+def replaced_of_ours(model):
+    model.stem_head.head.features = lambda tokens: 2 * tokens.h
+
+
 @pytest.mark.parametrize("cond", [0, 8])
 @pytest.mark.parametrize("change, words", [
     (hooked, r"a hook on blocks\.1\.layers\.0\.layer"),
     (hooked_words, r"a hook on stem_head\.stem\.embedding\.embeddings"),
     (another_norm, r"blocks\.1\.layers\.0\.layer.*input_layernorm is a LayerNorm, no LlamaRMSNorm"),
     (replaced, r"stem_head\.head\.before\.0\.forward was replaced"),
+    (other_angles, r"the values of stem_head\.stem\.embedding\.rotary\.inv_freq"),
+    (replaced_of_ours, r"stem_head\.head\.features was replaced"),
     (another_number, r"blocks\.1\.layers\.0.*input_layernorm\.variance_epsilon is 0\.5"),
 ])  # fmt: skip
 def test_saving_warns_by_name(change, words, cond, tmp_path):
@@ -57,6 +72,31 @@ def test_saving_warns_by_name(change, words, cond, tmp_path):
     if cond == 0:
         with pytest.warns(UserWarning, match=words):
             db.to_original(model, 1)
+
+
+def test_weights_that_are_tied_no_more_are_named(tmp_path):
+    """Both are in the file, and where it is loaded one would take the other's place."""
+    model = db.convert(tiny.network(LLAMA), 2, cond=0)
+    untied(model)
+    with pytest.warns(UserWarning, match=r"lm_head\.weight and model\.embed_tokens\.weight are not tied"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_layers_compiled_after_convert_are_no_change(inside, tmp_path):
+    model, (x, _) = db.convert(tiny.network(LLAMA), 2, cond=0).eval(), tiny.batch(LLAMA)
+    expected = model.logits(x, 0)
+    layers = model.blocks[0].layers
+    if inside:
+        layers[0].layer = torch.compile(layers[0].layer, backend="eager")
+    else:
+        layers[0] = torch.compile(layers[0], backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+        network = db.to_original(model, 0)
+    assert torch.equal(db.load(tmp_path).logits(x, 0), expected)
+    torch.testing.assert_close(network(x).logits, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_hooks_of_the_libraries_themselves_are_no_change(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import pytest
 import torch
@@ -223,6 +224,26 @@ def test_loading_an_adapter_needs_this_module_too(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "diffusionblocks.integrations.peft")
     with pytest.raises(ValueError, match=r"the network has an adapter: import diffusionblocks\.integrations"):
         db.load(tmp_path)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda module: module.merge(), r"q_proj\.merged_adapters is \['default'\]"),
+    (lambda module: module.set_scale("default", 5.0), r"q_proj\.scaling is"),
+    (lambda module: module.enable_adapters(False), r"q_proj\.disable_adapters is True"),
+])  # fmt: skip
+def test_what_a_file_does_not_know_of_an_adapter_is_named(change, words, tmp_path):
+    model = db.convert(adapted(LLAMA), 2, cond=0)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            change(module)
+    with pytest.warns(UserWarning, match=words):
+        model.save_pretrained(tmp_path)
+
+
+def test_modules_to_save_are_no_change(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        db.convert(adapted(VIT), 2, cond=0).save_pretrained(tmp_path)
 
 
 def test_single_tokens_are_refused():

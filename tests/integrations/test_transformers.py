@@ -141,7 +141,7 @@ def test_batches_of_collators():
     assert batch_of(causal, {"input_ids": ids, "position_ids": torch.arange(4)})[0].tolist() == [[3, 4, 5]]
     texts = tiny.convert(tiny.network("BertForSequenceClassification"))
     padded = {"input_ids": torch.tensor([[3, 4, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
-    padded["token_type_ids"] = torch.zeros(1, 3, dtype=torch.int64)
+    padded |= {"token_type_ids": torch.zeros(1, 3, dtype=torch.int64), "position_ids": torch.tensor([[0, 1, 1]])}
     assert batch_of(texts, {**padded, "labels": torch.tensor([1])})[1].tolist() == [1]
 
 

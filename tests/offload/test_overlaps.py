@@ -55,6 +55,37 @@ def test_tensors_that_overlap_are_refused_by_name(add, words, offload):
         trainer(add, offload)
 
 
+def test_weights_tied_by_their_memory_across_blocks_are_refused():
+    """Their objects differ, so nothing else tells."""
+    weight = torch.randn(8, 8)
+
+    def tie(layer):
+        layer.linear.weight = nn.Parameter(weight)
+
+    with pytest.raises(ValueError, match=r"block_0's .*linear\.weight and block_1's .*linear\.weight share memory"):
+        trainer(tie)
+
+
+def test_tensors_that_overlap_with_another_between_them_are_refused():
+    def views(layer):
+        whole = torch.randn(8, 16)
+        layer.a, layer.b, layer.c = (nn.Parameter(t) for t in (whole[:, :8], whole[0, 8:], whole[5, :8]))
+
+    with pytest.raises(ValueError, match=r"layer\.a and .*layer\.c share memory"):
+        trainer(views)
+
+
+@pytest.mark.parametrize("offload", [None, "cpu"])
+def test_constants_may_be_expanded(offload):
+    def constant(layer):
+        layer.register_buffer("mask", torch.tensor(1.0).expand(8))
+        layer.gain = nn.Parameter(torch.ones(1).expand(8), requires_grad=False)
+        layer.forward = lambda h: h + layer.linear(h) * layer.mask * layer.gain
+
+    states = [made.model.state_dict() for made in (run(trainer(constant, offload), 4), run(trainer(), 4))]
+    assert all(torch.equal(t, states[0][name]) for name, t in states[1].items())
+
+
 def test_tensors_beside_each_other_in_one_memory_train():
     def columns(layer):
         both = torch.ones(8, 6)

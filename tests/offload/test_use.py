@@ -115,6 +115,21 @@ def test_a_block_does_not_move_while_another_thread_evaluates(slots):
         assert torch.equal(made.model(x), expected)
 
 
+def test_an_evaluation_that_ends_in_another_thread_is_over():
+    """As a generator's that threads take turns at."""
+
+    def evaluation():
+        with made.averages():
+            yield
+
+    made = run(trainer(), 2)
+    turn = evaluation()
+    next(turn)
+    assert in_thread(lambda: next(turn, None)) is None
+    made.model(small.batch()[0])
+    run(made, 4)
+
+
 def test_a_step_that_fails_is_over():
     made = run(trainer(), 2)
     hook = made.model.blocks[made.block].layers[0].register_forward_hook(lambda *_: 1 / 0)

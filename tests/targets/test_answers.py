@@ -56,6 +56,37 @@ def test_texts_of_any_length_are_answered(shared, offload):
         assert model.eval()(torch.randint(8, (3, length))).shape == (3, length, 8)
 
 
+def test_looking_for_the_length_changes_nothing():
+    """It is asked for in the middle of training, of one x: batch norm has no statistics of that."""
+
+    class Normed(Words):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop = nn.BatchNorm1d(16), nn.Dropout(0.5)
+
+        def forward(self, x):
+            return self.drop(self.norm(super().forward(x).mT).mT)
+
+    model = db.from_layers(
+        [nn.Linear(16, 16)], stem=Normed(), head=nn.Linear(16, 8), target=db.TokenTarget(db.spread_codebook(8, 4)),
+        blocks=1,
+    )  # fmt: skip
+    x = torch.randint(8, (2, 5))
+    before, state = {name: t.clone() for name, t in model.named_buffers()}, torch.get_rng_state()
+    assert model.start(x, 1.0, seed=0).shape == (2, 5, 4)
+    assert torch.equal(torch.get_rng_state(), state) and all(m.training for m in model.modules())
+    assert all(torch.equal(t, before[name]) for name, t in model.named_buffers())
+
+
+class Optional(nn.Linear):
+    def forward(self, h, cond=None):
+        return super().forward(h)
+
+
+def test_a_head_may_take_a_conditioning_that_it_does_not_need():
+    assert made(head=Optional(8, 3))(torch.randn(2, 4)).shape == (2, 3)
+
+
 @pytest.mark.parametrize(("make", "error", "words"), [
     (lambda: db.TokenTarget(16), TypeError, r"table must be a tensor \(K, d\).*got 16"),
     (lambda: db.ContinuousTarget(1.0, shape=1), ValueError, r"shape must be that of one sample.*got 1"),
@@ -101,5 +132,8 @@ def test_cards_say_how_a_model_is_asked(build, words):
 
 def test_runs_cards_name_the_command_that_works():
     assert "`dblocks predict out IMAGES`" in model_card(made(), "out", run=True)
+    model = made()
+    model.origin = {"kind": "mine.Net", "options": {}}
+    assert "`db.load` needs the code that registered the network's class" in model_card(model, "out")
     card = model_card(regression(), "out", run=True)
     assert "`dblocks sample out`" in card and "predict" not in card and "import diffusionblocks as db" in card

@@ -48,6 +48,14 @@ def test_a_model_that_is_trained_in_part_says_so(tmp_path, parts):
     for use in (model, lambda x: db.sample(model, x), lambda x: model.save_pretrained(tmp_path / "part")):
         with pytest.warns(UserWarning, match="blocks 0, 2 of this model are trained elsewhere"):
             use(small.batch()[0])
+    trainer.offloader.release()
+    again = db.Trainer(model, train_blocks=(0, 2), device="cpu", visit=1, adapt=False, ema=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(small.batch()[0])  # all were trained here, one after the other
+    again.offloader.release()
+    model = small.model(blocks=3, layers=3, shared="per_block")
+    trainer = db.Trainer(model, train_blocks=(1,), device="cpu", visit=1, adapt=False, ema=0.9)
     db.merge(parts, tmp_path / "whole")
     trainer.load(tmp_path / "whole")
     with warnings.catch_warnings():

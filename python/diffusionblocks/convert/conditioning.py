@@ -72,6 +72,8 @@ class Conditioned(nn.Module):
 def hidden_states(layer: nn.Module, made: Any, shape: torch.Size) -> Tensor:
     """Return the hidden states of what a layer made: all, or the first of a tuple. Raises: ValueError if unclear."""
     tensors = made if isinstance(made, tuple) else (made,)
+    if isinstance(layer, nn.RNNBase):
+        tensors = tensors[:1]  # the last state has h's shape where that is of one token
     alike = [i for i, t in enumerate(tensors) if isinstance(t, Tensor) and t.shape == shape]
     if alike != [0]:
         told = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in tensors)
@@ -103,9 +105,16 @@ class PlainStem(nn.Module):
         nn.init.orthogonal_(self.z.weight, gain=Z_GAIN)
         self.noise = NoiseEmbedding(cond)
 
+    @torch.no_grad()
     def places(self, x: Tensor) -> Tensor:
-        """Return h of one x: z is as long."""
-        return embed(self.stem, x[:1])
+        """Return h of one x: z is as long. In evaluation mode, so that looking changes nothing."""
+        modes = [(module, module.training) for module in self.stem.modules()]
+        self.stem.eval()
+        try:
+            return embed(self.stem, x[:1])
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def forward(self, x: Tensor, z: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
         h, noise = embed(self.stem, x), self.z(z.to(self.z.weight.dtype))

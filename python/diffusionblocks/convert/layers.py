@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -140,7 +141,11 @@ def _check_modules(layers: list[nn.Module], stem: nn.Module, head: nn.Module, ta
         raise TypeError(f"target must be a Target such as LabelTarget(num_classes, dim), got {type(target).__name__}")
     if not layers:
         raise ValueError("layers must hold at least one layer")
-    if not hasattr(head, "features") and takes(head, "h", "cond"):
+    required = [p for p in inspect.signature(head.forward).parameters.values() if p.default is p.empty]
+    if (
+        not hasattr(head, "features")
+        and sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in required) > 1
+    ):
         raise ValueError(
             f"head ({type(head).__name__}) takes the conditioning, too: give it features(h), e.g. one that returns h"
         )

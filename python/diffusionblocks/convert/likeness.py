@@ -204,16 +204,23 @@ def _is_equal(value: Any, wanted: Any) -> bool:
 
 def _buffers(network: nn.Module, rebuilt: nn.Module) -> Iterator[str]:
     """Yield in words which buffers differ that are in no file, and are computed anew."""
-    own, built = _modules(network), _modules(rebuilt)
-    for at, module in built.items():
-        varies = any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope"))  # with lengths
+    own = _modules(network)
+    for at, name, wanted in tables(rebuilt):
+        found = getattr(own[at], name, None)
+        if isinstance(found, Tensor) and not is_close(found, wanted):
+            yield f"the values of {at}.{name}"
+
+
+def tables(network: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield buffers that are in no file, with their module's name and their own, but those that vary with lengths."""
+    for at, module in _modules(network).items():
+        varies = any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope"))
         for name in () if varies else module._non_persistent_buffers_set:
-            found, wanted = getattr(own[at], name, None), getattr(module, name)
-            if isinstance(found, Tensor) and isinstance(wanted, Tensor) and not _is_close(found, wanted):
-                yield f"the values of {at}.{name}"
+            if isinstance(t := getattr(module, name), Tensor):
+                yield at, name, t
 
 
-def _is_close(found: Tensor, wanted: Tensor) -> bool:
+def is_close(found: Tensor, wanted: Tensor) -> bool:
     if found.shape != wanted.shape:
         return False
     if found.is_meta or wanted.is_meta:

@@ -91,9 +91,10 @@ def _state(model: DiffusionBlocks, chosen: list[int], places: Places) -> dict[st
     names |= dict(zip(ours, places.layers, strict=True))
     with model.averages():
         parts = ["shared", *(f"block_{b}" for b in chosen)]
-        weights = {name: t.detach().cpu() for part in parts for name, t in model.part_weights(part).items()}
+        given = [item for part in parts for item in model.part_weights(part).items()]
+        weights = {plain_name(name): t.detach().cpu() for name, t in given}
     return {
-        theirs + plain_name(name.removeprefix(ours)): t
+        theirs + name.removeprefix(ours): t
         for ours, theirs in names.items()
         for name, t in weights.items()
         if name.startswith(ours)

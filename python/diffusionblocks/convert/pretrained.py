@@ -71,6 +71,7 @@ def load(folder: str | Path, model: DiffusionBlocks | None = None) -> DiffusionB
         _take_after(model, state, set(config.get("frozen", [])))
     _check(model, state, folder)
     model.load_state_dict(state, strict=False)
+    model.begun = set()
     try:
         model.take_facts(config["facts"])
     except (KeyError, TypeError, AttributeError) as error:

@@ -42,11 +42,14 @@ def batch_of(model: DiffusionBlocks, inputs: Mapping[str, Tensor]) -> tuple[Tens
 def _check_implied(inputs: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless other inputs are what the network takes without them: only input_ids go into blocks."""
     for name, said in IMPLIED.items():
-        t = inputs.get(name)
-        if t is None:
+        if inputs.get(name) is None:
             continue
+        t = torch.as_tensor(inputs[name])
         own = torch.zeros_like(t) if name == "token_type_ids" else torch.arange(t.shape[-1], device=t.device)
-        if not torch.equal(t, own.expand_as(t)):
+        differs = t != own
+        if (seen := inputs.get("attention_mask")) is not None:
+            differs = differs & torch.as_tensor(seen, device=t.device).bool()
+        if differs.any():
             raise ValueError(
                 f"{name} must be {said}, which blocks take of every text: give batch=, a function that makes (x, y) of "
                 "a batch, to train without them"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,26 +35,41 @@ def check_movable(part: str, module: nn.Module) -> None:
                 )
 
 
-def check_apart(part: str, module: nn.Module) -> None:
-    """Raise ValueError if a trained weight overlaps another tensor without being one with it: files and moves give each
-    memory of its own."""
-    found: dict[Any, list[tuple[int, int, str, Tensor]]] = {}
-    for name, t in (*module.named_parameters(), *module.named_buffers()):
-        if is_lazy(t) or t.layout != torch.strided or t.numel() == 0 or t.is_meta:
-            continue
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        if extent < t.numel():
-            raise ValueError(f"{part}'s {name} is expanded, its elements share memory: make it a clone(), or scalar")
-        start = t.storage_offset() * t.itemsize
-        found.setdefault(t.untyped_storage()._cdata, []).append((start, start + extent * t.itemsize, name, t))
-    for spans in found.values():
-        spans.sort(key=lambda span: span[0])
-        for (_, end, first, a), (start, _, second, b) in itertools.pairwise(spans):
-            trained = a.requires_grad or b.requires_grad
-            if trained and start < end and identity(first, a) != identity(second, b) and _overlap(a, b):
+class Span(NamedTuple):
+    """Where a tensor lies in its storage, in bytes."""
+
+    part: str
+    name: str
+    start: int
+    end: int
+    tensor: Tensor
+
+
+def check_apart(parts: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a trained weight overlaps another tensor without being one with it in its part: files and
+    moves give each memory of its own."""
+    found: dict[Any, list[Span]] = {}
+    for part, module in parts.items():
+        for name, t in (*module.named_parameters(), *module.named_buffers()):
+            if is_lazy(t) or t.layout != torch.strided or t.numel() == 0 or t.is_meta:
+                continue
+            extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+            if extent < t.numel() and t.requires_grad:
                 raise ValueError(
-                    f"{part}'s {first} and {second} share memory and are views of different shapes, which would part "
-                    "when blocks move or are loaded: keep one of them, and make the view in forward"
+                    f"{part}'s {name} is expanded, its elements share memory: make it a clone() or a number"
+                )
+            start = t.storage_offset() * t.itemsize
+            span = Span(part, name, start, start + extent * t.itemsize, t)
+            found.setdefault(t.untyped_storage()._cdata, []).append(span)
+    for spans in found.values():
+        for a, b in itertools.combinations(sorted(spans, key=lambda span: span.start), 2):
+            one = a.part == b.part and identity(a.name, a.tensor) == identity(b.name, b.tensor)
+            trained = a.tensor.requires_grad or b.tensor.requires_grad
+            if trained and b.start < a.end and not one and _overlap(a.tensor, b.tensor):
+                second = b.name if a.part == b.part else f"{b.part}'s {b.name}"
+                raise ValueError(
+                    f"{a.part}'s {a.name} and {second} share memory, which would part when blocks move or are loaded: "
+                    "keep one of them and make views in forward, or give each a clone()"
                 )
 
 

@@ -83,6 +83,7 @@ class Offloader:
         if not isinstance(optimizers, Mapping) or not modules.keys() >= optimizers.keys():
             given = ", ".join(optimizers) if isinstance(optimizers, Mapping) else type(optimizers).__name__
             raise ValueError(f"optimizers must be a dict by part, of {', '.join(modules)}; got {given}")
+        check_apart(modules)
         common = common_tensors(model, modules)
         self.parts = {n: Part(m, optimizers.get(n), common, owns_common=n == "shared") for n, m in modules.items()}
         self.active: int | None = None
@@ -92,7 +93,6 @@ class Offloader:
             for name, part in self.parts.items():
                 if self.device.type != "meta":  # else nothing is to be computed
                     materialize(part.module)
-                check_apart(name, part.module)
                 if self._slots:
                     check_movable(name, part.module)
                 part.prepare()

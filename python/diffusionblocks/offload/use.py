@@ -53,12 +53,13 @@ class Use:
     @contextlib.contextmanager
     def averaged(self, exchange: Callable[[], None]) -> Iterator[None]:
         """Within it weights are averages, by `exchange` and back again. Raises: RuntimeError within a step."""
+        thread = threading.get_ident()  # a generator may be left in another one
         with self.lock:
             if not self.averages:
                 self.check("averages")
                 exchange()
             self.averages += 1
-            self.threads[threading.get_ident()] += 1
+            self.threads[thread] += 1
         try:
             yield
         finally:
@@ -66,4 +67,4 @@ class Use:
                 if self.averages == 1:
                     exchange()
                 self.averages -= 1
-                self.threads[threading.get_ident()] -= 1
+                self.threads[thread] -= 1

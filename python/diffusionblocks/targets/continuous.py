@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from torch import Tensor
 
 import dbkernels
@@ -20,11 +22,10 @@ class ContinuousTarget(Target):
 
     def __init__(self, sigma_data: float = edm.SIGMA_DATA, *, shape: tuple[int, ...] | None = None):
         super().__init__(sigma_data)
-        if shape is not None and not (
-            isinstance(shape, (tuple, list)) and all(type(n) is int and n > 0 for n in shape)
-        ):
+        sizes = shape if isinstance(shape, (tuple, list)) else [None]
+        if shape is not None and not all(isinstance(size, Integral) and size > 0 for size in sizes):
             raise ValueError(f"shape must be that of one sample, e.g. (1,) or (3, 32, 32), got {shape!r}")
-        self.shape = self.given = None if shape is None else tuple(shape)
+        self.shape = self.given = None if shape is None else tuple(map(int, shape))
 
     def add_noise(self, y: Tensor, sigma: Tensor, *, seed: int | Tensor, offset: int | Tensor) -> Noised:
         """Return c_in z alone, written in one pass: the loss takes it as it is."""

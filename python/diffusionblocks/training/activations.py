@@ -45,12 +45,12 @@ def saving(model: DiffusionBlocks, block: int, config: TrainerConfig, *, count: 
 def _unchanged(trained: Block) -> Iterator[None]:
     """Raise ValueError if a forward pass changes buffers of layers: compiled, the second one would read the new ones.
 
-    But batch norm's, which training doesn't read."""
+    But those of batch and instance norm, which training doesn't read."""
     places = [
         (f"layers.{at}.{name}", module._buffers, name)
         for at, module in trained.layers.named_modules()
         for name in module._buffers
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if not isinstance(module, nn.modules.batchnorm._NormBase)
     ]
     given = [(path, own, name, t, t._version) for path, own, name in places if (t := own[name]) is not None]
     yield
@@ -80,7 +80,7 @@ class _Checkpointed:
     def _contexts(self, buffers: Buffers) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         if self.saved is None:
             return contextlib.nullcontext(), buffers.again()
-        self.saved.add(copy for _, _, copy in buffers.before)
+        self.saved.add({id(copy): copy for _, _, copy in buffers.before if copy is not None}.values())
         return self.saved.recomputed(), buffers.again()
 
 
@@ -90,14 +90,16 @@ class Buffers:
 
     def __init__(self, layer: nn.Module):
         places = [(module._buffers, name) for module in layer.modules() for name in module._buffers]
-        self.before = [(own, name, t.clone()) for own, name in places if (t := own[name]) is not None]
+        copies = {id(t): t.clone() for own, name in places if (t := own[name]) is not None}  # what is one stays one
+        self.before = [(own, name, copies.get(id(own[name]))) for own, name in places]
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Put the copies in their place for as long."""
         after = [own[name] for own, name, _ in self.before]
+        copies = {id(copy): copy.clone() for _, _, copy in self.before if copy is not None}  # for another backward
         for own, name, copy in self.before:
-            own[name] = copy.clone()
+            own[name] = copies.get(id(copy))
         try:
             yield
         finally:

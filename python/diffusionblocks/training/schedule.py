@@ -58,7 +58,7 @@ def own_blocks(model: DiffusionBlocks, config: TrainerConfig, mesh: Mesh) -> fro
     if len(own) < len(every):
         _check_apart(model, config, what)
     _check_trained(model, own)
-    model.elsewhere = tuple(b for b in every if b not in own)
+    model.begun |= set(own)
     return frozenset(own)
 
 

@@ -103,7 +103,7 @@ def load(trainer: Trainer, folder: Path) -> dict[str, Any]:
         if not trainer.offloader.adopt(name, found[name]):
             _load(trainer.offloader, name, files.load_part(folder, name, manifest=manifest), folder)
         trainer.offloader.parts[name].take_scalars(state["scalars"].get(name, {}))
-    trainer.model.elsewhere = tuple(b for b in trainer.model.elsewhere if f"block_{b}" not in here)
+    trainer.model.begun |= {b for b in range(len(trainer.model.blocks)) if f"block_{b}" in here}
     trainer.meter = _meter(folder, manifest, trainer.device) if "noise" in manifest.parts else None
     _take_over(trainer.model, state)
     trainer.steps_done, trainer.batches_done = state["step"], state["batches"]
