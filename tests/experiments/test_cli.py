@@ -87,6 +87,20 @@ def test_resuming_a_finished_run_changes_nothing(folder, capsys):
     assert "block-wise" in said and "this run was finished; to lengthen it: dblocks resume" in said
 
 
+def test_what_a_resumed_run_changes_is_told(folder, capsys, monkeypatch):
+    steps = cli.read_config(folder).steps
+    monkeypatch.setattr(cli.commands, "resume", lambda folder, **changes: sys.exit(0))
+    with pytest.raises(SystemExit):
+        dblocks("resume", folder, "--steps", "9000", "--lr", "0.5")
+    said = capsys.readouterr().err
+    assert f"steps: {steps} before, 9000 from here on" in said and "0.5 from here on" in said
+
+
+def test_a_file_is_no_run_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert "is a file: give --out a folder" in fails(capsys, "train", "vit-digits", "--out", tmp_path / "file")
+
+
 def test_eval_repeats_the_summary_and_writes_nothing(folder, capsys):
     before = files(folder)
     dblocks("eval", folder)

@@ -53,6 +53,8 @@ def train(config: Annotated[Run, tyro.conf.arg(name="")], overwrite: bool = Fals
         config: The preset and its settings.
         overwrite: Remove the run that the folder already holds.
     """
+    if config.out.is_file():
+        raise ValueError(f"{config.out} is a file: give --out a folder")
     with explained(config.out):
         report(config, commands.start(config, overwrite=overwrite))
 
@@ -63,12 +65,15 @@ def resume(folder: Folder, lr: float | None = None, steps: int | None = None, cl
     Args:
         folder: The run folder.
         lr: A new learning rate, e.g. after a loss that isn't finite.
-        steps: A new number of end-to-end steps, to lengthen a run.
+        steps: A new number of end-to-end steps, for a longer run, or a shorter one.
         clip: A new largest norm of the gradients.
     """
     given = {"lr": lr, "steps": steps, "clip": clip}
     finished = (folder / "summary.json").exists()
     changes = {name: value for name, value in given.items() if value is not None}
+    before = read_config(folder)
+    for name, value in changes.items():
+        print(f"{name}: {getattr(before, name)} before, {value} from here on", file=sys.stderr)
     with explained(folder):
         summary = commands.resume(folder, **changes)
         if finished and not changes:

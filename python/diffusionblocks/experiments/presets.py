@@ -22,7 +22,7 @@ _SMALL_CORE = RecurrentConfig(layers=2, prelude=1, coda=1)
 RUNS: dict[str, tuple[str, TrainConfig]] = {
     "vit-digits": ("8x8 digits, which come with scikit-learn; minutes on two CPU cores", ViTRun()),
     "vit-fashion-mnist": (
-        "28x28 clothes, Fashion-MNIST's IDX files",
+        "28x28 clothes, Fashion-MNIST's IDX files; hours on two CPU cores",
         ViTRun(
             data="fashion-mnist", out=Path("runs/vit-fashion-mnist"), model=_FASHION, steps=9000, batch_size=128,
             lr=1e-3, ema=0.999, checkpoint_every=1000, augment=True,
@@ -36,14 +36,14 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "vit-cifar100": (
-        "32x32, 100 classes, the paper's ViT",
+        "32x32, 100 classes, the paper's ViT; for a GPU",
         ViTRun(
             data="cifar100", out=Path("runs/vit-cifar100"), model=_CIFAR, steps=195_000, batch_size=128,
             lr=5e-4, ema=0.999, checkpoint_every=5000, augment=True,
         ),
     ),
     "vit-tiny-imagenet": (
-        "64x64, 200 classes, in two blocks",
+        "64x64, 200 classes, in two blocks; for a GPU",
         ViTRun(
             data="tiny-imagenet", out=Path("runs/vit-tiny-imagenet"), blocks=2, steps=390_000, batch_size=128,
             lr=5e-4, ema=0.999, checkpoint_every=5000, augment=True,
@@ -81,7 +81,7 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
     ),
     "dit-digits": ("8x8 digits made from noise: those that come with scikit-learn; minutes on two CPU cores", DiTRun()),
     "dit-fashion": (
-        "28x28 clothes made from noise, Fashion-MNIST's IDX files",
+        "28x28 clothes made from noise, Fashion-MNIST's IDX files; hours on two CPU cores",
         DiTRun(
             data="fashion-mnist", out=Path("runs/dit-fashion"), steps=9000, batch_size=128, lr=2e-3, ema=0.999,
             checkpoint_every=1000, tune_lr=(1e-3, 2e-3), draws=1,

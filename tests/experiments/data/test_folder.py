@@ -49,6 +49,19 @@ def test_a_run_resizes_to_its_models_images(tmp_path):
     assert ViTTask(run).batches(torch.device("cpu")).batch(0)[0].shape == (4, 1, 8, 8)
 
 
+def test_images_without_classes_are_no_task_for_a_classifier(tmp_path):
+    write(tmp_path, 20)
+    run = ViTRun(data="folder", data_folder=tmp_path, batch_size=4)
+    with pytest.raises(ValueError, match="put the images of each class in a sub-folder"):
+        _ = ViTTask(run).data
+
+
+def test_images_too_few_to_split_are_refused(tmp_path):
+    write(tmp_path / "cats", 5)
+    with pytest.raises(ValueError, match="has 5 images, of which a tenth is to be the test split"):
+        load("folder", folder=tmp_path)
+
+
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("training", "Validation", "testing")])
 def test_splits_of_ones_own(tmp_path, names):
     for name, count in zip(names, (6, 3, 2), strict=True):

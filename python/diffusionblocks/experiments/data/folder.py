@@ -45,6 +45,11 @@ def image_folder(folder: Path | None, *, size: int | None = None, resize: Resize
     pairs = {split: _pair(listed, channels, side, resize) for split, listed in files.items()}
     if "train" not in pairs:
         images, labels = pairs.pop("all")
+        if len(labels) < 10:
+            raise ValueError(
+                f"{folder} has {len(labels)} images, of which a tenth is to be the test split: give ten or more, or "
+                "sub-folders train and test"
+            )
         test, train = stratified(labels, len(labels) // 10, stream(0, "folder", "test"))
         pairs = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
     return Source((channels, side, side), max(1, len(names)), lambda _: pairs, names)

@@ -93,6 +93,10 @@ class ViTTask(Task):
     def data(self) -> ImageData:
         """The splits. Raises: ValueError if the model is for other images."""
         data = read_data(self.config)
+        if data.num_classes < 2:
+            raise ValueError(
+                f"{data.name} has one class, and a classifier needs more: put the images of each class in a sub-folder"
+            )
         check_model(data, self.config.model)
         return data
 
