@@ -22,7 +22,10 @@ def warn_of_left_out(model: Any) -> None:
     converter = None if model.origin is None else built_in(model.origin["kind"])
     if converter is None or converter.places is None:  # what else builds it may make hooks, too
         return
-    built = weightless(rebuild_network, model.origin)
+    try:
+        built = weightless(rebuild_network, model.origin, else_whole=False)
+    except (NotImplementedError, RuntimeError, ValueError, ImportError):
+        return  # what can't be built costs no save; nor does what takes a whole network's memory
     found = [*_hooked(model), *_replaced(model), *_changed(model, built, _pairs(model, converter, built))]
     if model.offloader is None:  # else some wait elsewhere
         found += _recomputed(model, built)

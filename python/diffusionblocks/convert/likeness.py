@@ -34,13 +34,21 @@ class _Weightless(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def weightless(build: Callable[[dict[str, Any]], nn.Module], described: dict[str, Any]) -> nn.Module:
-    """Return the network that `build` makes, its large weights on the meta device; no random number is drawn."""
+def weightless(
+    build: Callable[[dict[str, Any]], nn.Module], described: dict[str, Any], *, else_whole: bool = True
+) -> nn.Module:
+    """Return the network that `build` makes, its large weights on the meta device; no random number is drawn.
+
+    Some adapters compute their first values from the weights: else_whole builds such a network with them.
+    Raises: NotImplementedError or RuntimeError without else_whole.
+    """
     with torch.random.fork_rng(devices=[]):
         try:
             with _Weightless():
                 return build(described)
-        except (NotImplementedError, RuntimeError):  # some adapters compute their first values from the weights
+        except (NotImplementedError, RuntimeError):
+            if not else_whole:
+                raise
             return build(described)
 
 
