@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,18 @@ class Residual(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.dropout(self.linear(self.norm(h)))
+
+
+class Odd(nn.Module):
+    """A linear layer with what `add` puts beside it: (..., 8) -> (..., 8)."""
+
+    def __init__(self, add: Callable[[nn.Module], Any]):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        add(self)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.linear(h)
 
 
 class ImageStem(nn.Module):

@@ -148,3 +148,16 @@ def test_compiled_layers_have_plain_names_in_files(tmp_path):
     again = db.load(tmp_path, db.convert(net, 2, cond=0))
     assert torch.equal(again.logits(x, 0), model.logits(x, 0))
     torch.testing.assert_close(db.to_original(model, 0)(x).logits, model.logits(x, 0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_that_cannot_be_compared_is_saved_and_its_hooks_named(monkeypatch, tmp_path):
+    def fail(*given, **options):
+        raise RuntimeError("the first values of these adapters need the weights")
+
+    model = db.convert(tiny.network(LLAMA), 2, cond=0)
+    hooked(model)
+    monkeypatch.setattr("diffusionblocks.convert.left_out.weightless", fail)
+    with pytest.warns(UserWarning, match="a hook on blocks"):
+        model.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert torch.equal(db.load(tmp_path).logits(tiny.batch(LLAMA)[0]), model.eval().logits(tiny.batch(LLAMA)[0]))

@@ -14,21 +14,9 @@ from torch import nn
 import diffusionblocks as db
 import small
 from diffusionblocks.offload.uninterrupted import uninterrupted
-from small import assert_alike, run
+from small import Odd, assert_alike, run
 
 PLACES = pytest.mark.parametrize("place", [("cpu", 1), ("disk", 2)])
-
-
-class Odd(nn.Module):
-    """A linear layer with something beside it."""
-
-    def __init__(self, add):
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-        add(self)
-
-    def forward(self, h):
-        return h + self.linear(h)
 
 
 def trainer(folder, place=("cpu", 1), layer=None, **settings):

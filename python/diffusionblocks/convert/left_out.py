@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 import warnings
@@ -22,13 +23,13 @@ def warn_of_left_out(model: Any) -> None:
     converter = None if model.origin is None else built_in(model.origin["kind"])
     if converter is None or converter.places is None:  # what else builds it may make hooks, too
         return
-    try:
+    found = [*_hooked(model), *_replaced(model)]
+    # What can't be built anew isn't compared: a warning costs no save, nor a whole network's memory
+    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, ImportError):
         built = weightless(rebuild_network, model.origin, else_whole=False)
-    except (NotImplementedError, RuntimeError, ValueError, ImportError):
-        return  # what can't be built costs no save; nor does what takes a whole network's memory
-    found = [*_hooked(model), *_replaced(model), *_changed(model, built, _pairs(model, converter, built))]
-    if model.offloader is None:  # else some wait elsewhere
-        found += _recomputed(model, built)
+        found += _changed(model, built, _pairs(model, converter, built))
+        if model.offloader is None:  # else some wait elsewhere
+            found += _recomputed(model, built)
     if found:
         warnings.warn(
             f"what was changed after convert is left out: {'; '.join(found[:4])}. Change in the same way what "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -62,10 +62,10 @@ def check_apart(parts: Mapping[str, nn.Module]) -> None:
             span = Span(part, name, start, start + extent * t.itemsize, t)
             found.setdefault(t.untyped_storage()._cdata, []).append(span)
     for spans in found.values():
-        for a, b in itertools.combinations(sorted(spans, key=lambda span: span.start), 2):
+        for a, b in _meeting(spans):
             one = a.part == b.part and identity(a.name, a.tensor) == identity(b.name, b.tensor)
             trained = a.tensor.requires_grad or b.tensor.requires_grad
-            if trained and b.start < a.end and not one and _overlap(a.tensor, b.tensor):
+            if trained and not one and _overlap(a.tensor, b.tensor):
                 second = b.name if a.part == b.part else f"{b.part}'s {b.name}"
                 raise ValueError(
                     f"{a.part}'s {a.name} and {second} share memory, which would part when blocks move or are loaded: "
@@ -73,7 +73,18 @@ def check_apart(parts: Mapping[str, nn.Module]) -> None:
                 )
 
 
+def _meeting(spans: list[Span]) -> Iterator[tuple[Span, Span]]:
+    """Yield the pairs whose ranges meet: none of the many tensors side by side in one flat buffer."""
+    ordered = sorted(spans, key=lambda span: span.start)
+    for i, a in enumerate(ordered):
+        for b in itertools.islice(ordered, i + 1, None):
+            if b.start >= a.end:
+                break
+            yield a, b
+
+
 def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Return whether tensors of one storage have a byte in common; their ranges may only interleave."""
     used = torch.zeros(a.untyped_storage().nbytes(), dtype=torch.uint8)
     for t in (a, b):
         strides = [stride * t.itemsize for stride in t.stride()]
