@@ -11,6 +11,7 @@ from torch import nn
 import diffusionblocks as db
 import tiny_diffusers
 import tiny_transformers as tiny
+from diffusionblocks.convert import left_out
 
 pytest.importorskip("transformers")
 LLAMA = "LlamaForCausalLM"
@@ -72,6 +73,14 @@ def test_saving_warns_by_name(change, words, cond, tmp_path):
     if cond == 0:
         with pytest.warns(UserWarning, match=words):
             db.to_original(model, 1)
+
+
+@pytest.mark.parametrize("cond", [0, 8])
+def test_a_layer_that_is_replaced_is_named(cond, tmp_path):
+    model = db.convert(tiny.network(LLAMA), 2, cond=cond)
+    model.blocks[1].layers[0] = nn.Identity()
+    with pytest.warns(UserWarning, match=r"blocks\.1\.layers\.0\.layer is missing"):
+        model.save_pretrained(tmp_path)
 
 
 def test_weights_that_are_tied_no_more_are_named(tmp_path):
@@ -156,7 +165,7 @@ def test_a_network_that_cannot_be_compared_is_saved_and_its_hooks_named(monkeypa
 
     model = db.convert(tiny.network(LLAMA), 2, cond=0)
     hooked(model)
-    monkeypatch.setattr("diffusionblocks.convert.left_out.weightless", fail)
+    monkeypatch.setattr(left_out, "weightless", fail)
     with pytest.warns(UserWarning, match="a hook on blocks"):
         model.save_pretrained(tmp_path)
     monkeypatch.undo()

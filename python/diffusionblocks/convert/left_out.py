@@ -70,19 +70,23 @@ def _pairs(model: Any, converter: Any, built: nn.Module) -> list[tuple[str, str]
 
 
 def _inmost(modules: dict[str, nn.Module], name: str) -> str:
-    """Return the name of the network's own layer within what we, or torch.compile, put around it."""
-    while name not in modules or _library(type(modules[name])) == OURS or f"{name}._orig_mod" in modules:
-        head, _, last = name.rpartition(".")
-        if name not in modules:  # the module that should hold it is compiled
-            name = f"{head}._orig_mod.{last}"
-        else:
-            name += "._orig_mod" if f"{name}._orig_mod" in modules else ".layer"
+    """Return the name of the network's own layer within what we, or torch.compile, put around it; of no module if that
+    was replaced."""
+    head, _, last = name.rpartition(".")
+    if name not in modules:  # the module that should hold it may be compiled
+        name = f"{head}._orig_mod.{last}"
+    while inner := next((f"{name}.{at}" for at in ("_orig_mod", "layer") if f"{name}.{at}" in modules), None):
+        if inner.endswith(".layer") and _library(type(modules[name])) != OURS:  # the network's own may have one
+            break
+        name = inner
     return name
 
 
 def _changed(model: nn.Module, built: nn.Module, pairs: list[tuple[str, str]]) -> Iterator[str]:
     own, whole = dict(model.named_modules()), dict(built.named_modules())
     for here, there in ((here.rstrip("."), there) for here, there in pairs):
+        if here not in own and ".layers." in here:
+            yield f"{here.replace('._orig_mod', '')} is missing"
         inner = [""] if there else [name for name, _ in own[here].named_children()]  # of a stem that has the network's
         for at in inner:
             name, other = f"{here}.{at}".rstrip("."), (there + at).rstrip(".")
