@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 import dbkernels
 
+from .checks import check_levels, check_parts, check_ties
 from .denoiser import Block, BlockLoss, StemHead
-from .noise import edm
 from .noise.density import NoiseDensity
 from .noise.partition import Partition, make_partition, step_levels
 from .noise.rng import stream
 from .offloadable import Offloadable
 from .targets.base import Noised, Output, Target
-from .targets.devices import on_host
 
 SHARING = ("shared", "per_block", "frozen")
 STEPS = 8  # of the sampling trajectory, if not said
@@ -52,8 +51,10 @@ class DiffusionBlocks(Offloadable):
         ensemble: bool = False,
     ):
         super().__init__()
+        if shared not in SHARING:
+            raise ValueError(f"shared must be one of {', '.join(SHARING)}, got {shared!r}")
         copies = [around] if isinstance(around, StemHead) else list(around)
-        _check_parts(copies, layers, target, partition, shared)
+        check_parts(copies, layers, target, partition, shared)
         if not 0 <= context <= 1:
             raise ValueError(f"context must be a share in [0, 1], got {context}")
         own = shared == "per_block"
@@ -67,7 +68,7 @@ class DiffusionBlocks(Offloadable):
         )
         if shared == "frozen" and self.stem_head is not None:
             self.stem_head.requires_grad_(False)
-        _check_ties(self.parts())
+        check_ties(self.parts())
 
     @property
     def sees_z(self) -> bool:
@@ -150,7 +151,7 @@ class DiffusionBlocks(Offloadable):
         if sigma is None:
             sigma = self.draw_sigma(block, self.target.level_shape(y), seed=seed, step=step, device=x.device)
         else:
-            _check_levels(sigma, y, self.target.level_shape(y))
+            check_levels(sigma, y, self.target.level_shape(y))
         return self.loss_at(block, x, y, sigma, seed=seed, step=step, weight=weight, error=error)
 
     def loss_at(
@@ -184,6 +185,7 @@ class DiffusionBlocks(Offloadable):
         unweighted = per_sample.detach() if weight == 1 else per_sample.detach() / weight
         return BlockLoss(per_sample.mean(), sigma, unweighted, wrong)
 
+    @torch._disable_dynamo(recursive=False)
     @torch.no_grad()
     def denoise(self, x: Tensor, z: Tensor, sigma: float, *, block: int | None = None) -> Output:
         """Return the raw output and the denoised estimate D of the block that owns `sigma` (or of `block`).
@@ -193,21 +195,22 @@ class DiffusionBlocks(Offloadable):
         if not 0 < sigma < float("inf"):
             raise ValueError(f"sigma must be positive and finite, got {sigma}")
         block = self.partition.owner(sigma) if block is None else block
-        self.activate(block)
-        self.target.check_noised(z)
-        self._check_input(block, x, z, "z")
-        levels = torch.full(self.target.level_shape(z), sigma, dtype=torch.float32, device=z.device)
-        if self.ensemble and not self.training:
-            return self.target.posterior(self.logits(x), z, levels)
-        features = self.blocks[block](x, *self.target.inputs(z, levels), self.stem_head)
-        return self.target.read(features, z, levels)
+        with self.at_work(block):
+            self.target.check_noised(z)
+            self._check_input(block, x, z, "z")
+            levels = torch.full(self.target.level_shape(z), sigma, dtype=torch.float32, device=z.device)
+            if not self.ensemble or self.training:
+                features = self.blocks[block](x, *self.target.inputs(z, levels), self.stem_head)
+                return self.target.read(features, z, levels)
+        return self.target.posterior(self.logits(x), z, levels)
 
+    @torch._disable_dynamo(recursive=False)
     @torch.no_grad()
     def logits(self, x: Tensor, block: int | None = None) -> Tensor:
         """Return the logits from x alone, float32: of a block, or by default the mean over all blocks."""
         if block is not None:
-            self.activate(block)
-            return self.blocks[block].logits(x, self.stem_head)
+            with self.at_work(block):
+                return self.blocks[block].logits(x, self.stem_head)
         others = (self.logits(x, b) for b in range(1, len(self.blocks)))
         return sum(others, self.logits(x, 0)) / len(self.blocks)
 
@@ -258,42 +261,3 @@ class DiffusionBlocks(Offloadable):
         check_x = getattr(self.blocks[block].around(self.stem_head).stem, "check", None)
         if check_x is not None:
             check_x(x)
-
-
-def _check_ties(parts: dict[str, nn.Module]) -> None:
-    """Raise ValueError if a trained parameter is in two parts: each would train it, and none could leave the device."""
-    owners: dict[int, str] = {}
-    for part, module in parts.items():
-        for name, p in module.named_parameters():
-            owner = owners.setdefault(id(p), f"{part}'s {name}")
-            if p.requires_grad and not owner.startswith(f"{part}'s "):
-                raise ValueError(
-                    f"{part}'s {name} is the same parameter as {owner}: weights tied across blocks can't be trained "
-                    "apart; give each block its own copy, put the layers that share it in one block, or freeze it"
-                )
-
-
-def _check_levels(sigma: Tensor, y: Tensor, shape: tuple[int, ...]) -> None:
-    if sigma.shape != shape or not sigma.is_floating_point() or sigma.device != y.device:
-        raise ValueError(
-            f"sigma must be floating, of shape {shape} and on {y.device}, "
-            f"got {tuple(sigma.shape)} {sigma.dtype} on {sigma.device}"
-        )
-    if on_host(sigma):
-        edm.check_sigma(sigma)
-
-
-def _check_parts(
-    around: list[StemHead], layers: Sequence[nn.Module], target: Target, partition: Partition, shared: str
-) -> None:
-    if shared not in SHARING:
-        raise ValueError(f"shared must be one of {', '.join(SHARING)}, got {shared!r}")
-    if sum(partition.layers) != len(layers):
-        raise ValueError(f"the partition places {sum(partition.layers)} layers, the network has {len(layers)}")
-    wanted = partition.blocks if shared == "per_block" else 1
-    if len(around) != wanted:
-        raise ValueError(f"shared={shared!r} with {partition.blocks} blocks needs {wanted} StemHead, got {len(around)}")
-    if len({id(p) for a in around for p in a.parameters()}) < sum(len(list(a.parameters())) for a in around):
-        raise ValueError(f"shared={shared!r} needs a StemHead of its own for every block; two share a parameter")
-    if shared != "shared" and any(p.requires_grad for p in target.parameters()):
-        raise ValueError(f"shared={shared!r} needs a fixed codebook: the blocks must agree on the space of z")

@@ -26,6 +26,7 @@ class OffloaderLike(Protocol):
     device: torch.device
 
     def activate(self, block: int) -> None: ...
+    def at_work(self, block: int) -> contextlib.AbstractContextManager[None]: ...
     def averages(self) -> contextlib.AbstractContextManager[None]: ...
     def weights(self) -> dict[str, Tensor]: ...
     def part_weights(self, part: str) -> dict[str, Tensor]: ...
@@ -56,6 +57,13 @@ class Offloadable(nn.Module):
         self.partition.check_block(block)
         if self.offloader:
             self.offloader.activate(block)
+
+    def at_work(self, block: int) -> contextlib.AbstractContextManager[None]:
+        """Return a context within which a block is on the device, and stays there whatever other threads ask for.
+
+        Raises: ValueError if there is no such block; RuntimeError if it isn't here and another thread evaluates."""
+        self.partition.check_block(block)
+        return self.offloader.at_work(block) if self.offloader else contextlib.nullcontext()
 
     def averages(self) -> contextlib.AbstractContextManager[None]:
         """Return a context within which weights are their moving averages, where the optimizer keeps any.

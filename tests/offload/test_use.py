@@ -9,7 +9,10 @@ import torch
 
 import diffusionblocks as db
 import small
+import tiny_transformers as tiny
 from small import assert_alike, run
+
+GPT = "GPT2LMHeadModel"
 
 
 def trainer(place="cpu", slots=1):
@@ -113,6 +116,46 @@ def test_a_block_does_not_move_while_another_thread_evaluates(slots):
         leave.set()
         thread.join()
         assert torch.equal(made.model(x), expected)
+
+
+def waits(call, entered, leave):
+    """Return a call that says when it has begun, and goes on when it may."""
+
+    def later(*args, **kwargs):
+        entered.set()
+        leave.wait(20)
+        return call(*args, **kwargs)
+
+    return later
+
+
+@pytest.mark.parametrize("use", ["denoise", "logits", "ensemble"])
+def test_a_block_does_not_move_while_another_thread_computes_with_it(use):
+    """The same block serves several threads."""
+    causal = use != "denoise"
+    model = tiny.convert(tiny.network(GPT), 2, cond=0) if causal else small.model()
+    db.Trainer(model, device="cpu", offload="cpu", adapt=False)
+    x = (tiny.batch(GPT) if causal else small.batch())[0]
+    model.eval().ensemble = use == "ensemble"
+    z = torch.randn(*x.shape, model.target.table.shape[1]) if causal else torch.randn(8, 8)
+
+    def ask(block):
+        return model.logits(x, block) if use == "logits" else model.denoise(x, z, 1.0, block=block).raw
+
+    expected, found, entered, leave = [ask(b) for b in range(2)], [], threading.Event(), threading.Event()
+    layer = model.blocks[0].layers[0]
+    layer.forward = waits(layer.forward, entered, leave)
+    thread = threading.Thread(target=lambda: found.append(ask(0)))
+    thread.start()
+    assert entered.wait(20)
+    for other in (lambda: ask(1), lambda: model.offloader.activate(1)):
+        with pytest.raises(RuntimeError, match="another thread evaluates, and the blocks wait elsewhere"):
+            other()
+    leave.set()
+    del layer.forward
+    thread.join()
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(ask(b), expected[b]) for b in range(2))
 
 
 def test_an_evaluation_that_ends_in_another_thread_is_over():

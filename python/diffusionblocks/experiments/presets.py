@@ -73,10 +73,24 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "recurrent-sudoku": (
-        "Sudoku, 6x6 cells (9x9: --size 9; hard ones: --guesses 1); minutes on two CPU cores",
+        "Sudoku, 6x6 cells; minutes on two CPU cores",
         RecurrentRun(
             task="sudoku", size=6, out=Path("runs/recurrent-sudoku"), steps=300, share=1.0, lr=2e-3,
             tune_lr=(5e-4, 1e-3, 2e-3), evaluated=256, model=_SMALL_CORE,
+        ),
+    ),
+    "recurrent-sudoku-hard": (
+        "Sudoku, 6x6 cells, of which every puzzle needs a guess; minutes on two CPU cores",
+        RecurrentRun(
+            task="sudoku", size=6, guesses=1, out=Path("runs/recurrent-sudoku-hard"), steps=300, share=1.0, lr=2e-3,
+            tune_lr=(2e-3,), evaluated=256, model=_SMALL_CORE,
+        ),
+    ),
+    "recurrent-sudoku-large": (
+        "Sudoku, 9x9 cells, three of five need guesses; half an hour on two CPU cores",
+        RecurrentRun(
+            task="sudoku", size=9, out=Path("runs/recurrent-sudoku-large"), steps=3000, share=1.0, lr=4e-3,
+            tune_lr=(4e-3,), evaluated=256, model=_SMALL_CORE,
         ),
     ),
     "dit-digits": ("8x8 digits made from noise: those that come with scikit-learn; minutes on two CPU cores", DiTRun()),

@@ -43,8 +43,7 @@ class Offloader:
             before leave, while one works (`prefetch`).
         pin: Page-lock host memory that a GPU copies from and to.
 
-    Raises: ValueError if an argument is unknown, "disk" comes without a folder, optimizers name no part, or another
-        Offloader is in charge of the model.
+    Raises: ValueError for an unknown argument, "disk" without a folder, or a model that is managed already.
 
     Examples:
         >>> import torch, diffusionblocks as db
@@ -128,6 +127,10 @@ class Offloader:
                 raise
         self.active = block
 
+    def at_work(self, block: int) -> contextlib.AbstractContextManager[None]:
+        """Return a context within which a block is active, and no other thread may send it away."""
+        return self.use.evaluating(partial(self.model.activate, block))
+
     @exclusive
     @torch.inference_mode(False)
     def prefetch(self, block: int) -> None:
@@ -210,9 +213,7 @@ class Offloader:
         """Replace a part's tensors; it stays where it is. Raises: ValueError if names or shapes differ."""
         self.check_unwritten(part)
         self.parts[part].check(tensors)
-        copies: dict[int, Tensor] = {}  # one tensor under several names stays one
-        for t in tensors.values():
-            copies.setdefault(id(t), t.detach().to("cpu", copy=True))
+        copies = {id(t): t.detach().to("cpu", copy=True) for t in tensors.values()}  # one under several names stays one
         self.parts[part].replace({name: copies[id(t)] for name, t in tensors.items()})
         self.parts[part].prepare()
         if self._slots is None or part == "shared":
@@ -224,8 +225,7 @@ class Offloader:
 
     @exclusive
     def adopt(self, part: str, saved: Inspected) -> bool:
-        """Take over a waiting part's content by a link to its file in a checkpoint, if it lies there as it does here;
-        return whether that was done."""
+        """Link a waiting part to its file in a checkpoint, if it lies there as here; return whether that was done."""
         return self._slots is not None and not self._is_resident(part) and self._slots.adopt(part, saved)
 
     def usage(self) -> Usage:

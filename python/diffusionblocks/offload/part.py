@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..checkpoint.layout import Span
+from ..offloadable import plain_name
 from .memory import Usage, count_bytes
 
 Common = dict[int, tuple[str, Tensor]]
-
 ORDER = {"weight": 0, "ema": 1, "master": 2}
 
 
 class Part:
     """A module and its optimizer, whose tensors move together.
 
-    Names are "weight/NAME" for weights and buffers and "KEY/NAME" for the optimizer's state, e.g. "exp_avg/...".
+    Names are "weight/NAME" for weights and buffers and "KEY/NAME" for the optimizer's state; NAME is the plain one.
 
     Args:
         module: The weights.
@@ -126,7 +126,7 @@ class Part:
     def written(self) -> list[str]:
         """Return the names of tensors that aren't as `empty` left them, in whatever way something was put there."""
         own = dict(self.module.named_parameters())
-        replaced = {f"weight/{name}" for name, (p, *_) in self.given.items() if own.get(name) is not p}
+        replaced = {f"weight/{plain_name(name)}" for name, (p, *_) in self.given.items() if own.get(name) is not p}
         found = (name for name, t in self.moving().items() if not _is_empty(t, values=name.startswith("weight/")))
         return list(dict.fromkeys([*found, *replaced]))
 
@@ -169,7 +169,7 @@ class Part:
         own = {f"weight/{name}": t.shape for name, t in self._weights().items()}
         given = {name: t.shape for name, t in tensors.items() if name.startswith("weight/")}
         wrong = {n for n in own.keys() | given.keys() if own.get(n) != given.get(n)}
-        trained = {name for name, p in self.module.named_parameters() if p.requires_grad}
+        trained = {plain_name(name) for name, p in self.module.named_parameters() if p.requires_grad}
         wrong |= {n for n in tensors.keys() - given.keys() if self.optimizer and n.partition("/")[2] not in trained}
         if wrong:
             raise ValueError(f"these tensors do not fit the model: {', '.join(sorted(wrong)[:4])}")
@@ -208,7 +208,7 @@ class Part:
 
     def _weights(self) -> dict[str, Tensor]:
         own = [*self.module.named_parameters(), *self.module.named_buffers()]
-        weights = {name: t for name, t in own if id(t) not in self._common}
+        weights = {plain_name(name): t for name, t in own if id(t) not in self._common}
         return weights | (dict(self._common.values()) if self._owns_common else {})
 
     def _state(self) -> dict[str, Tensor]:
@@ -218,7 +218,7 @@ class Part:
         if self.optimizer is None:
             return {}
         state = self.optimizer.state
-        named = [(name, p) for name, p in self.module.named_parameters() if p in state]
+        named = [(plain_name(name), p) for name, p in self.module.named_parameters() if p in state]
         entries: dict[str, Any] = {}
         for name, p in named:
             for key, value in state[p].items():
@@ -275,7 +275,7 @@ def common_tensors(model: nn.Module, parts: Mapping[str, nn.Module]) -> Common:
             if seen.setdefault(t, part) != part:
                 several.add(t)
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {id(t): (name, t) for name, t in named if id(t) in several}
+    return {id(t): (plain_name(name), t) for name, t in named if id(t) in several}
 
 
 def usage_of(parts: Iterable[Part], device: torch.device, buffers: Sequence[Tensor] = ()) -> Usage:

@@ -7,6 +7,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+import torch
+
+
+@torch._disable_dynamo  # the compiler warns of what it can't trace
+def this_thread() -> int:
+    """Return this thread's number."""
+    return threading.get_ident()
+
 
 class Use:
     """Who uses the weights now. Nobody waits for another thread: what can't be now is refused.
@@ -15,7 +23,7 @@ class Use:
         lock: Held while blocks change places or weights are exchanged, and while it is decided who may.
         averages: Evaluations under way, in any thread; the weights are averages from the first one's begin to the last
             one's end.
-        threads: How many of them are of which thread.
+        threads: How many of them, and of calls that compute with a block, are of which thread.
         stepping: A step computes with the weights.
     """
 
@@ -36,7 +44,7 @@ class Use:
 
     def check_alone(self, what: str) -> None:
         """Raise RuntimeError if another thread evaluates: it may compute with what would move."""
-        if any(count for thread, count in self.threads.items() if thread != threading.get_ident()):
+        if any(count for thread, count in self.threads.items() if thread != this_thread()):
             raise RuntimeError(f"{what}: another thread evaluates, and the blocks wait elsewhere: one thread at a time")
 
     @contextlib.contextmanager
@@ -51,9 +59,22 @@ class Use:
             self.stepping = False
 
     @contextlib.contextmanager
+    def evaluating(self, bring: Callable[[], None]) -> Iterator[None]:
+        """Within it a thread computes with the block that `bring` brings. Raises: RuntimeError as `check_alone`."""
+        thread = this_thread()
+        with self.lock:
+            bring()
+            self.threads[thread] += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.threads[thread] -= 1
+
+    @contextlib.contextmanager
     def averaged(self, exchange: Callable[[], None]) -> Iterator[None]:
         """Within it weights are averages, by `exchange` and back again. Raises: RuntimeError within a step."""
-        thread = threading.get_ident()  # a generator may be left in another one
+        thread = this_thread()  # a generator may be left in another one
         with self.lock:
             if not self.averages:
                 self.check("averages")

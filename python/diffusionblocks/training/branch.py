@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..offload.offloader import Offloader
+from ..offloadable import plain_name
 
 
 def branch(offloader: Offloader) -> set[str]:
@@ -17,7 +18,8 @@ def branch(offloader: Offloader) -> set[str]:
     parts = offloader.parts.keys() - {"shared", "block_0"}
     for part in parts:
         own = offloader.tensors(part)
-        frozen = {name for name, p in offloader.parts[part].module.named_parameters() if not p.requires_grad}
+        module = offloader.parts[part].module
+        frozen = {plain_name(name) for name, p in module.named_parameters() if not p.requires_grad}
 
         def has(entry: str, own: dict[str, Tensor] = own, frozen: set[str] = frozen) -> bool:
             key, _, name = entry.partition("/")

@@ -24,6 +24,7 @@ from ..noise.partition import Partition
 from ..offload.offloader import Offloader
 from ..offload.part import Part
 from ..offload.uninterrupted import uninterrupted
+from ..offloadable import plain_name
 from .merge import join
 from .mesh import GROUP
 
@@ -198,14 +199,15 @@ def _recipe(trainer: Trainer) -> dict[str, Any]:
     }
     values = {name: config[name] for name in RECIPE}
     values |= {"shared": trainer.model.shared, "context": trainer.model.context, "network": digest(shapes)}
-    kinds = Counter(type(module).__name__ for module in trainer.model.modules())
+    modules = (module for module in trainer.model.modules() if not hasattr(module, "_orig_mod"))
+    kinds = Counter(type(module).__name__ for module in modules)
     trained = {name: _trained(module) for name, module in trainer.model.parts().items()}
     return values | {"modules": dict(sorted(kinds.items())), "trained": trained} | _optimizers(trainer)
 
 
 def _trained(module: nn.Module) -> str:
     named = dict(module.named_parameters())
-    names = [name for name, p in named.items() if p.requires_grad]
+    names = [plain_name(name) for name, p in named.items() if p.requires_grad]
     return f"{len(names)} of {len(named)} parameters ({digest({'names': names})[:8]})"
 
 
