@@ -47,3 +47,23 @@ def test_what_it_says_of_heads_is_where_the_ways_cross(scale):
         larger = dataclasses.replace(network, head=head)
         fastest = min(cost.seconds for cost in scale.others(larger, cluster).values())
         assert (scale.blocks(larger, cluster, 3).seconds <= fastest) == pays
+
+
+def test_the_check_compares_what_the_model_says_with_meshes(scale, monkeypatch):
+    """Alone a process takes 30 ms for two blocks, beside another 40, with half of the batch 24; a sum takes 3."""
+
+    def run(groups, ranks, batch, *, copies=1):
+        if groups * ranks == 1:
+            steps = [10.0, 20.0] if copies == 1 else [16.0, 24.0] if batch == 64 else [8.0, 16.0]
+        else:
+            steps = [20.0] if groups == 2 else [15.0, 21.0]
+        return {"steps": steps, "sum": 3.0 if ranks == 2 else 0.0}
+
+    monkeypatch.setattr(scale, "run", run)
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in scale.check(64)[2:]]
+    assert rows == [["40.0", "30.0", "-25%"], ["16.0", "20.0", "+25%"], ["30.0", "36.0", "+20%"]]
+
+
+def test_the_check_times_two_processes_that_share_a_batch(scale):
+    found = scale.run(1, 2, 4)
+    assert len(found["steps"]) == scale.BLOCKS_RUN and min(found["steps"]) > 0 and found["sum"] > 0
