@@ -43,6 +43,7 @@ from diffusionblocks.training.trainer import Trainer
 
 Row = dict[str, Any]
 CPU = torch.device("cpu")
+MACHINES = (2, 3, 4, 6)
 
 
 class Rows:
@@ -199,7 +200,8 @@ CONTROLS: dict[str, Callable[[Task], Row]] = {
     EIGHT_BIT: eight_bit,
     **{name: recurring(train) for name, train in RECURRENCES.items()},
     **{name: other(name) for name in commands.OTHERS},
-    **{f"soup of {b}": partial(controls.soup, machines=b) for b in (2, 3, 4, 6)},
+    **{f"soup of {b}": partial(controls.soup, machines=b) for b in MACHINES},
+    **{f"{b} together": partial(controls.ensemble, machines=b) for b in MACHINES},
 }
 
 

@@ -31,7 +31,8 @@ def controls(base: TrainConfig) -> Variants:
     """What unconnected machines reach without blocks: each trains one block's layers for its share of the updates."""
     (alone,) = lone(base).values()
     share = replace(alone, steps=base.steps)
-    return {f"lone, 1/{base.blocks} of the updates": share, f"soup of {base.blocks}": share}
+    count = base.blocks
+    return dict.fromkeys((f"lone, 1/{count} of the updates", f"soup of {count}", f"{count} together"), share)
 
 
 def late(base: TrainConfig) -> Variants:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,26 @@ def test_a_soup_is_the_mean_of_runs_of_other_seeds(benchmarks, task, monkeypatch
     assert row["val"] == row["test"] == {"accuracy": 1.0}
     for name, t in seen[0].items():  # of seeds 0, 1000 and 2000
         torch.testing.assert_close(t, start[name] + 1000 if t.is_floating_point() else start[name])
+
+
+def test_machines_asked_together_say_the_mean_of_their_outputs(benchmarks, task, monkeypatch):
+    controls, seen = benchmarks("controls"), []
+    with pytest.raises(ValueError, match="fixed codebook"):
+        controls.ensemble(ViTTask(replace(task.config, recipe="published")), 3)
+    start = task.model()
+    trained = {n for n, p in start.named_parameters() if p.requires_grad}
+    states = [{n: t + torch.randn_like(t) if n in trained else t for n, t in start.state_dict().items()} for _ in "123"]
+    runs = iter(states)
+    monkeypatch.setattr(controls, "trained", lambda own, begun, seed, rows: next(runs))
+    monkeypatch.setattr(task, "evaluate", lambda model, split: seen.append(model) or {"accuracy": 1.0})
+    controls.ensemble(task, 3)
+    x = torch.randn_like(task.example()[0])
+    z = torch.randn(len(x), *start.target.known_shape())
+    members = [controls.loaded(task, state).eval() for state in states]
+    raw = torch.stack([member.denoise(x, z, 1.0).raw for member in members]).mean(0)
+    torch.testing.assert_close(seen[0].denoise(x, z, 1.0).raw, raw)
+    assert not torch.allclose(raw, members[0].denoise(x, z, 1.0).raw, rtol=1e-2)
+    assert len(seen[0].blocks[0].layers) == 3 * len(start.blocks[0].layers), "all run for each answer"
 
 
 def test_machines_begin_alike_and_draw_apart(benchmarks, task):
