@@ -39,9 +39,9 @@ def of(split: str, key: str, digits: int = 1) -> Column:
     return column
 
 
-def walk(rows: list[Row]) -> str:
-    """Accuracy as the walk leaves each block."""
-    return " → ".join(f"{a:.1f}" for a in by_block(rows)) if "walk" in rows[0]["test"] else ""
+def blocks_leave(rows: list[Row]) -> str:
+    """Accuracy as the trajectory leaves each block."""
+    return " → ".join(f"{a:.1f}" for a in by_block(rows)) if "trajectory" in rows[0]["test"] else ""
 
 
 def rise(rows: list[Row]) -> str:
@@ -105,7 +105,7 @@ COLUMNS: dict[str, dict[str, Column]] = {
     "vit": {
         "test accuracy %": of("test", "accuracy"),
         "validation %": of("val", "accuracy"),
-        "walk by block, test %": walk,
+        "trajectory by block, test %": blocks_leave,
         "bound, bits": of("test", "bound_bits", 2),
         "memory, MB": memory,
     },
@@ -173,8 +173,8 @@ def main_table(groups: dict[str, list[Row]]) -> list[str]:
 
 
 def by_block(rows: list[Row]) -> list[float]:
-    """Mean test accuracy at the last step of each block of the walk."""
-    lasts = [{step["block"]: step["accuracy"] for step in row["test"]["walk"]} for row in rows]
+    """Mean test accuracy at the last step of each block of the trajectory."""
+    lasts = [{step["block"]: step["accuracy"] for step in row["test"]["trajectory"]} for row in rows]
     return [statistics.mean(last[b] for last in lasts) for b in sorted(lasts[0])]
 
 
