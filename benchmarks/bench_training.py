@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     with ThreadPoolExecutor(at_once) as pool:
         for row in pool.map(lambda spec: measured(spec, torch.get_num_threads()), specs):
-            bench.ours_failed |= is_ours(row.contender) and bool(row.note) and not row.note.startswith("not here")
+            bench.ours_failed |= is_ours(row.contender) and bool(row.note)
             bench.write(row)
     bench.finish()
 

@@ -30,8 +30,6 @@ from torch import Tensor, nn
 import diffusionblocks as db
 from diffusionblocks.offload.memory import readable
 
-LIMIT = 3000  # seconds
-
 
 @dataclass(frozen=True)
 class Sizes:

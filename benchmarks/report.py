@@ -210,7 +210,7 @@ def training_table(rows: list[Row]) -> str:
         "ms of equal work": number("equal_ms", "{:.0f}"),
         "ratio": lambda row: against("equal_ms", row),
         "waiting": number("waited", "{:.1%}"),
-        "ms a step": number("ms_50", "{:.1f}"),
+        "ms per step": number("ms_50", "{:.1f}"),
         "GB/s each way": number("gb_per_s", "{:.1f}"),
         "of a copy's": number("of_copy", "{:.2f}"),
         "of its kernels' time": number("of_kernels", "{:.2f}"),

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import tyro
 
-STATE = 18  # bytes a weight: bfloat16, float32 master, two moments and average
+STATE = 18  # bytes per weight: bfloat16, float32 master, two moments and average
 BLOCKS_RUN = 2  # blocks of scale_run.py
 
 
@@ -80,7 +80,7 @@ def slowest(count: int, jitter: float, draws: int = 400) -> float:
 
 
 def computing(network: Network, cluster: Cluster, weights: float) -> float:
-    """Return seconds of forward and backward passes over `weights` of the whole batch on all GPUs: 6 FLOP a weight."""
+    """Return seconds of forward and backward passes of the whole batch over `weights` on all GPUs, 6 FLOP each."""
     return 6 * weights * network.tokens / cluster.flops / cluster.gpus
 
 
@@ -121,7 +121,7 @@ def table(network: Network, cluster: Cluster) -> list[str]:
     ways = others(network, cluster)
     ways |= {f"{n} blocks": blocks(network, cluster, n) for n in (2, 3, 6, 12, 24) if network.layers % n == 0}
     lines = [
-        "| | seconds a step | sent, GiB a GPU | state, GiB a GPU | GPUs that wait for each other |",
+        "| | seconds per step | sent, GiB per GPU | state, GiB per GPU | GPUs that wait for each other |",
         "|---|---|---|---|---|",
     ]
     for name, cost in ways.items():

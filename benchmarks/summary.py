@@ -36,13 +36,13 @@ LINES = (
     Line("ViT, Fashion-MNIST", "accuracy %", "vit_fashion_small_main", "accuracy"),
     Line("DiT, digits", "Fréchet distance ↓", "dit_digits_main", "frechet", digits=2, highest=False),
     Line("DiT, Fashion-MNIST", "Fréchet distance ↓", "dit_fashion_small_main", "frechet", digits=1, highest=False),
-    Line("masked diffusion, text", "bits a character ↓", "mdlm_text_main", "bits", digits=3, highest=False),
+    Line("masked diffusion, text", "bits per character ↓", "mdlm_text_main", "bits", digits=3, highest=False),
     Line(
-        "the same at equal updates", "bits a character ↓", "mdlm_text_main", "bits",
+        "the same at equal updates", "bits per character ↓", "mdlm_text_main", "bits",
         ordinary="B=1, equal updates", digits=3, highest=False,
     ),
     Line(
-        "autoregressive, text", "bits a character ↓", "lm_text_main", "bits",
+        "autoregressive, text", "bits per character ↓", "lm_text_main", "bits",
         blocks="B=2", alone="shallow, equal compute", digits=3, highest=False,
     ),
     Line("recurrent depth, sums", "answers %", "recurrent_sums_main", "accuracy", blocks="equal compute", alone=""),

@@ -114,12 +114,12 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "validation": of("val", "frechet", 2),
         "class accuracy %": of("test", "class_accuracy"),
         "held-out loss": of("test", "loss", 3),
-        "layers run an image": count("layer_evaluations"),
+        "layers run per image": count("layer_evaluations"),
         "sampling, s": of("test", "sampling_seconds"),
         "memory, MB": memory,
     },
     "masked_lm": {
-        "test, bits a character": of("test", "bits", 3),
+        "test, bits per character": of("test", "bits", 3),
         "validation": of("val", "bits", 3),
         "memory, MB": memory,
     },
@@ -132,7 +132,7 @@ COLUMNS: dict[str, dict[str, Column]] = {
         "memory, MB": memory,
     },
     "causal_lm": {
-        "test, bits a character": of("test", "bits", 3),
+        "test, bits per character": of("test", "bits", 3),
         "validation": of("val", "bits", 3),
         "bound's rise by block": rise,
         "first step": of("test", "first_bits", 3),
@@ -146,15 +146,15 @@ COLUMNS: dict[str, dict[str, Column]] = {
 
 
 # What a study of the moments shows instead of costs.
-CURVE = {f"loss, tenth {tenth}": loss_in(tenth) for tenth in (1, 2, 5, 10)} | {"moments, bytes a weight": moments}
+CURVE = {f"loss, tenth {tenth}": loss_in(tenth) for tenth in (1, 2, 5, 10)} | {"moments, bytes per weight": moments}
 # What a study of forks shows besides the architecture's own measure.
 FORKED = {
     "test loss": of("test", "loss", 4),
     "against A0, thousandths": against_lone,
     "by noise: low, middle, high": by_noise,
 }
-OWN = {"dit": ("Fréchet distance, test", "class accuracy %"), "masked_lm": ("test, bits a character",)}
-COSTS = ("layers run an image", "sampling, s", "memory, MB")
+OWN = {"dit": ("Fréchet distance, test", "class accuracy %"), "masked_lm": ("test, bits per character",)}
+COSTS = ("layers run per image", "sampling, s", "memory, MB")
 
 
 def main_table(groups: dict[str, list[Row]]) -> list[str]:

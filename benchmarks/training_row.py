@@ -25,7 +25,6 @@ from rows import Row
 from training_rows import EACH, Network, Spec, spec_of
 
 import diffusionblocks as db
-from diffusionblocks.training.config import TrainerConfig
 
 VISIT = 25
 STEPS = {"warm": 3, "timed": 10}
@@ -166,13 +165,6 @@ def wait(device: torch.device) -> None:
 def trained(spec: Spec, network: Network, *, visit: int) -> Iterator[tuple[db.Trainer, tuple[Any, Any]]]:
     """Return a trainer of a network by the spec's settings, and a batch; its files go with the context."""
     settings = {name: value for name, value in spec.technique.settings.items() if name not in ("blocks", "layers")}
-    missing = settings.keys() - {f.name for f in dataclasses.fields(TrainerConfig)}
-    for name in missing & {"slots", "capture"}:  # where they are what happens anyway
-        if settings[name] in (1, False):
-            missing -= {name}
-            del settings[name]
-    if missing:
-        raise Skipped(f"TrainerConfig has no {', '.join(sorted(missing))}")
     device = torch.device(spec.device)
     where = "meta" if spec.technique.kind == "depth" else "cpu"
     model = training_networks.in_blocks(network, spec.technique.settings["blocks"], where)
@@ -183,10 +175,6 @@ def trained(spec: Spec, network: Network, *, visit: int) -> Iterator[tuple[db.Tr
         if settings["offload"] == "disk":
             settings["folder"] = Path(folder)
         yield db.Trainer(model, device=spec.device, **common, **settings), batch
-
-
-class Skipped(Exception):
-    """A row that can't be measured with this package."""
 
 
 @contextlib.contextmanager
@@ -227,8 +215,6 @@ def measure(spec: Spec) -> Row:
         measures[kind](spec, row)
     except ModuleNotFoundError as error:
         row.note = f"{error.name} isn't installed"
-    except Skipped as error:
-        row.note = f"not here: {error}"
     except Exception as error:
         traceback.print_exc()
         row.note = complaint(error)

@@ -4,8 +4,8 @@ python benchmarks/warm_start.py [--out FOLDER] [--seeds 0 1 2] [--quick]
 
 A small Llama learns the King James Bible by characters, then Python's help, at equal layer evaluations: all layers end
 to end; in blocks, each alone; in blocks, to whose loss the ordinary cross-entropy of the whole network is added,
-through the other blocks, frozen (so all are at hand). Read are bits a character of the whole network, of each block and
-of the blocks' mean. Each way has the best of four learning rates, on the validation split.
+through the other blocks, frozen (so all are at hand). Read are bits per character of the whole network, of each block
+and of the blocks' mean. Each way has the best of four learning rates, on the validation split.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ WAYS: dict[str, Callable[..., db.DiffusionBlocks]] = {
 
 @torch.no_grad()
 def bits(model: db.DiffusionBlocks, tokens: Tensor) -> dict[str, Any]:
-    """Return bits a character: of the whole network, of each block's own answer, and of their mean."""
+    """Return bits per character: of the whole network, of each block's own answer, and of their mean."""
     x, y, model = tokens[:, :-1], tokens[:, 1:], model.eval()
     told = [model.logits(x, b) for b in range(BLOCKS)]
     nats = [cross_entropy(logits, y) for logits in (whole(model, x), *told, torch.stack(told).mean(0))]

@@ -196,7 +196,8 @@ def denoising_cross_entropy(
             on the CPU, outside torch.compile, a target is outside [0, V): elsewhere its loss is NaN.
         RuntimeError: a gradient is to be differentiated again.
 
-    Source: Wijmans et al. 2024 (Cut Cross-Entropy), section 4; Karras et al. 2022, table 1; method.md, section 9.
+    Source: Wijmans et al. 2024 (Cut Cross-Entropy), section 4; Karras et al. 2022, table 1; docs/method.md, "The
+    posterior readout".
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")

@@ -85,7 +85,7 @@ def softmax_embedding(
         TypeError: an argument isn't a tensor of the right kind.
         ValueError: shapes, devices or dtypes don't fit; an input requires a gradient.
 
-    Source: Shing et al. 2026, section 4; method.md, section 4.
+    Source: Shing et al. 2026, section 4; docs/method.md, "The posterior readout".
     """
     given = [h, weight, table, bias, logit_scale, *(posterior or ()), *(step or ())]
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in given):

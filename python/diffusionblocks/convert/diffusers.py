@@ -94,7 +94,8 @@ def convert_diffusers(
         scheduler: Config of the scheduler that the network was trained with, pipe.scheduler.config; by default that of
             the published networks of its class.
 
-    Raises: ValueError on a network, a scheduler or an option that doesn't fit.
+    Raises: ValueError on a network, a scheduler or an option that doesn't fit; TypeError for blocks that are no
+        numbers, or a scheduler that is no config.
     """
     check_latent_network(network)
     layers = [layer for name, _ in family.layers for layer in network.get_submodule(name)]

@@ -45,7 +45,7 @@ def convert_timm(
         cond: Width of the noise conditioning; a quarter of the hidden size by default. 0: none, layers stay as they
             are, and labels are read from x alone, by the mean of all blocks.
 
-    Raises: ValueError on a network or an option that doesn't fit.
+    Raises: ValueError on a network or an option that doesn't fit; TypeError for blocks that are no numbers.
     """
     check_timm_network(network)
     layers, width = list(network.blocks), network.embed_dim

@@ -66,7 +66,7 @@ def convert_transformers(
             are; labels and next tokens are then read from x alone, by the mean of all blocks.
         mask_token_id: Of the tokenizer; masked language models need it.
 
-    Raises: ValueError on a network or an option that doesn't fit.
+    Raises: ValueError on a network or an option that doesn't fit; TypeError for blocks that are no numbers.
     """
     check_network(network, family, mask_token_id)
     config: Any = network.config
@@ -176,13 +176,19 @@ def cut(described: dict[str, Any], layers: range, *, family: Family) -> dict[str
     return {**described, "config": config | {name: len(layers) for name in depths}}
 
 
+def around(family: Family) -> dict[str, str]:
+    """Return where a network has what a StemHead was made of: prefixes of names in both."""
+    found = {"stem.embedding.embeddings.": f"{family.embeddings}."}
+    for part, paths in (
+        ("stem.embedding.positions", family.positions), ("head.before", family.before), ("head.after", family.after)
+    ):  # fmt: skip
+        found |= {f"{part}.{i}.": f"{path}." for i, path in enumerate(paths)}
+    return found
+
+
 def places(network: nn.Module, described: dict[str, Any], layers: range, *, family: Family) -> Places:
     """Return where a network has what blocks were made of."""
-    around = {"stem.embedding.embeddings.": f"{family.embeddings}."}
-    for part, paths in (("stem.embedding.positions", family.positions), ("head.before", family.before)):
-        around |= {f"{part}.{i}.": f"{path}." for i, path in enumerate(paths)}
-    around |= {f"head.after.{i}.": f"{path}." for i, path in enumerate(family.after)}
-    return Places(around, [f"{layers_name(network, family)}.{i}." for i in range(len(layers))])
+    return Places(around(family), [f"{layers_name(network, family)}.{i}." for i in range(len(layers))])
 
 
 CONVERTERS = {

@@ -31,6 +31,7 @@ from .config import TrainConfig, to_dict, to_yaml
 from .export import is_exported, open_exported
 from .interrupts import Interrupts
 from .plan import plan_of
+from .results import BLOCKWISE
 from .run_folder import (
     clear,
     identity,
@@ -129,7 +130,7 @@ def _changed(config: TrainConfig, changes: Row) -> TrainConfig:
     with (config.out / "changes.jsonl").open("a") as file:
         file.write(json.dumps({"step": done, **changes}) + "\n")
     write(config.out / "config.yaml", to_yaml(new))
-    for name in ("block-wise", *(config.baseline if "steps" in changes else ())):  # baselines train as many steps
+    for name in (BLOCKWISE, *(config.baseline if "steps" in changes else ())):  # baselines train as many steps
         result_file(config, name).unlink(missing_ok=True)
     return new
 
@@ -142,17 +143,17 @@ def carry_on(task: Task) -> Row:
     config = task.config
     trainer, seconds = open_trainer(task)
     log = config.out / "metrics.jsonl"
-    names = ("block-wise", *config.baseline)
+    names = (BLOCKWISE, *config.baseline)
     finished = [name for name in names if result_file(config, name).exists()]
     trim_metrics(log, trainer.steps_done, finished)
     with log.open("a") as lines, Interrupts().watched() as interrupts:
         if config.train_blocks is not None:
-            _train(task, trainer, RunLog("block-wise", lines, config, interrupts, seconds))
+            _train(task, trainer, RunLog(BLOCKWISE, lines, config, interrupts, seconds))
             shutil.rmtree(config.out / "waiting", ignore_errors=True)
             return {}
         for name in (n for n in names if n not in finished):
-            run = RunLog(name, lines, config, interrupts, seconds if name == "block-wise" else 0.0)
-            row = _block_wise(task, trainer, run) if name == "block-wise" else _baseline(name, task, run)
+            run = RunLog(name, lines, config, interrupts, seconds if name == BLOCKWISE else 0.0)
+            row = _block_wise(task, trainer, run) if name == BLOCKWISE else _baseline(name, task, run)
             write(result_file(config, name), json.dumps(row))
             if not all(result_file(config, other).exists() for other in names):  # else only pictures are left
                 interrupts.check(f"{name} and its results are saved")
@@ -212,7 +213,7 @@ class RunLog:
 
     def __init__(self, name: str, lines: TextIO, config: TrainConfig, interrupts: Interrupts, seconds: float):
         self.name, self.lines, self.config, self.interrupts = name, lines, config, interrupts
-        self.saves = name == "block-wise"
+        self.saves = name == BLOCKWISE
         self.began, self.saved = time.perf_counter() - seconds, time.monotonic()
 
     def seconds(self) -> float:
@@ -240,7 +241,7 @@ class RunLog:
 
 def _train(task: Task, trainer: Trainer, log: RunLog) -> None:
     config = task.config
-    with Progress(config.total_steps, "block-wise") as bar:
+    with Progress(config.total_steps, BLOCKWISE) as bar:
         others = named([name for name in config.loggers if name != "jsonl"], config.log_to)
         trainer.callbacks += [log, bar, *others]
         trainer.fit(Addresses(), batch=task.batches(trainer.device).batch, progress=False)
@@ -289,7 +290,7 @@ def sample(task: Task, model: DiffusionBlocks, folder: Path, **options: Any) -> 
 def summarize(task: Task, trainer: Trainer) -> Row:
     """Return all results of a run folder, with what is needed to run it again."""
     config = task.config
-    names = ("block-wise", *config.baseline)
+    names = (BLOCKWISE, *config.baseline)
     return {
         "config": to_dict(config),
         "machine": machine(trainer.device),

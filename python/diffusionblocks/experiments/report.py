@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..offload.memory import readable
 from .config import TrainConfig
-from .results import signed
+from .results import BLOCKWISE, signed
 from .tasks import task_of
 from .tasks.base import Metric
 
@@ -40,7 +40,7 @@ def report(config: TrainConfig, summary: dict[str, Any]) -> None:
         values = [f"{result[split][metric.key]:.4g}" for split in ("test", "val")]
         table.add_row(name, *values, f"{result['seconds']:.0f}", memory, planned)
     console.print(table)
-    show(metric, summary["results"]["block-wise"]["test"])
+    show(metric, summary["results"][BLOCKWISE]["test"])
     if pictures := [path.name for path in sorted(config.out.glob("*.png"))]:
         print(f"pictures in {config.out}: {', '.join(pictures)}")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.shards import INDEX
-from ..noise import density
 from ..noise.partition import Partition
 
 BLOCKWISE = "block-wise"
@@ -42,10 +41,8 @@ class Run:
 
     @property
     def partition(self) -> Partition:
-        """Who owns which noise."""
-        cut = self.summary["partition"]
-        noise = density.from_dict(cut["density"])
-        return Partition(noise, tuple(cut["edges"]), tuple(cut["layers"]), cut["overlap"])
+        """The ranges of noise."""
+        return Partition.from_dict(self.summary["partition"])
 
 
 def read_run(folder: Path) -> Run:
@@ -59,7 +56,9 @@ def read_run(folder: Path) -> Run:
     for name in ("metrics.jsonl", "summary.json"):
         if not (folder / name).is_file():
             raise ValueError(f"{unfinished} {name} is missing; train or resume it first")
-    rows = _read_rows(folder / "metrics.jsonl")
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in read_rows(folder / "metrics.jsonl"):
+        rows.setdefault(row["run"], {})[row["step"]] = row
     try:
         summary = json.loads((folder / "summary.json").read_text())
     except ValueError as error:
@@ -69,20 +68,19 @@ def read_run(folder: Path) -> Run:
             raise ValueError(f"{unfinished} summary.json has no {path}; train or resume it first")
     if not rows.get(BLOCKWISE):
         raise ValueError(f"{unfinished} metrics.jsonl has no {BLOCKWISE} rows; train or resume it first")
-    return Run(rows, summary)
+    return Run({run: [found[step] for step in sorted(found)] for run, found in rows.items()}, summary)
 
 
-def _read_rows(path: Path) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, dict[int, dict[str, Any]]] = {}
-    whole, newline, _being_written = path.read_text().rpartition("\n")  # a training may be at work
-    for number, line in enumerate((whole + newline).splitlines(), 1):
+def read_rows(log: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl, without a last one that was cut short: a training may be at work."""
+    rows = []
+    for number, line in enumerate(log.read_text().split("\n")[:-1], 1):
         try:
             row = json.loads(line)
-            found.setdefault(row["run"], {})[row["step"]] = row
+            rows.append({"run": row["run"], "step": row["step"], **row})
         except (ValueError, KeyError, TypeError) as error:
-            fault = f"{path}, line {number} is no row of metrics ({error!r}); remove that line"
-            raise ValueError(fault) from error
-    return {run: [rows[step] for step in sorted(rows)] for run, rows in found.items()}
+            raise ValueError(f"{log}, line {number} is no row of metrics ({error!r}); remove that line") from error
+    return rows
 
 
 def _has(values: Any, path: str) -> bool:

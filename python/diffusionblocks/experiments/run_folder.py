@@ -20,6 +20,7 @@ from ..checkpoint.lock import LOCK
 from ..checkpoint.manifest import package_version, read_json
 from .config import TrainConfig, from_yaml, to_dict
 from .data.text import EMBEDDED
+from .results import BLOCKWISE, read_rows
 
 # Settings that don't decide the weights: places, evaluation, and how a run is watched.
 FREE = (
@@ -124,26 +125,14 @@ def trim_metrics(log: Path, step: int, finished: Iterable[str]) -> None:
     """Drop the metrics of steps that will be run again."""
     if not log.exists():
         return
-    kept = [r for r in _rows(log) if r["run"] in finished or (r["run"] == "block-wise" and r["step"] <= step)]
+    kept = [r for r in read_rows(log) if r["run"] in finished or (r["run"] == BLOCKWISE and r["step"] <= step)]
     write(log, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def peak_memory(config: TrainConfig) -> dict[str, int]:
     """Return the most bytes by category in the run's metrics."""
-    own = [row["bytes"] for row in _rows(config.out / "metrics.jsonl") if row["run"] == "block-wise"]
+    own = [row["bytes"] for row in read_rows(config.out / "metrics.jsonl") if row["run"] == BLOCKWISE]
     return max(own, key=lambda bytes_: sum(bytes_.values()), default={})
-
-
-def _rows(log: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl, without a last one that was cut short."""
-    rows = []
-    for number, line in enumerate(log.read_text().split("\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-            rows.append({"run": row["run"], "step": row["step"], **row})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{log}, line {number} is no row of metrics ({error!r}); remove that line") from error
-    return rows
 
 
 def new_folder(folder: Path) -> Path:

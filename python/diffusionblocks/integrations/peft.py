@@ -25,7 +25,7 @@ from ..checkpoint.manifest import CheckpointError
 from ..convert.checks import layers_name
 from ..convert.families import FAMILIES, Family
 from ..convert.registry import Converter, register
-from ..convert.transformers import CONVERTERS
+from ..convert.transformers import CONVERTERS, around
 from ..offloadable import plain_name
 
 WEIGHTS, WRITER = "adapter_model.safetensors", "diffusionblocks"
@@ -137,19 +137,16 @@ def _paths(model: DiffusionBlocks, chosen: Sequence[int]) -> dict[str, str]:
     """Return which of the model's names begin where in the network: prefixes of both."""
     assert model.origin is not None
     family, layers = FAMILIES[model.origin["kind"]], model.origin["network"]["layers"]
-    around = "stem_head." if model.shared != "per_block" else f"blocks.{chosen[0]}.stem_head."
-    paths = {f"{around}stem.embedding.embeddings.": family.embeddings}
-    for part, names in (("stem.embedding.positions", family.positions), ("head.before", family.before)):
-        paths |= {f"{around}{part}.{i}.": name for i, name in enumerate(names)}
-    paths |= {f"{around}head.after.{i}.": name for i, name in enumerate(family.after)}
+    ends = "stem_head." if model.shared != "per_block" else f"blocks.{chosen[0]}.stem_head."
+    paths = {f"{ends}{own}": place for own, place in around(family).items()}
     places = [f"blocks.{b}.layers.{i}.layer." for b in chosen for i in range(model.partition.layers[b])]
-    return paths | {prefix: f"{layers}.{i}" for i, prefix in enumerate(places)}
+    return paths | {prefix: f"{layers}.{i}." for i, prefix in enumerate(places)}
 
 
 def _renamed(key: str, paths: dict[str, str]) -> str:
     found = ((prefix, path) for prefix, path in paths.items() if key.startswith(prefix))
     prefix, path = next(found, ("", ""))
-    return plain_name(f"{path}.{key.removeprefix(prefix)}")
+    return plain_name(f"{path}{key.removeprefix(prefix)}")
 
 
 def _is_inside(key: str, modules: Sequence[str]) -> bool:

@@ -67,8 +67,9 @@ class DiffusionBlocksTrainer(transformers.Trainer):
         args: Arguments that blocks can't honour are refused by name.
         batch: Makes (x, y) of what the collator gives. By default x is pixel_values or input_ids and y the labels, of
             language models the tokens themselves.
-        options: transformers.Trainer's own arguments (train_dataset, eval_dataset, data_collator, callbacks, ...), and
-            settings of diffusionblocks.Trainer that TrainingArguments don't have: offload, folder, visit, ema, ...
+        train_dataset, eval_dataset, data_collator, processing_class, compute_metrics, callbacks,
+            preprocess_logits_for_metrics: As transformers.Trainer takes them.
+        settings: Of diffusionblocks.Trainer, those that TrainingArguments don't have: offload, folder, visit, ema, ...
 
     Raises: ValueError or TypeError, naming the argument.
     """

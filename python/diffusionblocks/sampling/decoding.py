@@ -1,4 +1,4 @@
-"""Decode logits to tokens: temperature, top-k, top-p, draws; measure diversity by distinct-2.
+"""Filter logits by temperature, top-k and top-p.
 
 Filters matter at the first denoising steps. At the last ones z determines the token, whatever the temperature.
 """

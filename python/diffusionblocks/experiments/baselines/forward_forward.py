@@ -7,14 +7,12 @@ goodness is the mean square over tokens, summed over features, less its value fo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from ...noise.rng import stream
 from ...targets.codebook import spread_codebook
@@ -22,6 +20,7 @@ from ...targets.devices import send
 from ..models.vit import ViT, ViTConfig
 from ..tasks.vit import ViTTask
 from .end_to_end import Result, end_to_end
+from .one_by_one import backward_one_by_one
 
 FASTER = 4  # a layer's own loss takes higher rates than a loss through all layers
 
@@ -55,16 +54,9 @@ class ForwardForward(nn.Module):
         """
         false = wrong_labels(y, len(self.table), torch.Generator().manual_seed(stream(seed, "wrong", step)))
         outputs = self.outputs(self.embed(x.repeat(2, 1, 1, 1), torch.cat([y, false])))
-        mean = torch.zeros((), device=x.device)
-        for i in range(len(self.layers)):
-            # a counter of saved tensors sees the first layer's, which are the most
-            with saved_tensors_hooks(lambda t: t, lambda t: t) if i else nullcontext():
-                good, bad = goodness(next(outputs)).chunk(2)
-                loss = (functional.softplus(-good) + functional.softplus(bad)).mean()
-            mean += loss.detach() / len(self.layers)
-            if i + 1 < len(self.layers):
-                loss.backward()
-        return loss + (mean - loss).detach()
+        pairs = (goodness(out).chunk(2) for out in outputs)
+        losses = ((functional.softplus(-good) + functional.softplus(bad)).mean() for good, bad in pairs)
+        return backward_one_by_one(losses, len(self.layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return every label's summed goodness, of all layers but the first if there are more: (B, K)."""

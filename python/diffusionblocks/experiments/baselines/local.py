@@ -8,18 +8,17 @@ a head classifies by [CLS], as the ordinary network's does, through one hidden l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from ...noise.rng import stream
 from ..models.vit import Head, ViT, ViTConfig
 from ..tasks.vit import ViTTask
 from .end_to_end import Result, end_to_end
+from .one_by_one import backward_one_by_one
 
 
 class Auxiliary(nn.Module):
@@ -62,15 +61,8 @@ class Local(nn.Module):
         Each block's backward pass runs before the next block's forward pass, so that the activations of one are held at
         a time. The last block's is the caller's: its gradient alone flows from the result.
         """
-        outputs, mean = self.outputs(x), torch.zeros((), device=x.device)
-        for i in range(len(self.blocks)):
-            # a counter of saved tensors sees the first block's
-            with saved_tensors_hooks(lambda t: t, lambda t: t) if i else nullcontext():
-                loss = functional.cross_entropy(next(outputs).float(), y)
-            mean += loss.detach() / len(self.blocks)
-            if i + 1 < len(self.blocks):
-                loss.backward()
-        return loss + (mean - loss).detach()
+        losses = (functional.cross_entropy(logits.float(), y) for logits in self.outputs(x))
+        return backward_one_by_one(losses, len(self.blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the last block's logits (B, K)."""

@@ -75,8 +75,7 @@ def _log_likelihoods(read: Sampler, sigmas: Sequence[float], key: int) -> tuple[
     logs: list[Tensor] = []
     for sigma, below in itertools.pairwise(sigmas):
         output = read(z, sigma)
-        r = below / sigma
-        z = r * z + (1 - r) * output.denoised
+        z = read.model.target.advance(z, output, sigma, below, seed=key, step=0)
         logs.append(-functional.cross_entropy(output.raw.flatten(0, 1), x.flatten(), reduction="none").view(x.shape))
     return logs[0], logs[-1]
 

@@ -84,16 +84,14 @@ class Generator:
     def denoise(self, batch: int, device: torch.device) -> Tensor:
         """Sample the next group (B, g) by denoising it from sigmas[0] to 0."""
         shape = (batch, self.group_size, self.table.shape[1])
-        key = stream(self.seed, "generate", self.length)
+        key, target = stream(self.seed, "generate", self.length), self.model.target
         z = self.sigmas[0] * dbkernels.philox_normal(shape, seed=key, device=device).to(self.table.dtype)
         for sigma, below in itertools.pairwise(self.sigmas):
             level = torch.full((batch, self.group_size), sigma, device=device)
             logits = self.logits(z, level, int(self.model.partition.block_of(sigma)))
-            evidence = z @ self.table.T - self.table.square().sum(-1) / 2
-            logits = self.keep(logits) + evidence / sigma**2
-            r = below / sigma
-            z = r * z + (1 - r) * logits.softmax(-1) @ self.table
-        return logits.argmax(-1)
+            output = target.posterior(self.keep(logits), z, level)
+            z = target.advance(z, output, sigma, below, seed=self.seed, step=0)
+        return output.raw.argmax(-1)
 
     def logits(self, z: Tensor, sigma: Tensor, block: int) -> Tensor:
         """Return the block's logits of the next group (B, g, V) without z's own evidence."""

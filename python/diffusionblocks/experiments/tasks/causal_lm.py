@@ -76,7 +76,7 @@ class CausalLMRun(TrainConfig):
 class CausalLMTask(Task):
     """x and y: the tokens. Noisy token i is given the clean ones before it."""
 
-    metric = Metric("bits", "bits a character", higher=False)
+    metric = Metric("bits", "bits per character", higher=False)
     config: CausalLMRun
 
     @cached_property

@@ -75,7 +75,7 @@ class UnconditionalWindows(Windows):
 class MaskedLMTask(Task):
     """x: nothing, (B, 0). y: windows of text, (B, N)."""
 
-    metric = Metric("bits", "bits a character", higher=False)
+    metric = Metric("bits", "bits per character", higher=False)
     config: MaskedLMRun
 
     @cached_property

@@ -109,8 +109,7 @@ class Beliefs(TokenTarget):
     def inputs(self, z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """D by Bayes' rule from z (B, N, d) alone, of unit mean square where certain, and c_noise (B, N)."""
         levels, table = self.level_per_point(sigma, z).float(), self.table.float()
-        evidence = z.float() @ table.T - table.square().sum(-1) / 2
-        seen = (evidence / levels.square().unsqueeze(-1)).softmax(-1) @ table
+        seen = (self.evidence(z) / levels.square().unsqueeze(-1)).softmax(-1) @ table
         return seen / self.sigma_data, edm.precondition(levels, self.sigma_data).c_noise
 
 
