@@ -45,7 +45,11 @@ def ensemble(task: Task, machines: int) -> dict[str, Any]:
         model.blocks[0] = Together([loaded(task, state) for state in states])
         return model
 
-    return judged(task, machines, asked)
+    row = judged(task, machines, asked)
+    for split in ("val", "test"):
+        if "layer_evaluations" in row[split]:  # which the task counts for one network
+            row[split]["layer_evaluations"] *= machines
+    return row
 
 
 def judged(task: Task, machines: int, join: Any) -> dict[str, Any]:

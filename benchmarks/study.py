@@ -201,7 +201,7 @@ CONTROLS: dict[str, Callable[[Task], Row]] = {
     **{name: recurring(train) for name, train in RECURRENCES.items()},
     **{name: other(name) for name in commands.OTHERS},
     **{f"soup of {b}": partial(controls.soup, machines=b) for b in MACHINES},
-    **{f"{b} together": partial(controls.ensemble, machines=b) for b in MACHINES},
+    **{f"soup of {b}, by outputs": partial(controls.ensemble, machines=b) for b in MACHINES},
 }
 
 

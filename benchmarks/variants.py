@@ -32,7 +32,7 @@ def controls(base: TrainConfig) -> Variants:
     (alone,) = lone(base).values()
     share = replace(alone, steps=base.steps)
     count = base.blocks
-    return dict.fromkeys((f"lone, 1/{count} of the updates", f"soup of {count}", f"{count} together"), share)
+    return dict.fromkeys((f"lone, 1/{count} of the updates", f"soup of {count}", f"soup of {count}, by outputs"), share)
 
 
 def late(base: TrainConfig) -> Variants:

@@ -54,8 +54,9 @@ def test_machines_asked_together_say_the_mean_of_their_outputs(benchmarks, task,
     states = [{n: t + torch.randn_like(t) if n in trained else t for n, t in start.state_dict().items()} for _ in "123"]
     runs = iter(states)
     monkeypatch.setattr(controls, "trained", lambda own, begun, seed, rows: next(runs))
-    monkeypatch.setattr(task, "evaluate", lambda model, split: seen.append(model) or {"accuracy": 1.0})
-    controls.ensemble(task, 3)
+    monkeypatch.setattr(task, "evaluate", lambda model, split: seen.append(model) or {"layer_evaluations": 8.0})
+    row = controls.ensemble(task, 3)
+    assert row["val"] == row["test"] == {"layer_evaluations": 24.0}, "all run for each answer"
     x = torch.randn_like(task.example()[0])
     z = torch.randn(len(x), *start.target.known_shape())
     members = [controls.loaded(task, state).eval() for state in states]

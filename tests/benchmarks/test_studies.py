@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("study", "variants", "tables", "pages", "summary"):
+    for name in ("study", "variants", "tables", "pages", "summary", "apart"):
         sys.modules.pop(name, None)
 
 
@@ -121,3 +121,20 @@ def test_the_summary_marks_the_best_way(benchmarks):
     *_, ordinary, blocks, alone, memory = summary.cells(line)
     assert alone.startswith("**4.52 ±") and not ordinary.startswith("**") and blocks.endswith("(B = 3)")
     assert 0 < float(memory) < 1
+
+
+def test_unconnected_machines_are_compared_on_the_same_seeds(benchmarks, tmp_path, monkeypatch):
+    apart = benchmarks("apart")
+
+    def write(study, values):
+        flat = [(variant, seed, bits) for variant, own in values.items() for seed, bits in own.items()]
+        rows = [{"variant": variant, "seed": seed, "test": {"bits": bits}} for variant, seed, bits in flat]
+        (tmp_path / f"{study}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("run_controls", {"lone, 1/3 of the updates": {0: 3.0, 1: 2.0}, "soup of 3": {0: 4.0, 1: 4.0}})
+    write("run_main", {"B=3 per_block": {0: 2.0, 1: 2.0, 7: 9.0}, "2 layers alone": {0: 1.0, 1: 1.0, 7: 9.0}})
+    monkeypatch.setattr(apart, "RESULTS", tmp_path)
+    line = apart.Line("text", "bits ↓", "run", "main", "B=3 per_block", "bits", 1, False)
+    assert apart.cells(line) == ["text", "bits ↓", "**2.0 ± 0.0**", "2.5 ± 0.7", "", "4.0 ± 0.0", "1.0 ± 0.0"]
+    best = apart.cells(line._replace(highest=True))
+    assert best[2] == "2.0 ± 0.0" and best[5] == "**4.0 ± 0.0**"

@@ -76,14 +76,14 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
         "Sudoku, 6x6 cells; minutes on two CPU cores",
         RecurrentRun(
             task="sudoku", size=6, out=Path("runs/recurrent-sudoku"), steps=300, share=1.0, lr=2e-3,
-            tune_lr=(5e-4, 1e-3, 2e-3), evaluated=256, model=_SMALL_CORE,
+            tune_lr=(2e-3, 4e-3, 8e-3), evaluated=256, model=_SMALL_CORE,
         ),
     ),
     "recurrent-sudoku-hard": (
         "Sudoku, 6x6 cells, of which every puzzle needs a guess; minutes on two CPU cores",
         RecurrentRun(
             task="sudoku", size=6, guesses=1, out=Path("runs/recurrent-sudoku-hard"), steps=300, share=1.0, lr=2e-3,
-            tune_lr=(2e-3,), evaluated=256, model=_SMALL_CORE,
+            tune_lr=(2e-3, 4e-3, 8e-3), evaluated=256, model=_SMALL_CORE,
         ),
     ),
     "recurrent-sudoku-large": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ..targets.masked import MaskedTarget
 from .decoding import Filter, check_filters, filtered
 from .sampler import Sampler
 
+TEXTS = 64  # that are read at once: each has logits of a vocabulary for every token
 Stop = Callable[[Tensor, Tensor | None], Any]
 
 
@@ -133,18 +134,37 @@ def _ids(model: DiffusionBlocks, name: str, given: int | Sequence[int] | None) -
 
 
 def _fill(model: DiffusionBlocks, tokens: Tensor, count: int, levels: list[float], keep: Filter, seed: int) -> Tensor:
-    """Return prompts, and `count` masks behind them, with all masks filled. Source: Shi et al. 2024 (MD4), alg. 2."""
+    """Return prompts, and `count` masks behind them, with all masks filled."""
     target = model.target
     assert isinstance(target, MaskedTarget)
     own = getattr(model.blocks[0].around(model.stem_head).stem, "mask_token_id", None)
     if own is not None:
         tokens = torch.where(tokens == own, target.mask_id, tokens)  # the tokenizer's mask
     z = torch.cat([tokens, torch.full_like(tokens[:, :1], target.mask_id).expand(-1, count)], 1)
-    read = Sampler(model, z[:, :0])
+    *_, (_, filled) = fill(model, z, levels, seed=seed, keep=keep)
+    return filled
+
+
+def fill(
+    model: DiffusionBlocks, z: Tensor, levels: Sequence[float], *, seed: int, keep: Filter = lambda logits: logits
+) -> Iterator[tuple[float, Tensor]]:
+    """Yield each level of a masked model's trajectory, and the tokens as the step from it leaves them.
+
+    Args:
+        z: Tokens and masks, (B, N) int64.
+        levels: Falling times, then 0.
+        keep: Filter of the logits.
+        seed: Of the draws.
+
+    Source: Shi et al. 2024 (MD4), algorithm 2.
+    """
+    target = model.target
+    assert isinstance(target, MaskedTarget)
+    read = Sampler(model, z[:, :0], batch=TEXTS)
     for i, (t, s) in enumerate(itertools.pairwise(levels)):
         drawn = draw(keep(target.writable(read(z, t).raw)), seed=stream(seed, "tokens"), offset=i)
         z = target.reveal(z, drawn, t, s, seed=seed, step=i)
-    return z
+        yield t, z
 
 
 def _end(tokens: Tensor, begin: int, eos: Tensor, pad: int | None) -> Tensor:

@@ -14,11 +14,10 @@ from torch import Tensor
 from ...blocks import DiffusionBlocks
 from ...noise import mask_schedule
 from ...noise.partition import Partition, Range
-from ...noise.rng import draw, stream
+from ...noise.rng import stream
 from ...sampling.decoding import Filter
-from ...sampling.sampler import Sampler
+from ...sampling.generate import fill
 from ...targets.base import Noised
-from ...targets.masked import MaskedTarget
 
 BATCH = 64
 
@@ -120,21 +119,10 @@ def given(tokens: Tensor) -> Tensor:
 def generate(
     model: DiffusionBlocks, levels: Sequence[float], z: Tensor, *, seed: int, keep: Filter = lambda x: x
 ) -> Iterator[Step]:
-    """Denoise tokens z (count, N), masked where they are to be filled in, to tokens without masks.
-
-    Args:
-        levels: Falling times, then 0.
-        keep: Filter of the logits, e.g. decoding.filtered with a temperature.
-
-    Source: Shi et al. 2024 (MD4), algorithm 2.
-    """
-    target = model.target
-    assert isinstance(target, MaskedTarget)
-    read = Sampler(model, given(z), batch=BATCH)
-    for i, (t, s) in enumerate(itertools.pairwise(levels)):
-        tokens = draw(keep(read(z, t).raw), seed=stream(seed, "tokens"), offset=i)
-        z = target.reveal(z, tokens, t, s, seed=seed, step=i)
-        yield Step(t, int(model.partition.block_of(t)), z)
+    """Denoise tokens z (count, N), masked where they are to be filled in, to tokens without masks. levels, keep: as
+    sampling.generate.fill takes them."""
+    for t, filled in fill(model, z, levels, seed=seed, keep=keep):
+        yield Step(t, int(model.partition.block_of(t)), filled)
 
 
 def unigram_bits(train: Tensor, tokens: Tensor, symbols: int) -> float:
