@@ -28,11 +28,13 @@ def lone(base: TrainConfig) -> Variants:
 
 
 def controls(base: TrainConfig) -> Variants:
-    """What unconnected machines reach without blocks: each trains one block's layers for its share of the updates."""
+    """Machines that never speak: with blocks, of which nothing is shared, and noise cut beforehand; and without, where
+    each trains one block's layers for its share of the updates."""
     (alone,) = lone(base).values()
     share = replace(alone, steps=base.steps)
     count = base.blocks
-    return dict.fromkeys((f"lone, 1/{count} of the updates", f"soup of {count}", f"soup of {count}, by outputs"), share)
+    ways = f"lone, 1/{count} of the updates", f"soup of {count}", f"soup of {count}, by outputs"
+    return {f"B={count}, apart": replace(base, shared="per_block", adapt=False)} | dict.fromkeys(ways, share)
 
 
 def late(base: TrainConfig) -> Variants:

@@ -131,10 +131,11 @@ def test_unconnected_machines_are_compared_on_the_same_seeds(benchmarks, tmp_pat
         rows = [{"variant": variant, "seed": seed, "test": {"bits": bits}} for variant, seed, bits in flat]
         (tmp_path / f"{study}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    write("run_controls", {"lone, 1/3 of the updates": {0: 3.0, 1: 2.0}, "soup of 3": {0: 4.0, 1: 4.0}})
-    write("run_main", {"B=3 per_block": {0: 2.0, 1: 2.0, 7: 9.0}, "2 layers alone": {0: 1.0, 1: 1.0, 7: 9.0}})
+    ways = {"B=3, apart": {0: 2.0, 1: 2.0}, "lone, 1/3 of the updates": {0: 3.0, 1: 2.0}, "soup of 3": {0: 4.0, 1: 4.0}}
+    write("run_controls", ways)
+    write("run_main", {"2 layers alone": {0: 1.0, 1: 1.0, 7: 9.0}})
     monkeypatch.setattr(apart, "RESULTS", tmp_path)
-    line = apart.Line("text", "bits ↓", "run", "main", "B=3 per_block", "bits", 1, False)
+    line = apart.Line("text", "bits ↓", "run", "bits", 1, False)
     assert apart.cells(line) == ["text", "bits ↓", "**2.0 ± 0.0**", "2.5 ± 0.7", "", "4.0 ± 0.0", "1.0 ± 0.0"]
     best = apart.cells(line._replace(highest=True))
     assert best[2] == "2.0 ± 0.0" and best[5] == "**4.0 ± 0.0**"
