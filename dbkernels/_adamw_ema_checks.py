@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbkernels._adamw_ema_definition import state_dtype
+from dbkernels._dtypes import FLOATS, compute_dtype
 from dbkernels.philox import check_address
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def are_bfloat16(first: Tensor | None) -> bool:
@@ -27,9 +25,9 @@ def check_lists(lists: dict[str, Sequence[Tensor]]) -> None:
     params = lists["params"]
     if not len(params):
         raise ValueError("params is empty: pass the parameters that received a gradient")
-    if params[0].dtype not in _FLOATS:
+    if params[0].dtype not in FLOATS:
         raise TypeError(f"params must be floating point, got {params[0].dtype}")
-    given, state, device = params[0].dtype, state_dtype(params[0].dtype), params[0].device
+    given, state, device = params[0].dtype, compute_dtype(params[0].dtype), params[0].device
     first = lists["exp_avgs"][0] if len(lists["exp_avgs"]) else None
     moments = torch.bfloat16 if state == torch.float32 and are_bfloat16(first) else state
     dtypes = {"params": given, "grads": given, "exp_avgs": moments, "exp_avg_sqs": moments}
@@ -79,7 +77,7 @@ def check_norm(norm: Any, param: Tensor) -> None:
     """Raise unless the norm is a 0-dim tensor of the dtype of the parameter's moments, on its device."""
     if not isinstance(norm, Tensor):
         raise TypeError(f"norm must be a tensor, got {type(norm).__name__}: pass the result of dbkernels.total_norm")
-    check_scalar("norm", norm, state_dtype(param.dtype), param.device)
+    check_scalar("norm", norm, compute_dtype(param.dtype), param.device)
 
 
 def check_numbers(

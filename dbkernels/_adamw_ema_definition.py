@@ -16,12 +16,6 @@ from dbkernels.total_norm import total_norm_reference
 CLIP_EPS = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the arithmetic on params of `dtype`, of their averages and masters, and of moments unless
-    these are bfloat16."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def power(base: float, exponent: int | Tensor) -> float | Tensor:
     """Return base^exponent in float64 by squaring.
 

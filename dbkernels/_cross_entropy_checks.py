@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dbkernels._direct import direct
-from dbkernels._levels import check_floating, compute_dtype, readable
+from dbkernels._dtypes import compute_dtype
+from dbkernels._levels import check_floating, readable
 
 REDUCTIONS = ("mean", "sum", "none")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dbkernels._levels import compute_dtype
+from dbkernels._dtypes import compute_dtype
 from dbkernels.ada_norm import ada_layer_norm, ada_rms_norm
 from dbkernels.nn import AdaLayerNorm, AdaRMSNorm
 

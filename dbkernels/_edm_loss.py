@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dbkernels._address import SCHEMA, Number, define_at, joined, on_host, tensor_or_none
 from dbkernels._direct import direct
+from dbkernels._dtypes import kept_dtype
 from dbkernels._inject_noise import c_in
 from dbkernels._levels import broadcast
 from dbkernels._library import define, register_triton
@@ -93,9 +94,7 @@ def empty_gradients(
 
 def room(x: Tensor, wanted: bool) -> Tensor:
     """Allocate the gradient of x, contiguous, of x's dtype (float32 for float16); without elements if not wanted."""
-    # float16 can't hold a mean's small gradients before a loss scale is applied.
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    return torch.empty(x.shape if wanted else (0,), dtype=dtype, device=x.device)
+    return torch.empty(x.shape if wanted else (0,), dtype=kept_dtype(x.dtype), device=x.device)
 
 
 def _with_gradients(

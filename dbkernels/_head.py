@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dbkernels import _products as products
-from dbkernels._levels import compute_dtype
+from dbkernels._dtypes import compute_dtype
 
 Maybe: TypeAlias = Tensor | None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dbkernels._address import SCHEMA, Number, checked, define_at, joined, on_host, signed, split, tensor_or_none
 from dbkernels._direct import direct, kind
+from dbkernels._dtypes import compute_dtype
 from dbkernels._levels import (
     as_defined,
     broadcast,
@@ -18,7 +19,6 @@ from dbkernels._levels import (
     check_level,
     check_sigma,
     check_sigma_data,
-    compute_dtype,
 )
 from dbkernels._library import NAMESPACE, define, lib, register_triton
 from dbkernels.philox import ROUNDS, normal_reference

@@ -1,4 +1,4 @@
-"""Shared by the ops that take a noise level: checks, sigma's form for the kernels, the arithmetic's dtype."""
+"""Shared by the ops that take a noise level: checks, and sigma's form for the kernels."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from torch.autograd import forward_ad
 from dbkernels._library import backend
 
 _transform = torch._C._functorch.peek_interpreter_stack
-
-
-def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """Return the arithmetic's dtype: float64 if any input is float64, else float32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def broadcast(sigma: Tensor, dims: int) -> Tensor:

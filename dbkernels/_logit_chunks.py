@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dbkernels import _products as products
+from dbkernels._dtypes import compute_dtype, kept_dtype
 from dbkernels._head import Head, Operand, State, half_norms, is_plain, is_sized, make_logits, part, times
-from dbkernels._levels import compute_dtype
 from dbkernels.cross_entropy_rows import cross_entropy_columns, cross_entropy_rows
 
 CPU_LOGITS, GPU_LOGITS = 2**19, 2**24  # per chunk: 2 MiB of float32, in the cache; 64 MiB
@@ -46,11 +46,6 @@ def chunk_words(rows: int, width: int, budget: int) -> int:
 def spans(count: int, step: int) -> Iterator[slice]:
     """Cut `count` things into slices of `step`."""
     return (slice(at, min(at + step, count)) for at in range(0, count, max(step, 1)))
-
-
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of stored gradients: float32 for float16, whose mean gradients underflow before loss scaling."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def _in_units(factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbkernels._levels import compute_dtype
+from dbkernels._dtypes import FLOATS, compute_dtype
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LARGEST_DIM = 16384
 _transform = torch._C._functorch.peek_interpreter_stack
 
@@ -45,7 +44,7 @@ def check_x(name: str, x: Tensor, like: Tensor | None = None) -> None:
     """Raise unless x is a floating tensor of one dimension or more, or one that fits `like` (the residual)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}: cast it first")
     if x.dim() < 1 or not 1 <= x.shape[-1] <= LARGEST_DIM:
         raise ValueError(f"{name} must be (..., D) with D from 1 to {LARGEST_DIM}, got {tuple(x.shape)}")
@@ -73,7 +72,7 @@ def check_eps(eps: float) -> None:
 
 
 def _check_floating(name: str, tensor: Tensor, x: Tensor) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS:
         got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a floating tensor or None, got {got}")
     if tensor.device != x.device:
@@ -99,7 +98,7 @@ def settled(x: Tensor, *modulation: Tensor | None) -> bool:
 
     Nothing is left to check or to reshape then, as in nearly every call of a layer; this takes a tenth of the checks'
     time."""
-    if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in _FLOATS or not 1 <= x.shape[2] <= LARGEST_DIM:
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in FLOATS or not 1 <= x.shape[2] <= LARGEST_DIM:
         return False
     shape, dtype, device = (x.shape[0], 1, x.shape[2]), x.dtype, x.device
     for m in modulation:

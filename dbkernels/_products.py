@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dbkernels._levels import compute_dtype
+from dbkernels._dtypes import compute_dtype
 
 CONVERTED = 4096  # rows of the head that a CPU converts at once
 

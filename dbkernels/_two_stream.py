@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dbkernels._dtypes import FLOATS
 from dbkernels._levels import readable
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # of the GPU kernels
-_CPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def sequences(cu_seqlens: Tensor) -> list[slice]:
@@ -142,7 +142,7 @@ def _shapes(tensors: dict[str, Tensor], key: str) -> list[str]:
 def _support(k: Tensor) -> list[str]:
     reasons = []
     on_gpu = k.device.type == "cuda"
-    dtypes = _CPU_DTYPES[:3] if on_gpu else _CPU_DTYPES
+    dtypes = FLOATS[:3] if on_gpu else FLOATS
     if k.dtype not in dtypes:
         reasons.append(f"{k.dtype} isn't among {', '.join(map(str, dtypes))}")
     if k.shape[-1] == 0 or (on_gpu and k.shape[-1] not in HEAD_DIMS):

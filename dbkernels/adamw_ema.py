@@ -24,16 +24,17 @@ from dbkernels._adamw_ema_checks import (
     check_scalar,
     decays_of,
 )
-from dbkernels._adamw_ema_definition import adamw_ema_step_reference, state_dtype
+from dbkernels._adamw_ema_definition import adamw_ema_step_reference
 from dbkernels._direct import direct
-from dbkernels._library import backend, compiled, define, lib, register_triton
+from dbkernels._dtypes import compute_dtype
+from dbkernels._library import HAS_TRITON, backend, compiled, define, lib, register_triton
 from dbkernels.philox import check_address, signed
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def _fake(params: list[Tensor], grads: list[Tensor], *rest: object) -> Tensor:
-    return torch.empty((), dtype=state_dtype(grads[0].dtype), device=grads[0].device)
+    return torch.empty((), dtype=compute_dtype(grads[0].dtype), device=grads[0].device)
 
 
 _SCHEMA = (
@@ -95,7 +96,7 @@ def _triton_kernel(*args: Any) -> Tensor:
 
 
 # Where the CUDA library was built its kernel has both keys.
-if importlib.util.find_spec("dbkernels._C_cuda") is None and importlib.util.find_spec("triton") is not None:
+if importlib.util.find_spec("dbkernels._C_cuda") is None and HAS_TRITON:
     register_triton("adamw_ema_step", _triton_kernel)
     if backend() != "reference":
         lib.impl("adamw_ema_step.capturable", lambda *args: _triton_kernel(*_with_tensors(*args)), "CUDA")
@@ -104,7 +105,7 @@ if importlib.util.find_spec("dbkernels._C_cuda") is None and importlib.util.find
 @functools.cache
 def _triton_serves() -> bool:
     """Return whether GPU tensors take the Triton kernels: where Triton is, and the CUDA library isn't."""
-    return compiled("_C_cuda") is None and importlib.util.find_spec("triton") is not None
+    return compiled("_C_cuda") is None and HAS_TRITON
 
 
 def adamw_ema_step(

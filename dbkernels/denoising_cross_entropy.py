@@ -15,9 +15,10 @@ from dbkernels import _logit_chunks as chunks
 from dbkernels._autocast import autocast
 from dbkernels._cross_entropy_checks import REDUCTIONS, check_rows, coefficient, mark_targets
 from dbkernels._direct import direct
+from dbkernels._dtypes import compute_dtype
 from dbkernels._few_rows import NO_SECOND, FewRowsLoss, few_rows
 from dbkernels._head import Head
-from dbkernels._levels import as_defined, compute_dtype
+from dbkernels._levels import as_defined
 from dbkernels._library import define, register
 from dbkernels.edm_loss import times_upstream
 

@@ -31,8 +31,9 @@ from torch import Tensor
 
 from dbkernels._address import Number, check_rounds, checked, split, tensor_or_none
 from dbkernels._direct import direct, kind
+from dbkernels._dtypes import compute_dtype
 from dbkernels._edm_loss import EDMLoss, edm_loss_reference, expected_upstream, mean_over, run, times_upstream
-from dbkernels._levels import as_defined, check_floating, check_level, check_sigma, check_sigma_data, compute_dtype
+from dbkernels._levels import as_defined, check_floating, check_level, check_sigma, check_sigma_data
 from dbkernels.philox import ROUNDS
 
 __all__ = ["edm_loss", "edm_loss_reference", "mean_over", "times_upstream"]

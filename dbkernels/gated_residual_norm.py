@@ -14,7 +14,8 @@ from torch import Tensor
 from dbkernels import _modulation as modulation
 from dbkernels import _norm_plans as plans
 from dbkernels._direct import direct
-from dbkernels._levels import as_defined, compute_dtype
+from dbkernels._dtypes import compute_dtype
+from dbkernels._levels import as_defined
 from dbkernels._library import define, register_triton
 
 Maybe: TypeAlias = Tensor | None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dbkernels._address import Number, check_rounds
+from dbkernels._dtypes import compute_dtype
 from dbkernels._inject_noise import inject_noise_reference, noised, normals
 from dbkernels._levels import check_sigma
 from dbkernels.inject_noise_table import inject_noise_table_reference, noised_rows
@@ -92,7 +93,7 @@ def inject_noise(
         z = noised((y,), sigma, (sigma_data,), seed, offset, rounds)
     if not return_c_noise:
         return z
-    level = check_sigma(sigma, "y", z, torch.float64 if z.dtype == torch.float64 else torch.float32)
+    level = check_sigma(sigma, "y", z, compute_dtype(z.dtype))
     return z, (level.log() / 4).float().reshape(sigma.shape if isinstance(sigma, Tensor) else ())
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dbkernels._address import Number, joined, tensor_or_none
+from dbkernels._dtypes import compute_dtype
 from dbkernels._inject_noise import NoiseOp, c_in, inject_noise_reference, sigma_gradient
-from dbkernels._levels import check_floating, check_sigma, check_sigma_data, compute_dtype, readable
+from dbkernels._levels import check_floating, check_sigma, check_sigma_data, readable
 from dbkernels._library import define, register_triton
 from dbkernels.philox import ROUNDS
 

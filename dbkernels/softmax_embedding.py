@@ -13,8 +13,9 @@ from torch import Tensor
 from dbkernels import _logit_chunks as chunks
 from dbkernels._autocast import autocast
 from dbkernels._cross_entropy_checks import check_head, check_posterior, check_softcap, coefficient
+from dbkernels._dtypes import compute_dtype
 from dbkernels._head import Head
-from dbkernels._levels import as_defined, check_floating, compute_dtype
+from dbkernels._levels import as_defined, check_floating
 from dbkernels._library import define, register
 from dbkernels._products import expected_rows
 from dbkernels.denoising_cross_entropy import logits_reference

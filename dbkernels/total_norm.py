@@ -12,26 +12,20 @@ import torch
 from torch import Tensor
 
 from dbkernels._direct import direct
+from dbkernels._dtypes import FLOATS, compute_dtype
 from dbkernels._library import backend, define, register_triton
 from dbkernels._pieces import pieces
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def norm_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Return the dtype of the tensors' norm: float64 if any tensor is float64, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def total_norm_reference(tensors: Sequence[Tensor]) -> Tensor:
     """Return the 2-norm of at least one tensor, summed in float64 and rounded once. See `total_norm`."""
     parts = [piece for tensor in tensors for piece in pieces(tensor.contiguous())]
     norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
-    return torch.linalg.vector_norm(torch.stack(norms)).to(norm_dtype(tensors))
+    return torch.linalg.vector_norm(torch.stack(norms)).to(compute_dtype(*(tensor.dtype for tensor in tensors)))
 
 
 def _fake(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].new_empty((), dtype=norm_dtype(tensors))
+    return tensors[0].new_empty((), dtype=compute_dtype(*(tensor.dtype for tensor in tensors)))
 
 
 def _triton_kernel(tensors: list[Tensor]) -> Tensor:
@@ -83,7 +77,7 @@ def _check(tensors: Sequence[Tensor]) -> None:
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"tensors[{i}] must be a tensor, got {type(tensor).__name__}: leave it out")
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise TypeError(f"tensors[{i}] must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.layout is not torch.strided:
             raise TypeError(f"tensors[{i}] must be dense, got {tensor.layout}: pass tensors[{i}].to_dense()")

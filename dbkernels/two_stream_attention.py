@@ -15,7 +15,8 @@ from torch import Tensor
 from dbkernels import two_stream_cpu as cpu
 from dbkernels._autocast import autocast
 from dbkernels._direct import direct
-from dbkernels._levels import as_defined, compute_dtype
+from dbkernels._dtypes import compute_dtype
+from dbkernels._levels import as_defined
 from dbkernels._library import define, register, register_triton
 from dbkernels._two_stream import check_arguments, kind_of, like_rows, nothing, sequences
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from dbkernels._levels import compute_dtype
+from dbkernels._dtypes import compute_dtype
 from dbkernels._two_stream import like_rows, nothing, sequences
 
 Maybe: TypeAlias = Tensor | None

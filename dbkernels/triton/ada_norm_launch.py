@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from dbkernels._direct import kind
-from dbkernels._levels import compute_dtype
+from dbkernels._dtypes import compute_dtype
 from dbkernels.triton.ada_norm import backward_kernel, forward_kernel
 from dbkernels.triton.ada_norm_sums import ACROSS, COLUMNS, ROWS, add_partial_kernel
 from dbkernels.triton.ada_norm_tiles import (

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from dbkernels._levels import compute_dtype
+from dbkernels._dtypes import compute_dtype
 
 PROCESSORS = 132  # of an H100 or H200; fixed, since sums must not depend on the device at hand
 REGISTERS = 65536  # of one of them, for all its threads

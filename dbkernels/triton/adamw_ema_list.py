@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbkernels._adamw_ema_definition import state_dtype
+from dbkernels._dtypes import compute_dtype
 from dbkernels.triton import adamw_ema as kernels
 from dbkernels.triton.launch import Kinds, Launch
 from dbkernels.triton.total_norm import (
@@ -80,7 +80,7 @@ class Plan:
 
     def __init__(self, lists: Sequence[Sequence[Tensor]], decays: Sequence[float], stochastic: bool):
         first, moments = lists[0][0], lists[2][0].dtype
-        self.device, self.state = first.get_device(), state_dtype(first.dtype)
+        self.device, self.state = first.get_device(), compute_dtype(first.dtype)
         store = kernels.WITH_MASTER if lists[5] else kernels.STOCHASTIC if stochastic else kernels.NEAREST
         rows = rows_of(lists, decays, stochastic or moments != self.state)
         words, self.chunks = words_of(rows)

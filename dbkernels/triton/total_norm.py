@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dbkernels.total_norm import norm_dtype
+from dbkernels._dtypes import compute_dtype
 from dbkernels.triton.launch import Kinds, Launch
 
 CHUNK = 8192  # elements a program takes
@@ -129,7 +129,7 @@ class NormPlan:
     """
 
     def __init__(self, tensors: Sequence[Tensor]):
-        device, self.dtype, self.chunks = tensors[0].get_device(), norm_dtype(tensors), 0
+        device, self.dtype, self.chunks = tensors[0].get_device(), compute_dtype(*(t.dtype for t in tensors)), 0
         self.squares: list[tuple[Launch, Tensor]] = []
         for dtype in TYPES:
             rows = [(x.numel(), x.data_ptr()) for x in tensors if x.dtype == dtype and x.numel()]
