@@ -70,6 +70,7 @@ def judged(task: Task, machines: int, join: Any) -> dict[str, Any]:
 def trained(task: Task, start: Weights, seed: int, rows: Rows) -> Weights:
     """Return the averaged weights of a run that begins with the weights `start`."""
     own = type(task)(replace(task.config, seed=seed, offload=None, device="cpu"))
+    own.__dict__["data"] = task.data  # a seed of its own would draw a validation split of its own
     model = own.model()
     model.load_state_dict(start)
     trainer = own.trainer(model, own.config)

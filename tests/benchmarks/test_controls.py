@@ -75,6 +75,16 @@ def test_machines_begin_alike_and_draw_apart(benchmarks, task):
     assert any(not torch.equal(one[name], start[name]) for name in start)
 
 
+def test_machines_of_all_seeds_train_on_one_split(benchmarks, task, monkeypatch):
+    """Else what one machine judges others have trained on."""
+    controls, seen = benchmarks("controls"), []
+    kept = ViTTask.trainer
+    monkeypatch.setattr(ViTTask, "trainer", lambda own, *args: seen.append(own.data) or kept(own, *args))
+    start = {name: t.clone() for name, t in task.model().state_dict().items()}
+    controls.trained(task, start, 1000, controls.Rows())
+    assert seen and seen[0] is task.data
+
+
 def test_flops_of_training_are_those_of_the_layers_that_run(benchmarks, tmp_path):
     flops = benchmarks("flops")
     base = tiny.config(tmp_path, steps=2)

@@ -87,7 +87,7 @@ RUNS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "recurrent-sudoku-large": (
-        "Sudoku, 9x9 cells, three of five need guesses; half an hour on two CPU cores",
+        "Sudoku, 9x9 cells, three of five need guesses; three quarters of an hour on two CPU cores",
         RecurrentRun(
             task="sudoku", size=9, out=Path("runs/recurrent-sudoku-large"), steps=3000, share=1.0, lr=4e-3,
             tune_lr=(4e-3,), evaluated=256, model=_SMALL_CORE,
