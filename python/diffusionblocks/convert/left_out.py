@@ -24,9 +24,11 @@ def warn_of_left_out(model: Any) -> None:
     if converter is None or converter.places is None:  # what else builds it may make hooks, too
         return
     found = [*_hooked(model), *_replaced(model)]
+    built = None
     # What can't be built anew isn't compared: a warning costs no save, nor a whole network's memory
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, ImportError):
         built = weightless(rebuild_network, model.origin, else_whole=False)
+    if built is not None:
         found += _changed(model, built, _pairs(model, converter, built))
         if model.offloader is None:  # else some wait elsewhere
             found += _recomputed(model, built)
